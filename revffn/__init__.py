@@ -1,0 +1,17 @@
+"""revffn: fine-tune all parameters of a Mixture-of-Experts language model on one GPU, with reversible blocks."""
+
+from .config import ReversibleConfig
+from .conversion import convert, coupling_parameters, export, is_reversible, reversible_report
+from .reversible import StateMismatchError
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "ReversibleConfig",
+    "StateMismatchError",
+    "convert",
+    "coupling_parameters",
+    "export",
+    "is_reversible",
+    "reversible_report",
+]

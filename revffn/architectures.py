@@ -1,0 +1,84 @@
+"""The Hugging Face architectures the library knows: one row per `model_type`.
+
+All of them share one decoder layer body (`input_layernorm`, `self_attn`, add, `post_attention_layernorm`, `mlp`, add) under
+`model.model.layers`; a row says only where they differ. docs/adding_an_architecture.md tells how to add one.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Where one `model_type` keeps what the library needs."""
+
+    class_stem: str
+    """`<stem>ForCausalLM`, `<stem>Model`, `<stem>Config`, `<stem>DecoderLayer` are the family's classes."""
+    query_modules: tuple[str, ...] = ("q_proj",)
+    """Names inside `self_attn` of the linear maps that read the hidden states to make queries; the first that exists is used."""
+    router: str | None = "gate"
+    """Name inside a sparse `mlp` of the router; None for dense architectures."""
+
+    def load(self, model_type: str, suffix: str) -> type:
+        package = importlib.import_module(f"transformers.models.{model_type}")
+        return getattr(package, self.class_stem + suffix)
+
+
+_MLA_QUERIES = ("q_proj", "q_a_proj")
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "qwen2_moe": Architecture("Qwen2Moe"),
+    "qwen3_moe": Architecture("Qwen3Moe"),
+    "olmoe": Architecture("Olmoe"),
+    "mixtral": Architecture("Mixtral"),
+    "deepseek_v2": Architecture("DeepseekV2", query_modules=_MLA_QUERIES),
+    "deepseek_v3": Architecture("DeepseekV3", query_modules=_MLA_QUERIES),
+    "glm4_moe": Architecture("Glm4Moe"),
+    "gpt_oss": Architecture("GptOss", router="router"),
+    "llama": Architecture("Llama", router=None),
+    "qwen3": Architecture("Qwen3", router=None),
+}
+
+PREFIX = "revffn_"
+
+
+def plain_model_type(model_type: str) -> str:
+    """`revffn_qwen2_moe` -> `qwen2_moe`; plain names stay."""
+    return model_type.removeprefix(PREFIX)
+
+
+def find_architecture(model: PreTrainedModel) -> Architecture:
+    """The row of a causal language model.
+
+    Raises:
+        ValueError: The model's type or class is not in the table; the message lists what is.
+    """
+    model_type = plain_model_type(model.config.model_type)
+    row = ARCHITECTURES.get(model_type)
+    if row is None:
+        raise ValueError(
+            f"No reversible layout for model_type={model_type!r}. Known: {', '.join(sorted(ARCHITECTURES))}. "
+            "docs/adding_an_architecture.md shows how to add one."
+        )
+    expected = row.class_stem + "ForCausalLM"
+    if type(model).__name__.removeprefix("RevFFN") != expected:
+        raise ValueError(f"Only {expected} can be made reversible for model_type={model_type!r}, got {type(model).__name__}.")
+    return row
+
+
+def routers(model: PreTrainedModel) -> list[nn.Module]:
+    """The router module of every sparse layer, in order; empty for a dense model."""
+    name = find_architecture(model).router
+    found = [getattr(layer.mlp, name, None) for layer in model.model.layers] if name else []
+    # In dense layers among sparse ones `mlp` is a plain MLP: it has experts nowhere.
+    return [r for r, layer in zip(found, model.model.layers, strict=bool(found)) if r is not None and hasattr(layer.mlp, "experts")]
+
+
+def router_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
+    """The parameters of every router: what the paper freezes in its second stage."""
+    return [parameter for router in routers(model) for parameter in router.parameters()]

@@ -1,0 +1,524 @@
+"""Decoder layers that run reversibly: a layer's own sublayers joined by a coupling.
+
+`ReversibleLayer` is mixed in front of a Hugging Face decoder layer class. Without a walk the layer is what it was (for
+cross_branch: the same function with ordinary tensors); with one it moves the walk's streams one layer on. Modules, parameter
+names and hooks stay the layer's own; what a coupling adds lives in `layer.coupling`.
+"""
+
+# B = batch, T = tokens, D = hidden size, H = D / 2
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from transformers import initialization
+
+from .config import ReversibleConfig
+from .couplings import dequantize, innovation_forward, innovation_inverse, quantize
+from .reversible import (
+    AddOnGrid,
+    Enter,
+    Evaluation,
+    Finish,
+    Leave,
+    Read,
+    Start,
+    Tile,
+    Walk,
+    carrier_like,
+    is_concrete,
+)
+
+RNG_SETTINGS = ("attention_dropout", "hidden_dropout", "resid_dropout", "router_jitter_noise")
+
+
+def first_tensor(output: Any) -> Tensor:
+    """Sublayers return the hidden states alone or first in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+# --- what a coupling adds to a layer ------------------------------------------------------------------------------------
+
+
+class Predictor(nn.Module):
+    """P_k of the innovation coupling: (B, T, D) -> (B, T, D), linear with bias, zero at first (R_k = identity).
+
+    Args:
+        hidden_size: D.
+        rank: None for a full matrix, else the rank of its factors (at least 1).
+    """
+
+    def __init__(self, hidden_size: int, rank: int | None):
+        super().__init__()
+        self.down = nn.Linear(hidden_size, rank, bias=False) if rank is not None else None
+        self.up = nn.Linear(hidden_size if rank is None else rank, hidden_size)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """transformers' initialisers leave alone what a checkpoint has already filled."""
+        initialization.zeros_(self.up.weight)
+        initialization.zeros_(self.up.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(x if self.down is None else self.down(x))
+
+
+class InnovationCoupling(nn.Module):
+    """The predictor of one layer, or nothing where the layer runs plainly or predicts by identity."""
+
+    def __init__(self, hidden_size: int, layer: int, config: ReversibleConfig):
+        super().__init__()
+        coupled = layer >= config.plain_layers
+        self.side_bits: int | None = config.side_bits_of(layer) if coupled else None
+        self.predictor = Predictor(hidden_size, config.predictor_rank) if coupled and config.predictor_rank != 0 else None
+
+
+class CrossBranchCoupling(nn.Module):
+    """Projection adapters of one layer (arXiv 2512.20920): up H -> D in front of a sublayer, down D -> H behind it.
+
+    They start as the two halves of the identity: the left stream is the first half of the hidden state, the right one the second.
+    """
+
+    def __init__(self, hidden_size: int, layer: int, config: ReversibleConfig):
+        super().__init__()
+        half = hidden_size // 2
+        if hidden_size % 2:
+            raise ValueError(f"cross_branch splits the hidden state in two; hidden_size={hidden_size} is odd.")
+        self.query_stream = config.query_stream
+        self.query_up = nn.Linear(half, hidden_size, bias=False)
+        self.key_value_up = nn.Linear(half, hidden_size, bias=False)
+        self.attention_down = nn.Linear(hidden_size, half, bias=False)
+        self.mlp_up = nn.Linear(half, hidden_size, bias=False)
+        self.mlp_down = nn.Linear(hidden_size, half, bias=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        half = self.mlp_down.out_features
+        for module, offset in (
+            (self.query_up, 0),
+            (self.key_value_up, half),
+            (self.attention_down, 0),
+            (self.mlp_up, 0),
+            (self.mlp_down, half),
+        ):
+            start = torch.zeros_like(module.weight)
+            wide = start if module.out_features > module.in_features else start.T
+            wide[offset : offset + half].fill_diagonal_(1.0)
+            initialization.copy_(module.weight, start)
+
+
+class NoCoupling(nn.Module):
+    """`none`: nothing is added."""
+
+    def __init__(self, hidden_size: int, layer: int, config: ReversibleConfig):
+        super().__init__()
+
+
+COUPLINGS = {"innovation": InnovationCoupling, "cross_branch": CrossBranchCoupling, "none": NoCoupling}
+
+
+# --- a layer's residual updates -----------------------------------------------------------------------------------------
+
+
+def attention(layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    return first_tensor(layer.self_attn(hidden_states=layer.input_layernorm(hidden), **kwargs))
+
+
+def feed_forward(layer: nn.Module, hidden: Tensor) -> Tensor:
+    return first_tensor(layer.mlp(layer.post_attention_layernorm(hidden)))
+
+
+@contextlib.contextmanager
+def queries_from(module: nn.Module, hidden: Tensor) -> Iterator[None]:
+    """While open, the linear map `module` reads `hidden` instead of what it is called with.
+
+    Queries are the only part of an attention module that reads the hidden states through this map, so cross-branch attention works
+    for every attention kind (GQA, norms on queries and keys, MLA) without a forward of its own.
+    """
+    handle = module.register_forward_pre_hook(lambda _, args: (hidden, *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def cross_attention(layer: nn.Module, x_query: Tensor, x_key_value: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """P_down Attn(Q from N(P_up_q x_query), K and V from N(P_up_kv x_key_value)): (B, T, H) twice -> (B, T, H)."""
+    adapters, norm = layer.coupling, layer.input_layernorm
+    attn = layer.self_attn
+    query = norm(adapters.query_up(x_query))
+    key_value = norm(adapters.key_value_up(x_key_value))
+    name = next(n for n in layer.query_modules if getattr(attn, n, None) is not None)
+    with queries_from(getattr(attn, name), query):
+        out = first_tensor(attn(hidden_states=key_value, **kwargs))
+    return adapters.attention_down(out)
+
+
+def half_feed_forward(layer: nn.Module, y1: Tensor) -> Tensor:
+    """P_down MoE(N(P_up y1)): (B, T, H) -> (B, T, H)."""
+    adapters = layer.coupling
+    return adapters.mlp_down(feed_forward(layer, adapters.mlp_up(y1)))
+
+
+def uses_rng(layer: nn.Module) -> bool:
+    config = layer.self_attn.config
+    return any(getattr(config, name, 0) for name in RNG_SETTINGS) or any(
+        isinstance(module, nn.Dropout) and module.p > 0 for module in layer.modules()
+    )
+
+
+# --- steps ----------------------------------------------------------------------------------------------------------------
+
+
+class InnovationStep(Function):
+    """(s_{k-1}, s_k) -> (s_k, s_{k+1}) on the streams of one tile; carriers and the gradient's path through the floats."""
+
+    @staticmethod
+    def forward(ctx, past, now, attn, mlp, predicted, middle, walk, tile, k, m, evaluation):
+        ctx.walk, ctx.tile, ctx.k, ctx.m, ctx.evaluation = walk, tile, k, m, evaluation
+        ctx.dtypes = attn.dtype, mlp.dtype, None if predicted is None else predicted.dtype
+        fraction_bits = walk.config.fraction_bits
+        prev, cur = tile.streams
+        updated = middle + quantize(mlp, fraction_bits)
+        if m is None:
+            following, kept = updated, (prev if k else None)
+        else:
+            grid = None if predicted is None else quantize(predicted, fraction_bits)
+            following, kept = innovation_forward(prev, cur, updated, grid, signs_of(walk, tile, k), m)
+        tile.streams, tile.position = [cur, following], k + 1
+        walk.remember(tile, following)
+        ctx.has_kept = kept is not None
+        ctx.save_for_backward(*(() if kept is None else (kept,)), *evaluation.side_tensors())
+        return carrier_like(now.shape, now.device, now.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        walk, tile, k, m, evaluation = ctx.walk, ctx.tile, ctx.k, ctx.m, ctx.evaluation
+        walk.expect(tile, k)
+        kept, *side = ctx.saved_tensors if ctx.has_kept else (None, *ctx.saved_tensors)
+        evaluation.restore_side_tensors(side)
+        make_current(tile, evaluation)
+        fraction_bits = walk.config.fraction_bits
+        cur, following = tile.streams
+        attn, mlp, predicted, middle = unpack_innovation(evaluation.again(cur))
+        updated = middle + quantize(mlp, fraction_bits)
+        sign = None if m is None else signs_of(walk, tile, k)
+        if m is None:
+            prev = kept if k else cur
+            if walk.config.verify != "off" and is_concrete(cur):
+                walk.verify(tile, k + 1, updated, f"output of layer {k}")
+        else:
+            grid = None if predicted is None else quantize(predicted, fraction_bits)
+            prev = innovation_inverse(following, cur, updated, grid, sign, kept, m)
+            walk.verify(tile, k - 1, prev, f"input of layer {k - 1}")
+        tile.streams, tile.position = [prev, cur], k
+        attn_dtype, mlp_dtype, predicted_dtype = ctx.dtypes
+        out = grad.to(mlp_dtype)
+        rest = (None,) * 6
+        if m is None:
+            return None, grad, out.to(attn_dtype), out, None, *rest
+        grad_past = grad * 2.0**-m
+        if sign is not None:
+            grad_past = grad_past * sign
+        grad_predicted = None if predicted_dtype is None else (-grad_past).to(predicted_dtype)
+        return grad_past, grad - grad_past, out.to(attn_dtype), out, grad_predicted, *rest
+
+
+def signs_of(walk: Walk, tile: Tile, k: int) -> Tensor | None:
+    return None if walk.signs is None else walk.signs[k, tile.rows].view(-1, 1, 1)
+
+
+def make_current(tile: Tile, evaluation: Evaluation) -> None:
+    """Forget recomputed tensors that no node of the step above asked for (frozen inputs), and begin the next step's."""
+    if tile.evaluation is not None and tile.evaluation is not evaluation:
+        tile.evaluation.recomputed = None
+    tile.evaluation = evaluation
+
+
+def unpack_innovation(outputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    attn, mlp, middle, *predicted = outputs
+    return attn, mlp, predicted[0] if predicted else None, middle
+
+
+def innovation_step(layer: nn.Module, walk: Walk, tile: Tile, kwargs_handle: Any, past: Tensor, now: Tensor) -> tuple[Tensor, Tensor]:
+    fraction_bits, dtype = walk.config.fraction_bits, walk.dtype
+    predictor, m = layer.coupling.predictor, layer.coupling.side_bits
+
+    def function(carrier: Tensor, stream: Tensor) -> tuple[Tensor, ...]:
+        x = Read.apply(carrier, stream, fraction_bits, dtype)
+        attn = attention(layer, x, walk.fetch(kwargs_handle, tile))
+        hidden, middle = AddOnGrid.apply(x, attn, stream, fraction_bits)
+        mlp = feed_forward(layer, hidden)
+        return (attn, mlp, middle) if predictor is None else (attn, mlp, middle, predictor(x))
+
+    evaluation = Evaluation(function, now.device, uses_rng(layer))
+    attn, mlp, predicted, middle = unpack_innovation(evaluation.first((now,), (tile.streams[1],)))
+    following = InnovationStep.apply(
+        past, now, attn, mlp, predicted, middle, walk, tile, layer.layer_index, m, evaluation
+    )
+    return now, following
+
+
+class AdditiveStep(Function):
+    """y = x + F(.) on one stream of one tile, for `cross_branch`.
+
+    Args of forward:
+        target: Carrier of the stream that is added to.
+        update: F's result, (b, T, H).
+        which: 0 for the left stream (attention), 1 for the right one (feed-forward).
+        reads: Indices of the streams that F reads. If `which` is among them the inverse is a fixed point.
+    """
+
+    @staticmethod
+    def forward(ctx, target: Tensor, update: Tensor, walk, tile, k, which, reads, evaluation):
+        ctx.walk, ctx.tile, ctx.k, ctx.which, ctx.reads, ctx.evaluation = walk, tile, k, which, reads, evaluation
+        ctx.dtype = update.dtype
+        x = tile.streams[which]
+        implicit = which in reads
+        ctx.anchored = implicit and (k in walk.report.anchors or k in (walk.config.anchor_layers or ()))
+        ctx.canaries = canary_rows(x, walk.config.num_canaries) if implicit and not ctx.anchored else None
+        kept: tuple[Tensor, ...] = ()
+        if ctx.anchored:
+            kept = tuple(tile.streams)
+        elif ctx.canaries is not None:
+            kept = (x.reshape(-1, x.shape[-1])[ctx.canaries],)
+        ctx.num_kept = len(kept)
+        y = x + quantize(update, walk.config.fraction_bits)
+        tile.streams = [y if i == which else s for i, s in enumerate(tile.streams)]
+        tile.position = 2 * k + which + 1
+        walk.remember(tile, y)
+        ctx.save_for_backward(*kept, *evaluation.side_tensors())
+        return carrier_like(target.shape, target.device, target.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        walk, tile, k, which, reads, evaluation = ctx.walk, ctx.tile, ctx.k, ctx.which, ctx.reads, ctx.evaluation
+        walk.expect(tile, 2 * k + which)
+        kept, side = ctx.saved_tensors[: ctx.num_kept], ctx.saved_tensors[ctx.num_kept :]
+        evaluation.restore_side_tensors(side)
+        make_current(tile, evaluation)
+        y = tile.streams[which]
+        if ctx.anchored:
+            tile.streams = list(kept)
+            evaluation.again(*[tile.streams[i] for i in reads])
+            walk.report.note_layer(k, anchored=True, unconverged=0.0, iterations=1)
+        elif which not in reads:
+            (update,) = evaluation.again(*[tile.streams[i] for i in reads])
+            tile.streams[which] = y - quantize(update, walk.config.fraction_bits)
+        else:
+            tile.streams[which] = solve_fixed_point(walk, tile, k, y, evaluation)
+            if kept:
+                note_canary_error(walk, k, tile.streams[which], kept[0], ctx.canaries)
+        exact = walk.config.query_stream == "right"
+        # Checksums 0 and 1 are the two streams of the embedding; the input of a step was noted two steps before its output.
+        walk.verify(tile, 2 * k + which, tile.streams[which], f"{('left', 'right')[which]} input of layer {k}", exact)
+        tile.position = 2 * k + which
+        return grad, grad.to(ctx.dtype), *(None,) * 6
+
+
+def canary_rows(stream: Tensor, count: int) -> Tensor | None:
+    """`count` token positions spread evenly over the tile (indices into B * T)."""
+    num_tokens = stream.shape[0] * stream.shape[1]
+    count = min(count, num_tokens)
+    return torch.linspace(0, num_tokens - 1, count, device=stream.device).long() if count else None
+
+
+def note_canary_error(walk: Walk, k: int, rebuilt: Tensor, true: Tensor, rows: Tensor) -> None:
+    error = (rebuilt.reshape(-1, rebuilt.shape[-1])[rows].double() - true.double()).abs().amax()
+    scale = true.double().square().mean().sqrt().clamp_min(1.0)
+    walk.report.note_layer(k, canary_error=error / scale)
+
+
+def solve_fixed_point(walk: Walk, tile: Tile, k: int, y: Tensor, evaluation: Evaluation) -> Tensor:
+    """Solve x + F(x, other) = y for the left stream, on the grid, started at y.
+
+    K and V come from the right stream, which is known, so every token is a problem of its own. On the grid an iteration that
+    repeats its argument has found an exact solution, and the evaluation that showed it is the one whose tensors backward uses.
+    """
+    config = walk.config
+    limit = config.tolerance * 2.0**config.fraction_bits
+    x, other = y, tile.streams[1]
+    iterations = 0
+    for _ in range(config.num_iterations):
+        (update,) = evaluation.again(x, other)
+        iterations += 1
+        following = y - quantize(update, config.fraction_bits)
+        moved = (following - x).abs().amax(-1)
+        x = following
+        if is_concrete(moved) and bool((moved <= limit).all()):
+            break
+    walk.report.note_layer(k, iterations=iterations, unconverged=(moved > limit).double().mean())
+    return x
+
+
+def cross_branch_step(
+    layer: nn.Module, walk: Walk, tile: Tile, kwargs_handle: Any, left: Tensor, right: Tensor
+) -> tuple[Tensor, Tensor]:
+    fraction_bits, dtype = walk.config.fraction_bits, walk.dtype
+
+    def attend_left(c1: Tensor, c2: Tensor, s1: Tensor, s2: Tensor) -> tuple[Tensor]:
+        x2 = Read.apply(c2, s2, fraction_bits, dtype)
+        x1 = Read.apply(c1, s1, fraction_bits, dtype)
+        return (cross_attention(layer, x1, x2, walk.fetch(kwargs_handle, tile)),)
+
+    def attend_right(c2: Tensor, s2: Tensor) -> tuple[Tensor]:
+        x2 = Read.apply(c2, s2, fraction_bits, dtype)
+        return (cross_attention(layer, x2, x2, walk.fetch(kwargs_handle, tile)),)
+
+    def feed(c1: Tensor, s1: Tensor) -> tuple[Tensor]:
+        return (half_feed_forward(layer, Read.apply(c1, s1, fraction_bits, dtype)),)
+
+    k, rng = layer.layer_index, uses_rng(layer)
+    reads = (0, 1) if walk.config.query_stream == "left" else (1,)
+    attend = Evaluation(attend_left if len(reads) == 2 else attend_right, left.device, rng)
+    (update,) = attend.first(tuple((left, right)[i] for i in reads), tuple(tile.streams[i] for i in reads))
+    left = AdditiveStep.apply(left, update, walk, tile, k, 0, reads, attend)
+    feed_evaluation = Evaluation(feed, left.device, rng)
+    (update,) = feed_evaluation.first((left,), (tile.streams[0],))
+    right = AdditiveStep.apply(right, update, walk, tile, k, 1, (0,), feed_evaluation)
+    return left, right
+
+
+class StoredStep(Function):
+    """`none`: identity on a layer's output, keeping the layer's input; in backward the layer runs again from it."""
+
+    @staticmethod
+    def forward(ctx, output: Tensor, hidden: Tensor, evaluation: Evaluation):
+        ctx.evaluation = evaluation
+        ctx.save_for_backward(hidden, *evaluation.side_tensors())
+        return output.view_as(output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        hidden, *side = ctx.saved_tensors
+        ctx.evaluation.restore_side_tensors(side)
+        ctx.evaluation.again(hidden, carriers=(hidden.detach().requires_grad_(),))
+        return grad, None, None
+
+
+class Release(Function):
+    """Identity whose backward is a layer's last node and drops what was recomputed."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, evaluation: Evaluation):
+        ctx.evaluation = evaluation
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        ctx.evaluation.recomputed = None
+        return grad, None
+
+
+# --- the layer ------------------------------------------------------------------------------------------------------------
+
+
+class ReversibleLayer(nn.Module):
+    """Mixed in front of a decoder layer class by `conversion.convert`, which sets `coupling`, `layer_index`, `query_modules`."""
+
+    coupling: nn.Module
+    layer_index: int
+    query_modules: tuple[str, ...]
+
+    def forward(self, hidden_states: Tensor, *args: Any, walk: Walk | None = None, **kwargs: Any) -> Tensor:
+        if walk is not None:
+            return RUN[walk.config.coupling](self, walk, hidden_states, kwargs)
+        if isinstance(self.coupling, CrossBranchCoupling):
+            return self.forward_halves(hidden_states, kwargs)
+        return super().forward(hidden_states, *args, **kwargs)
+
+    def forward_halves(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """cross_branch with ordinary tensors: the two streams are the halves of `hidden_states`."""
+        x1, x2 = hidden_states.chunk(2, dim=-1)
+        y1 = x1 + cross_attention(self, x1 if self.coupling.query_stream == "left" else x2, x2, kwargs)
+        return torch.cat([y1, x2 + half_feed_forward(self, y1)], dim=-1)
+
+
+Step = Callable[[nn.Module, Walk, Tile, Any, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def run_on_streams(step: Step, layer: ReversibleLayer, walk: Walk, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """Move every tile's streams through one layer; the first layer makes them from the embedding, the last reads them out."""
+    fraction_bits = walk.config.fraction_bits
+    halves = walk.config.coupling == "cross_branch"
+    if layer.layer_index == 0:
+        walk.begin(hidden_states)
+        carriers = Start.apply(hidden_states, walk, partial(split_streams, fraction_bits, halves), JOIN_GRADS[halves])
+    else:
+        carriers = Enter.apply(hidden_states, *walk.carriers)
+    handle = walk.stash(kwargs)
+    moved: list[Tensor] = []
+    for i, tile in enumerate(walk.tiles):
+        moved += step(layer, walk, tile, handle, carriers[2 * i], carriers[2 * i + 1])
+    if layer.layer_index == walk.num_layers - 1:
+        join = partial(join_streams, fraction_bits, halves, walk.dtype)
+        return Finish.apply(walk, join, PART_GRADS[halves], *moved)
+    visible, *walk.carriers = Leave.apply(hidden_states.shape, walk.dtype, *moved)
+    return visible
+
+
+def split_streams(fraction_bits: int, halves: bool, hidden: Tensor) -> list[Tensor]:
+    if halves:
+        return [quantize(half, fraction_bits) for half in hidden.chunk(2, dim=-1)]
+    stream = quantize(hidden, fraction_bits)
+    return [stream, stream]
+
+
+def join_streams(fraction_bits: int, halves: bool, dtype: torch.dtype, streams: list[Tensor]) -> Tensor:
+    if halves:
+        return torch.cat([dequantize(s, fraction_bits, dtype) for s in streams], dim=-1)
+    return dequantize(streams[1], fraction_bits, dtype)
+
+
+def join_halves(left: Tensor | None, right: Tensor | None) -> Tensor:
+    left = torch.zeros_like(right) if left is None else left
+    return torch.cat([left, torch.zeros_like(left) if right is None else right], dim=-1)
+
+
+def join_states(past: Tensor | None, now: Tensor | None) -> Tensor:
+    return now if past is None else past if now is None else past + now
+
+
+JOIN_GRADS = {True: join_halves, False: join_states}
+PART_GRADS = {True: lambda grad: list(grad.chunk(2, dim=-1)), False: lambda grad: [None, grad]}
+
+
+def run_stored(layer: ReversibleLayer, walk: Walk, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """`none`: the plain layer, its input stored per tile."""
+    if layer.layer_index == 0:
+        walk.begin(hidden_states)
+    handle = walk.stash(kwargs)
+    plain = super(ReversibleLayer, layer).forward
+    on_host = torch.autograd.graph.save_on_cpu(pin_memory=hidden_states.device.type == "cuda")
+    outputs = []
+    for tile in walk.tiles:
+
+        def function(carrier: Tensor, hidden: Tensor, tile: Tile = tile) -> tuple[Tensor]:
+            return (plain(carrier, **walk.fetch(handle, tile)),)
+
+        hidden = hidden_states[tile.rows] if len(walk.tiles) > 1 else hidden_states
+        evaluation = Evaluation(function, hidden.device, uses_rng(layer))
+        (output,) = evaluation.first((Release.apply(hidden, evaluation),), (hidden,))
+        with on_host if walk.config.offload_inputs else contextlib.nullcontext():
+            outputs.append(StoredStep.apply(output, hidden.detach(), evaluation))
+    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+
+RUN: dict[str, Callable[..., Tensor]] = {
+    "innovation": partial(run_on_streams, innovation_step),
+    "cross_branch": partial(run_on_streams, cross_branch_step),
+    "none": run_stored,
+}

@@ -1,0 +1,363 @@
+"""A pretrained Hugging Face model -> a reversible model, and back.
+
+`convert` changes a model in place: its class, its decoder layers' classes and its config's class become subclasses of what they
+were, and every layer gets a `coupling` module. Weights, parameter names and hooks stay, so the result is an ordinary
+`PreTrainedModel` with a `model_type` of its own (`revffn_qwen2_moe`) that `save_pretrained` and the Auto classes handle.
+"""
+
+# N = tokens seen, D = hidden size, L = decoder layers
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+from .architectures import ARCHITECTURES, PREFIX, find_architecture, plain_model_type
+from .blocks import COUPLINGS, CrossBranchCoupling, Predictor, ReversibleLayer
+from .config import ReversibleConfig
+from .reversible import Report, Walk
+
+logger = logging.getLogger(__name__)
+
+# Relative to the (unit) variance of a channel: enough to keep the normal equations well conditioned.
+RIDGE = 1e-3
+# A finer grid than this says more than the float32 values it is rounded from.
+MAX_FRACTION_BITS = 24
+
+
+class ReversibleBackbone(PreTrainedModel):
+    """Mixed in front of `<stem>Model`: opens a walk for every forward call that is to be reversible."""
+
+    @property
+    def reversible_config(self) -> ReversibleConfig:
+        return ReversibleConfig.from_dict(self.config.revffn)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        config = self.reversible_config
+        active = self.training or (config.eval_coupled and config.coupling == "innovation")
+        if config.coupling == "none":
+            active = active and torch.is_grad_enabled()
+        if not active or kwargs.get("past_key_values") is not None:
+            return super().forward(*args, **kwargs)
+        if kwargs.get("output_hidden_states", self.config.output_hidden_states) and config.coupling != "none":
+            raise ValueError(
+                "output_hidden_states=True needs stored hidden states, which a reversible forward does not have. "
+                "Call model.eval() first, or leave it out."
+            )
+        # A cache would keep every layer's keys and values, which is what is being avoided.
+        kwargs["use_cache"] = False
+        walk = Walk(config, len(self.layers), self.reversible_report)
+        try:
+            return super().forward(*args, walk=walk, **kwargs)
+        except BaseException:
+            walk.discard()
+            raise
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, (Predictor, CrossBranchCoupling)):
+            module.reset_parameters()
+
+
+class ReversibleForCausalLM(PreTrainedModel):
+    """Mixed in front of `<stem>ForCausalLM`."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        attach(self, ReversibleConfig.from_dict(config.revffn))
+
+    @property
+    def reversible_config(self) -> ReversibleConfig:
+        return self.model.reversible_config
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        logger.warning("gradient_checkpointing_enable() is ignored: a reversible model rebuilds its activations already.")
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, (Predictor, CrossBranchCoupling)):
+            module.reset_parameters()
+
+
+def _register(model_type: str) -> dict[str, type]:
+    """Make, name and register the four subclasses of one row of the table."""
+    row = ARCHITECTURES[model_type]
+    name = f"RevFFN{row.class_stem}"
+    config = type(f"{name}Config", (row.load(model_type, "Config"),), {"model_type": PREFIX + model_type, "__module__": __name__})
+    causal, backbone = row.load(model_type, "ForCausalLM"), row.load(model_type, "Model")
+    # transformers finds out by reading the source of a class's module; the answer for the parent class holds.
+    flags = {
+        "_can_set_attn_implementation_cached_value": causal._can_set_attn_implementation(),
+        "_can_set_experts_implementation_cached_value": causal._can_set_experts_implementation(),
+    }
+    shared = {"config_class": config, "config": config, "__module__": __name__, "supports_gradient_checkpointing": True, **flags}
+    layer_class = backbone_layer_class(row.load(model_type, "PreTrainedModel"))
+    classes = {
+        "config": config,
+        "backbone": type(f"{name}Model", (ReversibleBackbone, backbone), dict(shared)),
+        "causal": type(f"{name}ForCausalLM", (ReversibleForCausalLM, causal), dict(shared)),
+        "layer": type(f"{name}DecoderLayer", (ReversibleLayer, layer_class), {"__module__": __name__}),
+    }
+    for cls in classes.values():
+        globals()[cls.__name__] = cls  # so that models can be pickled
+    # FSDP wrapping policies and device maps go by these names.
+    for key in ("backbone", "causal"):
+        classes[key]._no_split_modules = [classes["layer"].__name__]
+    AutoConfig.register(PREFIX + model_type, config)
+    AutoModelForCausalLM.register(config, classes["causal"])
+    mapping = get_checkpoint_conversion_mapping(model_type)
+    if mapping is not None:
+        register_checkpoint_conversion_mapping(PREFIX + model_type, mapping, overwrite=True)
+    return classes
+
+
+def backbone_layer_class(pretrained: type[PreTrainedModel]) -> type[nn.Module]:
+    """The decoder layer class of a family: what its hidden states are recorded from."""
+    return pretrained._can_record_outputs["hidden_states"]
+
+
+CLASSES: dict[str, dict[str, type]] = {model_type: _register(model_type) for model_type in ARCHITECTURES}
+
+
+def is_reversible(model: nn.Module) -> bool:
+    """Whether `convert` has been here."""
+    return isinstance(model, ReversibleForCausalLM)
+
+
+def convert(
+    model: PreTrainedModel, config: ReversibleConfig | None = None, *, calibration: Iterable[dict[str, Tensor]] | None = None
+) -> PreTrainedModel:
+    """Make a pretrained causal language model reversible, in place.
+
+    Args:
+        model: A `<stem>ForCausalLM` of one of `ARCHITECTURES`, on any device, also meta or fake.
+        config: How; the default is the innovation coupling with two side bits.
+        calibration: Batches (`input_ids` (B, T), optional `attention_mask`) that the plain model is run on once, without gradients:
+            the grid is chosen from the largest hidden state and the predictors are fitted in closed form (ridge regression).
+            Without it predictors start as the identity and `config.fraction_bits` holds.
+
+    Returns:
+        `model`, now a `RevFFN<stem>ForCausalLM`. Training mode runs reversibly; eval mode runs the plain function
+        (cross_branch: the coupled one).
+
+    Raises:
+        ValueError: Unknown architecture, already reversible, or settings that do not fit; nothing has been changed then.
+    """
+    config = config or ReversibleConfig()
+    if is_reversible(model):
+        raise ValueError("The model is reversible already. Call revffn.export(model) first to convert it anew.")
+    row = find_architecture(model)
+    layers = model.model.layers
+    if isinstance(config.side_bits, list) and len(config.side_bits) != len(layers):
+        raise ValueError(f"side_bits has {len(config.side_bits)} entries; the model has {len(layers)} decoder layers.")
+    if config.coupling == "innovation" and config.plain_layers >= len(layers) and len(layers) > 1:
+        raise ValueError(f"plain_layers={config.plain_layers} leaves none of the model's {len(layers)} layers to couple.")
+    if config.coupling == "cross_branch" and model.config.hidden_size % 2:
+        raise ValueError(f"cross_branch splits the hidden state in two; hidden_size={model.config.hidden_size} is odd.")
+    assert all(type(layer).__name__ == row.class_stem + "DecoderLayer" for layer in layers)
+    fitted = None
+    if calibration is not None and config.coupling != "none":
+        fitted = _fit(model, config, calibration)
+        config = ReversibleConfig(**{**config.to_dict(), "fraction_bits": fitted["fraction_bits"]})
+    plain_type = model.config.model_type
+    model.config.__class__ = CLASSES[plain_type]["config"]
+    model.config.revffn = config.to_dict()
+    model.__class__ = CLASSES[plain_type]["causal"]
+    attach(model, config)
+    if fitted is not None:
+        _load_predictors(model, fitted)
+        model.config.revffn_calibration = {
+            name: fitted[name] for name in ("num_tokens", "largest_hidden_state", "explained")
+        }
+    return model
+
+
+def attach(model: PreTrainedModel, config: ReversibleConfig) -> None:
+    """Give a plain model's backbone and layers their reversible classes, and every layer its coupling."""
+    row = find_architecture(model)
+    classes = CLASSES[plain_model_type(model.config.model_type)]
+    model.model.__class__ = classes["backbone"]
+    model.model.reversible_report = Report()
+    for part in (model, model.model):
+        _CAN_RECORD_REGISTRY[part] = type(part)._can_record_outputs
+    for index, layer in enumerate(model.model.layers):
+        layer.__class__ = classes["layer"]
+        layer.layer_index, layer.query_modules = index, row.query_modules
+        weight = next(p for name, p in layer.self_attn.named_parameters() if p.is_floating_point())
+        with torch.device(weight.device):
+            layer.coupling = COUPLINGS[config.coupling](model.config.hidden_size, index, config).to(weight.dtype)
+        layer.coupling.train(layer.training)
+        if config.coupling == "innovation" and not config.train_predictor:
+            layer.coupling.requires_grad_(False)
+
+
+def export(model: PreTrainedModel) -> PreTrainedModel:
+    """The plain Hugging Face model of a reversible one, sharing its weights.
+
+    For `innovation` this is the model at gain 0, for `none` the model itself: the original architecture, in eval mode the same
+    function bit for bit.
+
+    Raises:
+        ValueError: The coupling is `cross_branch`: its function is not that of the original architecture.
+    """
+    if not is_reversible(model):
+        raise ValueError(f"{type(model).__name__} is a plain model already; export takes what revffn.convert returned.")
+    if model.reversible_config.coupling == "cross_branch":
+        raise ValueError(
+            "A cross_branch model cannot be exported: half-width streams and projection adapters compute another function than the "
+            "original architecture. Keep it with save_pretrained, or train with coupling='innovation'."
+        )
+    plain_type = plain_model_type(model.config.model_type)
+    row = ARCHITECTURES[plain_type]
+    values = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "revffn", "revffn_calibration", "architectures")}
+    config = row.load(plain_type, "Config").from_dict(values)
+    config._attn_implementation = model.config._attn_implementation
+    config._experts_implementation = model.config._experts_implementation
+    with torch.device("meta"):
+        plain = row.load(plain_type, "ForCausalLM")(config)
+    for name, module in plain.named_modules():
+        source = model.get_submodule(name)
+        for key in module._parameters:
+            module._parameters[key] = source._parameters[key]
+        for key in module._buffers:
+            module._buffers[key] = source._buffers[key]
+        # Some modules keep plain tensors or numbers made in __init__ (rotary tables); they belong to the values above.
+    plain.generation_config = model.generation_config
+    return plain.train(model.training)
+
+
+def reversible_report(model: PreTrainedModel) -> dict[str, Any]:
+    """What the model's last backward walk measured.
+
+    Returns:
+        `walks` (so far), `verified_states`, `mismatched_states`, `mismatched` (names) of the last walk, `mismatched_states_total`;
+        `largest_grid_value` and `saturated` (within a factor two of int32's end); `layers`: for cross_branch, per layer, the
+        `iterations` and share of `unconverged` tokens of the fixed point and the `canary_error` relative to the stream's root
+        mean square; `anchor_layers`.
+    """
+    return model.model.reversible_report.as_dict()
+
+
+def coupling_parameters(model: PreTrainedModel) -> list[tuple[str, nn.Parameter]]:
+    """Names and parameters that the coupling added: predictors or projection adapters."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if ".coupling." in name]
+
+
+# --- calibration ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _fit(model: PreTrainedModel, config: ReversibleConfig, batches: Iterable[dict[str, Tensor]]) -> dict[str, Any]:
+    """Run the plain model; choose the grid, and regress s_{k-1} - s_k on s_k for every coupled layer k."""
+    layers = model.model.layers
+    coupled = range(config.plain_layers, len(layers)) if config.coupling == "innovation" and config.predictor_rank != 0 else ()
+    moments: dict[int, Tensor] = {}
+    largest = torch.zeros((), dtype=torch.float64)
+    num_tokens = 0
+    state: dict[str, Any] = {"previous": None, "mask": None}
+
+    def see(index: int, hidden: Tensor) -> None:
+        nonlocal largest
+        largest = torch.maximum(largest, hidden.abs().amax().double().cpu())
+        current = hidden.reshape(-1, hidden.shape[-1])
+        if state["mask"] is not None:
+            current = current[state["mask"]]
+        current = current.double()
+        if index in coupled:
+            ones = current.new_ones(current.shape[0], 1)
+            rows = torch.cat([current, ones, state["previous"] - current], dim=1)
+            # [x, 1]^T [x, 1, y] and the energy of y, in one product.
+            product = rows.T @ rows
+            moments[index] = moments[index] + product if index in moments else product
+        state["previous"] = current
+
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args, kwargs, i=i: see(i, args[0] if args else kwargs["hidden_states"]), with_kwargs=True)
+        for i, layer in enumerate(layers)
+    ]
+    hooks.append(layers[-1].register_forward_hook(lambda _, args, output: see(len(layers), output)))
+    training = model.training
+    model.eval()
+    try:
+        device = next(model.parameters()).device
+        for batch in batches:
+            inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+            mask = inputs.get("attention_mask")
+            state["mask"] = mask.reshape(-1).bool() if mask is not None and mask.dim() == 2 else None
+            num_tokens += int(inputs["input_ids"].numel() if mask is None else mask.sum())
+            model.model(**inputs, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.train(training)
+    if num_tokens == 0:
+        raise ValueError("calibration holds no token. Give at least one batch with input_ids, or calibration=None.")
+    if not math.isfinite(float(largest)):
+        raise ValueError("The model's hidden states are not finite on the calibration batches; check its weights and dtype.")
+    # Four times the largest state seen fits: 2**(29 + 2) is the end of int32.
+    bits = 29 - math.ceil(math.log2(max(float(largest), 1e-6)))
+    solutions = {index: _solve(moments.pop(index), config.predictor_rank) for index in coupled}
+    return {
+        "fraction_bits": max(0, min(MAX_FRACTION_BITS, bits)),
+        "largest_hidden_state": float(largest),
+        "num_tokens": num_tokens,
+        "explained": {str(index): round(solution[-1], 4) for index, solution in solutions.items()},
+        "solutions": solutions,
+    }
+
+
+def _solve(moments: Tensor, rank: int | None) -> tuple[Tensor, Tensor | None, Tensor, float]:
+    """Ridge regression with intercept from second moments (2D + 1, 2D + 1); reduced-rank if `rank` is given.
+
+    Channels are standardised first: one massive channel would otherwise decide the ridge for all others.
+
+    Returns:
+        (up (D, D or r), down (r, D) or None, bias (D,), share of the target's energy explained).
+    """
+    D = (moments.shape[0] - 1) // 2
+    count = moments[D, D]
+    mean_x, mean_y = moments[:D, D] / count, moments[D, D + 1 :] / count
+    covariance = moments[:D, :D] / count - torch.outer(mean_x, mean_x)
+    cross = moments[:D, D + 1 :] / count - torch.outer(mean_x, mean_y)
+    energy_y = (moments[D + 1 :, D + 1 :].diagonal() / count).sum()
+    variance_y = energy_y - mean_y.square().sum()
+    scale = covariance.diagonal().clamp_min(1e-12).sqrt()
+    standard = covariance / torch.outer(scale, scale)
+    standard.diagonal().add_(RIDGE)
+    weight = torch.linalg.solve(standard, cross / scale[:, None]) / scale[:, None]  # (D in, D out)
+    down = None
+    up = weight
+    if rank is not None and rank < D:
+        _, vectors = torch.linalg.eigh(weight.T @ covariance @ weight)
+        basis = vectors[:, -rank:]
+        down, up = (weight @ basis).T.contiguous(), basis.T
+        weight = down.T @ up
+    residual = variance_y - 2 * (weight * cross).sum() + (weight * (covariance @ weight)).sum()
+    bias = mean_y - mean_x @ weight
+    explained = float(1 - residual / energy_y.clamp_min(1e-30))
+    return up.T.contiguous(), down, bias, explained
+
+
+@torch.no_grad()
+def _load_predictors(model: PreTrainedModel, fitted: dict[str, Any]) -> None:
+    for index, (up, down, bias, _) in fitted["solutions"].items():
+        predictor = model.model.layers[index].coupling.predictor
+        predictor.up.bias.copy_(bias)
+        if down is None and predictor.down is not None:  # a rank of D or more: a full map in factored form
+            down = torch.eye(predictor.down.in_features, dtype=up.dtype)[: predictor.down.out_features]
+            up = nn.functional.pad(up, (0, predictor.up.in_features - up.shape[1]))
+            down = nn.functional.pad(down, (0, 0, 0, predictor.down.out_features - down.shape[0]))
+        predictor.up.weight.copy_(up)
+        if down is not None:
+            predictor.down.weight.copy_(down)
+
+
+__all__ = ["coupling_parameters", "convert", "export", "is_reversible", "reversible_report"]

@@ -1,0 +1,134 @@
+"""Couplings as pairs of pure functions, forward and inverse, on int32 fixed-point streams.
+
+A stream holds `value * 2**fraction_bits` in int32. Additions are done on the integers, where they form a group: what one
+pass adds the other takes away bit for bit, also when a value wraps around. Reading a stream turns it into floats for a
+sublayer; a sublayer's result is rounded onto the grid before it is added.
+
+    innovation     i = s_{k-1} - s_k - P_k(s_k)            what a linear predictor P cannot say about the past
+                   s_{k+1} = s_k + f_k(s_k) + sign * (i >> m)         the m low bits of i are kept aside
+    additive       y = x + F(.)                                       both halves of cross_branch
+
+R_k of docs/how_it_works.md is `identity + P_k`: the identity part is taken on the integers and never rounded.
+
+Reference: RevFFN, https://arxiv.org/abs/2512.20920 (cross_branch); BDIA, https://arxiv.org/abs/2407.09093 (R = identity, m = 1).
+"""
+
+# B = batch, T = tokens, D = hidden size; streams are (B, T, D) or, for cross_branch, (B, T, D / 2)
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Largest magnitude that counts as safe: one bit below the end of int32.
+SATURATION = 2**30
+
+
+def quantize(x: Tensor, fraction_bits: int) -> Tensor:
+    """Round a floating-point tensor onto the grid: int32, same shape. float64 is rounded in float64, all else in float32."""
+    x = x if x.dtype == torch.float64 else x.float()
+    return torch.round(x * 2.0**fraction_bits).to(torch.int32)
+
+
+def dequantize(stream: Tensor, fraction_bits: int, dtype: torch.dtype) -> Tensor:
+    """The value of an int32 stream in `dtype`. Rounds where `dtype` has fewer digits than the stream."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return (stream.to(wide) * 2.0**-fraction_bits).to(dtype)
+
+
+def pack_bits(values: Tensor, m: int) -> Tensor:
+    """Pack the m low bits of every element into m/8 bytes per element.
+
+    Args:
+        values: Integers in [0, 2**m), any shape, uint8.
+        m: 1 to 4. Three bits are packed as two and one.
+
+    Returns:
+        uint8, 1-D, `ceil(numel / 4) ...` rounded up to whole bytes per plane.
+    """
+    if m == 3:
+        return torch.cat([pack_bits(values & 3, 2), pack_bits(values >> 2, 1)])
+    per_byte = 8 // m
+    flat = values.reshape(-1)
+    if flat.numel() % per_byte:
+        flat = torch.nn.functional.pad(flat, (0, per_byte - flat.numel() % per_byte))
+    planes = flat.view(per_byte, -1)
+    packed = planes[0].clone()
+    for i in range(1, per_byte):
+        packed |= planes[i] << (i * m)
+    return packed
+
+
+def unpack_bits(packed: Tensor, m: int, shape: torch.Size) -> Tensor:
+    """Inverse of `pack_bits`: uint8 of `shape`."""
+    numel = shape.numel()
+    if m == 3:
+        split = -(-numel // 4)
+        low, high = unpack_bits(packed[:split], 2, shape), unpack_bits(packed[split:], 1, shape)
+        return low | (high << 2)
+    mask = (1 << m) - 1
+    return torch.cat([(packed >> (i * m)) & mask for i in range(8 // m)])[:numel].view(shape)
+
+
+def innovation_forward(
+    prev: Tensor, cur: Tensor, updated: Tensor, predicted: Tensor | None, sign: Tensor | None, m: int
+) -> tuple[Tensor, Tensor | None]:
+    """One step of the innovation coupling on int32 streams of one shape (B, T, D).
+
+        next = updated + sign * ((prev - cur - predicted) >> m)
+
+    Args:
+        prev, cur: s_{k-1} and s_k.
+        updated: s_k + f_k(s_k) on the grid.
+        predicted: P_k(s_k) on the grid, or None for the identity predictor.
+        sign: +1 or -1, int32, broadcastable (B, 1, 1), or None for +1.
+        m: The gain is 2**-m.
+
+    Returns:
+        (next, bits): s_{k+1}, and the packed low bits that `innovation_inverse` needs (None for m = 0).
+    """
+    innovation = prev - cur
+    if predicted is not None:
+        innovation -= predicted
+    bits = None
+    if m:
+        bits = pack_bits((innovation & ((1 << m) - 1)).to(torch.uint8), m)
+        innovation >>= m
+    if sign is not None:
+        innovation *= sign
+    return innovation.add_(updated), bits
+
+
+def innovation_inverse(
+    following: Tensor,
+    cur: Tensor,
+    updated: Tensor,
+    predicted: Tensor | None,
+    sign: Tensor | None,
+    bits: Tensor | None,
+    m: int,
+) -> Tensor:
+    """Recover `prev` of `innovation_forward` from `following` (its `next`), bit for bit."""
+    prev = following - updated
+    if sign is not None:
+        prev *= sign
+    if m:
+        prev <<= m
+        prev |= unpack_bits(bits, m, prev.shape)
+    prev += cur
+    if predicted is not None:
+        prev += predicted
+    return prev
+
+
+def checksum(stream: Tensor) -> Tensor:
+    """64-bit checksum of an int32 stream (..., D): a 0-dim int64 tensor, on the stream's device, without synchronisation.
+
+    Every element is weighted with an odd number that depends on its channel and its token, and everything is added
+    modulo 2**64, so that the result does not depend on the order of summation.
+    """
+    D = stream.shape[-1]
+    channel = (torch.arange(D, dtype=torch.int32, device=stream.device) * 0x3C6EF35F) | 1
+    rows = (stream.reshape(-1, D) * channel).sum(-1, dtype=torch.int64)
+    token = (torch.arange(rows.shape[0], dtype=torch.int64, device=stream.device) * 0x5851F42D4C957F2D) | 1
+    return (rows * token).sum()

@@ -1,0 +1,503 @@
+"""The engine: a reversible walk made of ordinary autograd nodes.
+
+Forward runs every sublayer with grad mode on and drops what it saves for backward. Layers are joined by *carriers*,
+zero-storage tensors that give autograd its graph and gradients their shape, while the values live in int32 streams beside it.
+In backward a step's node runs before the nodes of its sublayers: it evaluates the sublayers once on the stream at hand (which
+refills what they had saved), inverts the coupling, and moves the stream one step back. Everything else is autograd's, so DDP,
+FSDP2, `torch.autograd.grad` and gradient hooks work as for any module.
+
+Every tensor that backward needs is kept by `save_for_backward`: two streams per token at the top (`Finish`), and per step what
+the coupling asks for. docs/how_it_works.md tells why it is built this way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from .config import ReversibleConfig
+from .couplings import SATURATION, checksum, dequantize, quantize
+from .routing import RecordRouting, ReplayRouting
+
+# B = batch, T = tokens, D = hidden size
+
+
+def is_concrete(tensor: Tensor) -> bool:
+    """Whether values can be read: False for fake and meta tensors."""
+    return not isinstance(tensor, FakeTensor) and tensor.device.type != "meta"
+
+
+def carrier_like(shape: torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A tensor of one element's storage, expanded to `shape`."""
+    return torch.zeros(1, dtype=dtype, device=device).expand(shape)
+
+
+class StateMismatchError(RuntimeError):
+    """A rebuilt state differs from the one of forward, or a walk was entered in the wrong order."""
+
+
+@dataclass
+class Tile:
+    """Some sequences of the batch and their two streams at the walk's present position."""
+
+    rows: slice
+    streams: list[Tensor | None] = field(default_factory=lambda: [None, None])
+    """innovation: s_{k-1}, s_k of (b, T, D); cross_branch: X1, X2 of (b, T, D / 2); int32."""
+    position: int = 0
+    """Number of steps between the embedding and `streams`."""
+    checksums: list[Tensor] | Tensor | None = None
+    evaluation: Evaluation | None = None
+    """Whose recomputed tensors are alive."""
+
+
+class Walk:
+    """One forward call of a model and the walk back through it.
+
+    Args:
+        config: The model's settings.
+        num_layers: Decoder layers.
+        report: Where the backward walk writes what it measured; owned by the model.
+    """
+
+    def __init__(self, config: ReversibleConfig, num_layers: int, report: Report):
+        self.config, self.num_layers, self.report = config, num_layers, report
+        self.tiles: list[Tile] = []
+        self.carriers: list[Tensor] = []
+        self.signs: Tensor | None = None
+        self.kept: list[Tensor] = []
+        self.dtype: torch.dtype = torch.float32
+        self.batch_size = 0
+        # Largest magnitude a stream has had, in grid units (~x instead of -x: it does not overflow).
+        self.largest: Tensor | None = None
+        # Filled while walking back: (name of the state, 0-dim bool tensor) pairs that still have to be looked at.
+        self.verdicts: list[tuple[str, Tensor]] = []
+
+    # --- tensors that many layers share (masks, rotary tables) are kept once, by Finish -----------------------------
+
+    def stash(self, tree: Any) -> Any:
+        """Put the tensors of a pytree aside, each once; returns a handle for `fetch`."""
+        leaves, spec = tree_flatten(tree)
+        places = []
+        for leaf in leaves:
+            if isinstance(leaf, Tensor):
+                for place, known in enumerate(self.kept):
+                    if known is leaf:
+                        break
+                else:
+                    place = len(self.kept)
+                    self.kept.append(leaf)
+                places.append((True, place))
+            else:
+                places.append((False, leaf))
+        return places, spec
+
+    def fetch(self, handle: Any, tile: Tile) -> Any:
+        """The pytree of `stash`, its batched tensors narrowed to the rows of `tile`."""
+        places, spec = handle
+        leaves = [self.narrow(self.kept[x], tile) if is_tensor else x for is_tensor, x in places]
+        return tree_unflatten(leaves, spec)
+
+    def narrow(self, tensor: Tensor, tile: Tile) -> Tensor:
+        if len(self.tiles) > 1 and tensor.dim() > 1 and tensor.shape[0] == self.batch_size:
+            return tensor[tile.rows]
+        return tensor
+
+    # --- life of a walk --------------------------------------------------------------------------------------------
+
+    def begin(self, hidden: Tensor) -> None:
+        """Take dtype, tiles and signs from the embedding (B, T, D)."""
+        batch_size, num_tokens = hidden.shape[:2]
+        self.dtype, self.batch_size = hidden.dtype, batch_size
+        if self.config.coupling == "innovation" and self.config.random_sign:
+            # From the default generator: seeds, checkpoints of its state and ranks then behave as they do for dropout.
+            flips = torch.randint(0, 2, (self.num_layers, batch_size), dtype=torch.int32, device=hidden.device)
+            self.signs = 2 * flips - 1
+        rows = batch_size
+        if self.config.tile_tokens is not None:
+            rows = max(1, min(batch_size, self.config.tile_tokens // num_tokens))
+        self.tiles = [Tile(slice(i, min(i + rows, batch_size))) for i in range(0, batch_size, rows)]
+
+    def expect(self, tile: Tile, position: int) -> None:
+        """Raise unless `tile` stands right above the step at `position`."""
+        if tile.streams[1] is None or tile.position != position + 1:
+            raise StateMismatchError(
+                f"Backward reached step {position} while the streams stand at "
+                f"{'no step' if tile.streams[1] is None else f'step {tile.position}'}. The loss must depend on the model's "
+                "last hidden state, and a forward call's graph can be walked again only with retain_graph=True."
+            )
+
+    def remember(self, tile: Tile, stream: Tensor) -> None:
+        """Forward: note the checksum of a new state, and how near it came to the end of int32."""
+        if self.config.verify == "off":
+            return
+        tile.checksums.append(checksum(stream))
+        low, high = torch.aminmax(stream)
+        largest = torch.maximum(~low, high)
+        self.largest = largest if self.largest is None else torch.maximum(self.largest, largest)
+
+    def verify(self, tile: Tile, index: int, stream: Tensor, name: str, exact: bool = True) -> None:
+        """Backward: compare a rebuilt state with the checksum that `remember` noted as number `index`."""
+        if self.config.verify == "off" or not is_concrete(stream):
+            return
+        differs = checksum(stream) != tile.checksums[index]
+        self.verdicts.append((name, differs))
+        if exact and self.config.verify == "raise" and stream.device.type == "cpu" and bool(differs):
+            self.close(aborted=True)
+            raise mismatch([name])
+
+    def close(self, aborted: bool = False) -> None:
+        """End of the backward walk: read the verdicts (one synchronisation), drop what is left, raise on a mismatch."""
+        verdicts, self.verdicts = self.verdicts, []
+        for tile in self.tiles:
+            tile.streams, tile.checksums = [None, None], None
+            if tile.evaluation is not None:
+                tile.evaluation.recomputed = None
+                tile.evaluation = None
+        self.kept, self.signs = [], None
+        wrong: list[str] = []
+        if verdicts:
+            flags = torch.stack([flag for _, flag in verdicts]).tolist()
+            wrong = [name for (name, _), flag in zip(verdicts, flags, strict=True) if flag]
+        self.report.finish(len(verdicts), wrong, self.largest)
+        if not aborted:
+            self.report.judge(self.config, wrong)
+
+    def discard(self) -> None:
+        """Forward failed half-way: untie the graph from this object."""
+        self.carriers, self.tiles, self.kept = [], [], []
+
+
+def mismatch(names: list[str]) -> StateMismatchError:
+    return StateMismatchError(
+        f"The rebuilt {names[0]} differs from the one in forward ({len(names)} state{'s' * (len(names) > 1)} in all). A "
+        "sublayer gave other bits in recomputation. Usual causes: a parameter or buffer changed between forward and backward; a "
+        "kernel with atomics (set the experts implementation to grouped_mm or batched_mm); other autocast, threads or shapes "
+        "in backward. ReversibleConfig(verify='report') counts mismatches instead of raising."
+    )
+
+
+class Report:
+    """What the last backward walk of a model measured. Tensors stay on the device until `as_dict` is called."""
+
+    def __init__(self):
+        self.num_verified, self.mismatched, self.walks, self.mismatched_total = 0, [], 0, 0
+        self.largest: Tensor | None = None
+        self.layers: dict[int, dict[str, Any]] = {}
+        self.anchors: set[int] = set()
+
+    def note_layer(self, layer: int, **values: Any) -> None:
+        self.layers.setdefault(layer, {}).update(values)
+
+    def finish(self, num_verified: int, mismatched: list[str], largest: Tensor | None) -> None:
+        self.walks += 1
+        self.num_verified, self.mismatched, self.largest = num_verified, mismatched, largest
+        self.mismatched_total += len(mismatched)
+
+    def judge(self, config: ReversibleConfig, mismatched: list[str]) -> None:
+        """Act on the walk that ended: raise on a mismatch, or choose anchors for the next step (cross_branch, left)."""
+        if config.coupling == "cross_branch" and config.query_stream == "left":
+            self.judge_fixed_point(config)
+        elif mismatched and config.verify == "raise":
+            raise mismatch(mismatched)
+
+    def judge_fixed_point(self, config: ReversibleConfig) -> None:
+        worst, where = 0.0, None
+        for layer, values in self.layers.items():
+            if isinstance(values.get("unconverged"), Tensor):
+                values["unconverged"] = values["unconverged"].item()
+            if isinstance(values.get("canary_error"), Tensor):
+                values["canary_error"] = values["canary_error"].item()
+            if values.get("unconverged", 0.0) > config.max_unconverged and layer not in self.anchors:
+                self.anchors.add(layer)
+            error = values.get("canary_error", 0.0)
+            if error > worst or error != error:
+                worst, where = error, layer
+        if config.verify == "raise" and not worst <= config.max_drift:
+            raise StateMismatchError(
+                f"The rebuilt input of layer {where} is off by {worst:.2g} of its root mean square (canary tokens; accepted: "
+                f"{config.max_drift}). The fixed point does not contract there. Set anchor_layers=[{where}], "
+                "query_stream='right', or max_drift."
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        largest = int(self.largest) if self.largest is not None and is_concrete(self.largest) else 0
+        return {
+            "walks": self.walks,
+            "verified_states": self.num_verified,
+            "mismatched_states": len(self.mismatched),
+            "mismatched_states_total": self.mismatched_total,
+            "mismatched": list(self.mismatched),
+            "largest_grid_value": largest,
+            "saturated": largest >= SATURATION,
+            "anchor_layers": sorted(self.anchors),
+            "layers": {
+                layer: {name: v.item() if isinstance(v, Tensor) else v for name, v in values.items()}
+                for layer, values in sorted(self.layers.items())
+            },
+        }
+
+
+# --- one sublayer evaluation, twice -------------------------------------------------------------------------------------
+
+
+class Evaluation:
+    """A sublayer as it ran in forward, able to run again in backward on the same code path.
+
+    In forward what it saves for backward is dropped (parameters are only referenced); `again` records what the same code saves
+    the second time and hands each tensor to autograd once. Random state, autocast state and expert choices are replayed.
+
+    Args:
+        function: Called as `function(*carriers, *streams)`; returns a tuple of tensors.
+        device_type: For autocast.
+        uses_rng: Whether random numbers are drawn (dropout, router jitter).
+    """
+
+    def __init__(self, function: Callable[..., tuple[Tensor, ...]], device: torch.device, uses_rng: bool):
+        self.function, self.device, self.uses_rng = function, device, uses_rng
+        kind = device.type
+        self.autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        self.saved: list[tuple[torch.Size, torch.dtype]] = []
+        self.recomputed: list[Tensor | None] | None = None
+        self.routing: list[Tensor] = []
+        self.rng: list[Tensor] = []
+
+    def first(self, carriers: tuple[Tensor, ...], streams: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Run in forward, saving nothing but references to parameters."""
+        if self.uses_rng:
+            self.rng = [torch.get_rng_state()]
+            if self.device.type == "cuda":
+                self.rng.append(torch.cuda.get_rng_state(self.device))
+        with (
+            self.autocast_state(),
+            RecordRouting(self.routing),
+            torch.autograd.graph.saved_tensors_hooks(self.drop, self.serve),
+        ):
+            return self.function(*carriers, *streams)
+
+    def again(self, *streams: Tensor, carriers: tuple[Tensor, ...] | None = None) -> tuple[Tensor, ...]:
+        """Run in backward on rebuilt streams; afterwards the nodes of forward find what they had saved."""
+        self.recomputed = []
+        if carriers is None:
+            # They only give the values that are read a graph, as in forward.
+            carriers = tuple(carrier_like(s.shape, s.device, torch.float32).requires_grad_() for s in streams)
+        with (
+            torch.enable_grad(),
+            self.rng_state(),
+            self.autocast_state(),
+            ReplayRouting(self.routing) if self.routing else contextlib.nullcontext(),
+            torch.autograd.graph.saved_tensors_hooks(self.record, never_asked),
+        ):
+            outputs = self.function(*carriers, *streams)
+        if len(self.recomputed) != len(self.saved):
+            raise StateMismatchError(
+                f"A sublayer saved {len(self.saved)} tensors in forward and {len(self.recomputed)} in recomputation: its code "
+                "path depends on something that changed in between (grad mode, global flags, a module's attributes)."
+            )
+        return tuple(out.detach() for out in outputs)
+
+    def side_tensors(self) -> tuple[Tensor, ...]:
+        """Hand over what `again` needs beside the streams, for save_for_backward."""
+        tensors = (*self.routing, *self.rng)
+        self.num_routing = len(self.routing)
+        self.routing, self.rng = [], []
+        return tensors
+
+    def restore_side_tensors(self, tensors: tuple[Tensor, ...]) -> None:
+        self.routing, self.rng = list(tensors[: self.num_routing]), list(tensors[self.num_routing :])
+
+    def drop(self, tensor: Tensor) -> Tensor | int:
+        if isinstance(tensor, nn.Parameter):
+            return tensor
+        self.saved.append((tensor.shape, tensor.dtype))
+        return len(self.saved) - 1
+
+    def serve(self, handle: Tensor | int) -> Tensor:
+        if isinstance(handle, Tensor):
+            return handle
+        if self.recomputed is None or self.recomputed[handle] is None:
+            raise StateMismatchError(
+                "Backward entered a reversible layer without passing through the model's last hidden state, or twice in one "
+                "walk. Make the loss depend on the model's output; walk again only with retain_graph=True."
+            )
+        # Served once and forgotten: otherwise the whole layer's activations would live until its last node has run.
+        tensor, self.recomputed[handle] = self.recomputed[handle], None
+        return tensor
+
+    def record(self, tensor: Tensor) -> int:
+        if not isinstance(tensor, nn.Parameter):
+            place = len(self.recomputed)
+            if place < len(self.saved) and self.saved[place] != (tensor.shape, tensor.dtype):
+                raise StateMismatchError(
+                    f"Recomputation saved {tensor.dtype} {tuple(tensor.shape)} where forward saved "
+                    f"{self.saved[place][1]} {tuple(self.saved[place][0])}."
+                )
+            self.recomputed.append(tensor.detach())
+        # The graph of this run is never walked. Returning the tensor would tie saved outputs into an uncollectable cycle.
+        return 0
+
+    def autocast_state(self) -> contextlib.AbstractContextManager:
+        enabled, dtype = self.autocast
+        if not enabled and not torch.is_autocast_enabled(self.device.type):
+            return contextlib.nullcontext()
+        # Without the weight cache: it would keep a low-precision copy of every weight alive, and survive optimizer steps.
+        return torch.autocast(self.device.type, dtype=dtype, enabled=enabled, cache_enabled=False)
+
+    @contextlib.contextmanager
+    def rng_state(self) -> Iterator[None]:
+        if not self.rng:
+            yield
+            return
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.set_rng_state(self.rng[0])
+            if devices:
+                torch.cuda.set_rng_state(self.rng[1], self.device)
+            yield
+
+
+def never_asked(handle: Any) -> Tensor:
+    raise AssertionError("the graph of a recomputation is never walked")
+
+
+# --- autograd nodes -----------------------------------------------------------------------------------------------------
+
+
+class Read(Function):
+    """carrier, int32 stream -> the stream's value in the model's dtype."""
+
+    @staticmethod
+    def forward(ctx, carrier: Tensor, stream: Tensor, fraction_bits: int, dtype: torch.dtype):
+        ctx.carrier_dtype = carrier.dtype
+        return dequantize(stream, fraction_bits, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        return grad.to(ctx.carrier_dtype), None, None, None
+
+
+class AddOnGrid(Function):
+    """x, f -> value of (stream + f on the grid), and that stream: a residual addition that is not done in bf16."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, update: Tensor, stream: Tensor, fraction_bits: int):
+        ctx.update_dtype = update.dtype
+        total = stream + quantize(update, fraction_bits)
+        ctx.mark_non_differentiable(total)
+        return dequantize(total, fraction_bits, x.dtype), total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor, _):
+        return grad, grad.to(ctx.update_dtype), None, None
+
+
+class Start(Function):
+    """The embedding (B, T, D) -> streams of every tile, and two carriers for each."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, walk: Walk, split: Callable[[Tensor], list[Tensor]], join: Callable[..., Tensor]):
+        ctx.walk, ctx.join, ctx.dtype = walk, join, hidden.dtype
+        ctx.set_materialize_grads(False)
+        carriers = []
+        for tile in walk.tiles:
+            tile.streams, tile.position, tile.checksums = split(hidden[tile.rows]), 0, []
+            for stream in dict.fromkeys(tile.streams):
+                walk.remember(tile, stream)
+            dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+            carriers += [carrier_like(s.shape, hidden.device, dtype) for s in tile.streams]
+        return tuple(carriers)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor | None):
+        pairs = [ctx.join(*grads[i : i + 2]) for i in range(0, len(grads), 2)]
+        grad = (torch.cat(pairs) if len(pairs) > 1 else pairs[0]).to(ctx.dtype)
+        return grad, None, None, None
+
+
+class Finish(Function):
+    """The carriers of every tile -> the last hidden state (B, T, D). Keeps the streams; its backward begins the walk back."""
+
+    @staticmethod
+    def forward(ctx, walk: Walk, join: Callable[[list[Tensor]], Tensor], part: Callable[[Tensor], list[Tensor]], *carriers):
+        ctx.walk, ctx.part = walk, part
+        ctx.carrier_dtype, ctx.dtype = carriers[0].dtype, walk.dtype
+        ctx.positions = [tile.position for tile in walk.tiles]
+        out = [join(tile.streams) for tile in walk.tiles]
+        tensors = [stream for tile in walk.tiles for stream in tile.streams]
+        ctx.verified = bool(walk.tiles[0].checksums)
+        if ctx.verified:
+            tensors += [torch.stack(tile.checksums) for tile in walk.tiles]
+        ctx.num_kept = len(walk.kept)
+        tensors += walk.kept
+        ctx.signed = walk.signs is not None
+        if ctx.signed:
+            tensors.append(walk.signs)
+        ctx.save_for_backward(*tensors)
+        for tile in walk.tiles:
+            tile.streams, tile.checksums = [None, None], None
+        walk.kept, walk.signs, walk.carriers = [], None, []
+        return torch.cat(out) if len(out) > 1 else out[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        walk, tensors = ctx.walk, list(ctx.saved_tensors)
+        n = len(walk.tiles)
+        for i, tile in enumerate(walk.tiles):
+            tile.streams, tile.position = tensors[2 * i : 2 * i + 2], ctx.positions[i]
+            tile.checksums = tensors[2 * n + i] if ctx.verified else None
+        if ctx.signed:
+            walk.signs = tensors.pop()
+        walk.kept = tensors[len(tensors) - ctx.num_kept :] if ctx.num_kept else []
+        walk.verdicts = []
+        torch.autograd.Variable._execution_engine.queue_callback(walk.close)
+        grads: list[Tensor | None] = []
+        for tile in walk.tiles:
+            grads += ctx.part(grad[tile.rows].to(ctx.carrier_dtype))
+        return (None, None, None, *grads)
+
+
+class Enter(Function):
+    """visible, *carriers -> *carriers, at a layer's begin.
+
+    The carriers travel beside the model's own loop; `visible` is what the loop hands from layer to layer. `Enter` and `Leave` tie
+    both together, so that hooks on a layer's inputs and outputs (FSDP2) fire before and after all of the layer's work, and every
+    tile has left a layer before any tile enters the one below.
+    """
+
+    @staticmethod
+    def forward(ctx, visible: Tensor, *carriers: Tensor):
+        ctx.visible = visible.shape, visible.dtype, visible.device
+        ctx.set_materialize_grads(False)
+        return tuple(c.view_as(c) for c in carriers)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor | None):
+        shape, dtype, device = ctx.visible
+        return (carrier_like(shape, device, dtype), *grads)
+
+
+class Leave(Function):
+    """*carriers -> visible, *carriers, at a layer's end; see `Enter`."""
+
+    @staticmethod
+    def forward(ctx, shape: torch.Size, dtype: torch.dtype, *carriers: Tensor):
+        ctx.set_materialize_grads(False)
+        return (carrier_like(shape, carriers[0].device, dtype), *(c.view_as(c) for c in carriers))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, _, *grads: Tensor | None):
+        return (None, None, *grads)
