@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from transformers import initialization
 
 from .config import ReversibleConfig
-from .couplings import dequantize, innovation_forward, innovation_inverse, quantize
+from .couplings import innovation_forward, innovation_inverse, quantize
 from .reversible import (
     AddOnGrid,
     Enter,
@@ -133,8 +133,80 @@ def attention(layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tenso
     return first_tensor(layer.self_attn(hidden_states=layer.input_layernorm(hidden), **kwargs))
 
 
-def feed_forward(layer: nn.Module, hidden: Tensor) -> Tensor:
-    return first_tensor(layer.mlp(layer.post_attention_layernorm(hidden)))
+def feed_forward(layer: nn.Module, hidden: Tensor, sums: dict[str, GradientSum] | None = None) -> Tensor:
+    with summed(layer, sums or {}):
+        return first_tensor(layer.mlp(layer.post_attention_layernorm(hidden)))
+
+
+class GradientSum:
+    """The gradient of one expert parameter while the walk is in its layer: one buffer for all tiles."""
+
+    def __init__(self, num_tiles: int):
+        self.num_tiles, self.seen = num_tiles, 0
+        self.total: Tensor | None = None
+
+
+class SumOverTiles(Function):
+    """Identity on a parameter, once per tile; backward adds the tiles' gradients up in place and passes the sum on with the last.
+
+    Autograd alone would keep three tensors of the parameter's size (sum so far, new gradient, their sum) wherever it may not add
+    in place.
+    """
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, gradient_sum: GradientSum):
+        ctx.gradient_sum = gradient_sum
+        return weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        its = ctx.gradient_sum
+        its.total = grad if its.total is None else its.total.add_(grad)
+        its.seen += 1
+        if its.seen < its.num_tiles:
+            return None, None
+        total, its.total, its.seen = its.total, None, 0
+        return total, None
+
+
+class TiledExperts(nn.Module):
+    """Mixed in front of a family's experts class: while a tile uses them, its fused parameters are read through `SumOverTiles`.
+
+    The node is made when the parameter is read, not before: autograd then adds a gradient up before it makes the next one.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        in_use = self.__dict__.get("in_use")
+        if in_use is None or name not in in_use[0]:
+            return value
+        sums, views = in_use
+        if name not in views:
+            views[name] = SumOverTiles.apply(value, sums[name])
+        return views[name]
+
+
+def expert_sums(layer: nn.Module, num_tiles: int) -> dict[str, GradientSum]:
+    """A `GradientSum` for every fused expert parameter (E, ., .) that trains; none where there is one tile."""
+    experts = getattr(layer.mlp, "experts", None)
+    if experts is None or num_tiles == 1 or not torch.is_grad_enabled():
+        return {}
+    named = experts.named_parameters(recurse=False)
+    return {name: GradientSum(num_tiles) for name, parameter in named if parameter.dim() == 3 and parameter.requires_grad}
+
+
+@contextlib.contextmanager
+def summed(layer: nn.Module, sums: dict[str, GradientSum]) -> Iterator[None]:
+    """While open, a tile uses the layer's experts."""
+    if not sums:
+        yield
+        return
+    layer.mlp.experts.in_use = (sums, {})
+    try:
+        yield
+    finally:
+        del layer.mlp.experts.in_use
 
 
 @contextlib.contextmanager
@@ -163,10 +235,10 @@ def cross_attention(layer: nn.Module, x_query: Tensor, x_key_value: Tensor, kwar
     return adapters.attention_down(out)
 
 
-def half_feed_forward(layer: nn.Module, y1: Tensor) -> Tensor:
+def half_feed_forward(layer: nn.Module, y1: Tensor, sums: dict[str, GradientSum] | None = None) -> Tensor:
     """P_down MoE(N(P_up y1)): (B, T, H) -> (B, T, H)."""
     adapters = layer.coupling
-    return adapters.mlp_down(feed_forward(layer, adapters.mlp_up(y1)))
+    return adapters.mlp_down(feed_forward(layer, adapters.mlp_up(y1), sums))
 
 
 def uses_rng(layer: nn.Module) -> bool:
@@ -250,7 +322,9 @@ def unpack_innovation(outputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tens
     return attn, mlp, predicted[0] if predicted else None, middle
 
 
-def innovation_step(layer: nn.Module, walk: Walk, tile: Tile, kwargs_handle: Any, past: Tensor, now: Tensor) -> tuple[Tensor, Tensor]:
+def innovation_step(
+    layer: nn.Module, walk: Walk, tile: Tile, kwargs_handle: Any, sums: dict[str, GradientSum], past: Tensor, now: Tensor
+) -> tuple[Tensor, Tensor]:
     fraction_bits, dtype = walk.config.fraction_bits, walk.dtype
     predictor, m = layer.coupling.predictor, layer.coupling.side_bits
 
@@ -258,7 +332,7 @@ def innovation_step(layer: nn.Module, walk: Walk, tile: Tile, kwargs_handle: Any
         x = Read.apply(carrier, stream, fraction_bits, dtype)
         attn = attention(layer, x, walk.fetch(kwargs_handle, tile))
         hidden, middle = AddOnGrid.apply(x, attn, stream, fraction_bits)
-        mlp = feed_forward(layer, hidden)
+        mlp = feed_forward(layer, hidden, sums)
         return (attn, mlp, middle) if predictor is None else (attn, mlp, middle, predictor(x))
 
     evaluation = Evaluation(function, now.device, uses_rng(layer))
@@ -363,7 +437,7 @@ def solve_fixed_point(walk: Walk, tile: Tile, k: int, y: Tensor, evaluation: Eva
 
 
 def cross_branch_step(
-    layer: nn.Module, walk: Walk, tile: Tile, kwargs_handle: Any, left: Tensor, right: Tensor
+    layer: nn.Module, walk: Walk, tile: Tile, kwargs_handle: Any, sums: dict[str, GradientSum], left: Tensor, right: Tensor
 ) -> tuple[Tensor, Tensor]:
     fraction_bits, dtype = walk.config.fraction_bits, walk.dtype
 
@@ -377,7 +451,7 @@ def cross_branch_step(
         return (cross_attention(layer, x2, x2, walk.fetch(kwargs_handle, tile)),)
 
     def feed(c1: Tensor, s1: Tensor) -> tuple[Tensor]:
-        return (half_feed_forward(layer, Read.apply(c1, s1, fraction_bits, dtype)),)
+        return (half_feed_forward(layer, Read.apply(c1, s1, fraction_bits, dtype), sums),)
 
     k, rng = layer.layer_index, uses_rng(layer)
     reads = (0, 1) if walk.config.query_stream == "left" else (1,)
@@ -447,27 +521,63 @@ class ReversibleLayer(nn.Module):
         return torch.cat([y1, x2 + half_feed_forward(self, y1)], dim=-1)
 
 
-Step = Callable[[nn.Module, Walk, Tile, Any, Tensor, Tensor], tuple[Tensor, Tensor]]
+Step = Callable[[nn.Module, Walk, Tile, Any, dict[str, GradientSum], Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def run_on_streams(step: Step, layer: ReversibleLayer, walk: Walk, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    """Move every tile's streams through one layer; the first layer makes them from the embedding, the last reads them out."""
-    fraction_bits = walk.config.fraction_bits
-    halves = walk.config.coupling == "cross_branch"
+    """Move every tile's streams through one layer; the first layer makes them from the embedding."""
     if layer.layer_index == 0:
         walk.begin(hidden_states)
-        carriers = Start.apply(hidden_states, walk, partial(split_streams, fraction_bits, halves), JOIN_GRADS[halves])
+        halves = walk.config.coupling == "cross_branch"
+        split = partial(split_streams, walk.config.fraction_bits, halves)
+        carriers = Start.apply(hidden_states, walk, split, JOIN_GRADS[halves])
     else:
         carriers = Enter.apply(hidden_states, *walk.carriers)
-    handle = walk.stash(kwargs)
+    handle, sums = walk.stash(kwargs), expert_sums(layer, len(walk.tiles))
     moved: list[Tensor] = []
     for i, tile in enumerate(walk.tiles):
-        moved += step(layer, walk, tile, handle, carriers[2 * i], carriers[2 * i + 1])
-    if layer.layer_index == walk.num_layers - 1:
-        join = partial(join_streams, fraction_bits, halves, walk.dtype)
-        return Finish.apply(walk, join, PART_GRADS[halves], *moved)
+        moved += step(layer, walk, tile, handle, sums, carriers[2 * i], carriers[2 * i + 1])
     visible, *walk.carriers = Leave.apply(hidden_states.shape, walk.dtype, *moved)
     return visible
+
+
+class ReversibleNorm(nn.Module):
+    """Mixed in front of the norm behind the last layer: it reads the streams, tile by tile, and ends the forward walk.
+
+    Outside a walk it is the plain norm. What it saves for backward is dropped and made again like a sublayer's, so that no
+    hidden state of the whole batch is kept beside the streams.
+    """
+
+    walk: Walk | None = None
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        walk, self.walk = self.walk, None
+        if walk is None or not walk.carriers:
+            return super().forward(hidden_states)
+        plain = super().forward
+        halves = walk.config.coupling == "cross_branch"
+        read = partial(read_streams, walk.config.fraction_bits, halves, walk.dtype)
+
+        def function(*carriers_and_streams: Tensor) -> tuple[Tensor]:
+            half = len(carriers_and_streams) // 2
+            return (plain(read(carriers_and_streams[:half], carriers_and_streams[half:])),)
+
+        carriers = Enter.apply(hidden_states, *walk.carriers)
+        used = (0, 1) if halves else (1,)
+        outputs, evaluations = [], []
+        for i, tile in enumerate(walk.tiles):
+            evaluation = Evaluation(function, hidden_states.device, False)
+            mine = tuple(carriers[2 * i + j] for j in used)
+            outputs += evaluation.first(mine, tuple(tile.streams[j] for j in used))
+            evaluations.append(evaluation)
+        return Finish.apply(walk, used, evaluations, *outputs)
+
+
+def read_streams(
+    fraction_bits: int, halves: bool, dtype: torch.dtype, carriers: tuple[Tensor, ...], streams: tuple[Tensor, ...]
+) -> Tensor:
+    values = [Read.apply(c, s, fraction_bits, dtype) for c, s in zip(carriers, streams, strict=True)]
+    return torch.cat(values, dim=-1) if halves else values[0]
 
 
 def split_streams(fraction_bits: int, halves: bool, hidden: Tensor) -> list[Tensor]:
@@ -475,12 +585,6 @@ def split_streams(fraction_bits: int, halves: bool, hidden: Tensor) -> list[Tens
         return [quantize(half, fraction_bits) for half in hidden.chunk(2, dim=-1)]
     stream = quantize(hidden, fraction_bits)
     return [stream, stream]
-
-
-def join_streams(fraction_bits: int, halves: bool, dtype: torch.dtype, streams: list[Tensor]) -> Tensor:
-    if halves:
-        return torch.cat([dequantize(s, fraction_bits, dtype) for s in streams], dim=-1)
-    return dequantize(streams[1], fraction_bits, dtype)
 
 
 def join_halves(left: Tensor | None, right: Tensor | None) -> Tensor:
@@ -493,7 +597,6 @@ def join_states(past: Tensor | None, now: Tensor | None) -> Tensor:
 
 
 JOIN_GRADS = {True: join_halves, False: join_states}
-PART_GRADS = {True: lambda grad: list(grad.chunk(2, dim=-1)), False: lambda grad: [None, grad]}
 
 
 def run_stored(layer: ReversibleLayer, walk: Walk, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor:

@@ -9,9 +9,11 @@ were, and every layer gets a `coupling` module. Weights, parameter names and hoo
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .architectures import ARCHITECTURES, PREFIX, find_architecture, plain_model_type
-from .blocks import COUPLINGS, CrossBranchCoupling, Predictor, ReversibleLayer
+from .blocks import COUPLINGS, CrossBranchCoupling, Predictor, ReversibleLayer, ReversibleNorm, TiledExperts
 from .config import ReversibleConfig
 from .reversible import Report, Walk
 
@@ -55,9 +57,11 @@ class ReversibleBackbone(PreTrainedModel):
         # A cache would keep every layer's keys and values, which is what is being avoided.
         kwargs["use_cache"] = False
         walk = Walk(config, len(self.layers), self.reversible_report)
+        self.norm.walk = None if config.coupling == "none" else walk
         try:
             return super().forward(*args, walk=walk, **kwargs)
         except BaseException:
+            self.norm.walk = None
             walk.discard()
             raise
 
@@ -88,7 +92,7 @@ class ReversibleForCausalLM(PreTrainedModel):
 
 
 def _register(model_type: str) -> dict[str, type]:
-    """Make, name and register the four subclasses of one row of the table."""
+    """Make, name and register the subclasses of one row of the table."""
     row = ARCHITECTURES[model_type]
     name = f"RevFFN{row.class_stem}"
     config = type(f"{name}Config", (row.load(model_type, "Config"),), {"model_type": PREFIX + model_type, "__module__": __name__})
@@ -105,7 +109,11 @@ def _register(model_type: str) -> dict[str, type]:
         "backbone": type(f"{name}Model", (ReversibleBackbone, backbone), dict(shared)),
         "causal": type(f"{name}ForCausalLM", (ReversibleForCausalLM, causal), dict(shared)),
         "layer": type(f"{name}DecoderLayer", (ReversibleLayer, layer_class), {"__module__": __name__}),
+        "norm": type(f"{name}FinalNorm", (ReversibleNorm, family_class(causal, "RMSNorm")), {"__module__": __name__}),
     }
+    if row.router is not None:
+        experts = family_class(causal, "Experts")
+        classes["experts"] = type(f"{name}Experts", (TiledExperts, experts), {"__module__": __name__})
     for cls in classes.values():
         globals()[cls.__name__] = cls  # so that models can be pickled
     # FSDP wrapping policies and device maps go by these names.
@@ -122,6 +130,11 @@ def _register(model_type: str) -> dict[str, type]:
 def backbone_layer_class(pretrained: type[PreTrainedModel]) -> type[nn.Module]:
     """The decoder layer class of a family: what its hidden states are recorded from."""
     return pretrained._can_record_outputs["hidden_states"]
+
+
+def family_class(causal: type[PreTrainedModel], suffix: str) -> type[nn.Module]:
+    """A class of the module that a family's causal language model is written in."""
+    return getattr(sys.modules[causal.__module__], causal.__name__.removesuffix("ForCausalLM") + suffix)
 
 
 CLASSES: dict[str, dict[str, type]] = {model_type: _register(model_type) for model_type in ARCHITECTURES}
@@ -186,17 +199,32 @@ def attach(model: PreTrainedModel, config: ReversibleConfig) -> None:
     classes = CLASSES[plain_model_type(model.config.model_type)]
     model.model.__class__ = classes["backbone"]
     model.model.reversible_report = Report()
+    assert type(model.model.norm) is classes["norm"].__mro__[2], type(model.model.norm)
+    model.model.norm.__class__ = classes["norm"]
     for part in (model, model.model):
         _CAN_RECORD_REGISTRY[part] = type(part)._can_record_outputs
     for index, layer in enumerate(model.model.layers):
         layer.__class__ = classes["layer"]
         layer.layer_index, layer.query_modules = index, row.query_modules
-        weight = next(p for name, p in layer.self_attn.named_parameters() if p.is_floating_point())
-        with torch.device(weight.device):
-            layer.coupling = COUPLINGS[config.coupling](model.config.hidden_size, index, config).to(weight.dtype)
+        if hasattr(layer.mlp, "experts"):
+            layer.mlp.experts.__class__ = classes["experts"]
+        weight = next(p for p in layer.self_attn.parameters() if p.is_floating_point())
+        with torch.device(weight.device), default_dtype(weight.dtype):
+            layer.coupling = COUPLINGS[config.coupling](model.config.hidden_size, index, config)
         layer.coupling.train(layer.training)
         if config.coupling == "innovation" and not config.train_predictor:
             layer.coupling.requires_grad_(False)
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """New modules are made in `dtype`. (`module.to(dtype)` afterwards fails on fake tensors.)"""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def export(model: PreTrainedModel) -> PreTrainedModel:

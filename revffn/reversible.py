@@ -426,14 +426,17 @@ class Start(Function):
 
 
 class Finish(Function):
-    """The carriers of every tile -> the last hidden state (B, T, D). Keeps the streams; its backward begins the walk back."""
+    """What the final norm made of every tile -> one tensor (B, T, D). Keeps the streams; its backward begins the walk back.
+
+    Args of forward:
+        reads: Which of a tile's two streams the norm read.
+        evaluations: The norm's, one per tile, run again here before its nodes.
+    """
 
     @staticmethod
-    def forward(ctx, walk: Walk, join: Callable[[list[Tensor]], Tensor], part: Callable[[Tensor], list[Tensor]], *carriers):
-        ctx.walk, ctx.part = walk, part
-        ctx.carrier_dtype, ctx.dtype = carriers[0].dtype, walk.dtype
+    def forward(ctx, walk: Walk, reads: tuple[int, ...], evaluations: list[Evaluation], *outputs: Tensor):
+        ctx.walk, ctx.reads, ctx.evaluations = walk, reads, evaluations
         ctx.positions = [tile.position for tile in walk.tiles]
-        out = [join(tile.streams) for tile in walk.tiles]
         tensors = [stream for tile in walk.tiles for stream in tile.streams]
         ctx.verified = bool(walk.tiles[0].checksums)
         if ctx.verified:
@@ -447,25 +450,24 @@ class Finish(Function):
         for tile in walk.tiles:
             tile.streams, tile.checksums = [None, None], None
         walk.kept, walk.signs, walk.carriers = [], None, []
-        return torch.cat(out) if len(out) > 1 else out[0]
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0].view_as(outputs[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         walk, tensors = ctx.walk, list(ctx.saved_tensors)
         n = len(walk.tiles)
-        for i, tile in enumerate(walk.tiles):
+        for i, (tile, evaluation) in enumerate(zip(walk.tiles, ctx.evaluations, strict=True)):
             tile.streams, tile.position = tensors[2 * i : 2 * i + 2], ctx.positions[i]
             tile.checksums = tensors[2 * n + i] if ctx.verified else None
+            tile.evaluation = evaluation
+            evaluation.again(*[tile.streams[j] for j in ctx.reads])
         if ctx.signed:
             walk.signs = tensors.pop()
         walk.kept = tensors[len(tensors) - ctx.num_kept :] if ctx.num_kept else []
         walk.verdicts = []
         torch.autograd.Variable._execution_engine.queue_callback(walk.close)
-        grads: list[Tensor | None] = []
-        for tile in walk.tiles:
-            grads += ctx.part(grad[tile.rows].to(ctx.carrier_dtype))
-        return (None, None, None, *grads)
+        return (None, None, None, *(grad[tile.rows] for tile in walk.tiles))
 
 
 class Enter(Function):

@@ -1,0 +1,372 @@
+"""Tiny models of every architecture, an independent twin of the coupled model, three-way comparison, byte counters.
+
+`reference_forward` computes what a coupled model is meant to compute with plain tensors and plain autograd: streams are float64 numbers on
+the grid (every int32 is exact there), rounding passes gradients straight through. It shares no code with the engine but the sublayers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import weakref
+from collections.abc import Iterator
+from types import MethodType
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import revffn
+from revffn.architectures import ARCHITECTURES
+from revffn.blocks import (
+    AdditiveStep,
+    InnovationStep,
+    attention,
+    cross_attention,
+    feed_forward,
+    half_feed_forward,
+)
+from revffn.reversible import Tile
+from revffn.routing import RecordRouting, ReplayRouting
+
+# Worst error of ours beyond plain autograd's, relative to the largest gradient of the parameter.
+# (dtype, tolerance, observed, device, date)
+TOLERANCE = {
+    torch.float64: 1e-12,  # observed 0, CPU, 2026-11
+    torch.float32: 2e-5,  # observed 2e-6, CPU, 2026-11
+    torch.bfloat16: 3e-2,  # observed 8e-3 (the twin adds residual gradients in float64), CPU, 2026-11
+}
+
+COMMON = dict(
+    vocab_size=97, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+    intermediate_size=48, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+MOE = dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=16)
+MLA = dict(
+    num_key_value_heads=4, q_lora_rank=12, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8,
+    n_routed_experts=8, num_experts_per_tok=2, n_shared_experts=1, first_k_dense_replace=1, moe_intermediate_size=16,
+    n_group=2, topk_group=1,
+)  # fmt: skip
+SETTINGS: dict[str, dict] = {
+    "qwen2_moe": dict(**MOE, shared_expert_intermediate_size=24, mlp_only_layers=[2]),
+    "qwen3_moe": dict(**MOE, head_dim=8, mlp_only_layers=[], norm_topk_prob=True),
+    "olmoe": dict(num_experts=6, num_experts_per_tok=2, clip_qkv=3.0),
+    "mixtral": dict(num_local_experts=6, num_experts_per_tok=2),
+    "deepseek_v2": dict(**MLA, topk_method="group_limited_greedy"),
+    "deepseek_v3": dict(**MLA),
+    "glm4_moe": dict(
+        n_routed_experts=8, num_experts_per_tok=2, n_shared_experts=1, first_k_dense_replace=1, moe_intermediate_size=16,
+        head_dim=8, n_group=1, topk_group=1,
+    ),  # fmt: skip
+    "gpt_oss": dict(
+        num_local_experts=6, num_experts_per_tok=2, head_dim=8, sliding_window=5,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    ),  # fmt: skip
+    "llama": dict(),
+    "qwen3": dict(head_dim=8),
+}  # fmt: skip
+assert set(SETTINGS) == set(ARCHITECTURES)
+
+
+def tiny_model(
+    model_type: str = "qwen2_moe", dtype: torch.dtype = torch.float32, seed: int = 0, gain: float = 4.0, **overrides
+):
+    """A random model of the real Hugging Face class. float64 runs the experts eagerly: grouped_mm has none on a CPU.
+
+    Matrices are `gain` times transformers' 0.02: at 4 layers change the stream and routers decide, at 1 attention contracts.
+    """
+    config = AutoConfig.for_model(model_type, **{**COMMON, **SETTINGS[model_type], **overrides})
+    torch.manual_seed(seed)
+    sdpa = model_type != "gpt_oss"  # attention sinks
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="sdpa" if sdpa else "eager"
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(gain)
+            elif "norm" not in name:
+                parameter.normal_(std=0.1)
+    return set_dtype(model, dtype)
+
+
+def set_dtype(model, dtype: torch.dtype):
+    model = model.to(dtype)
+    if hasattr(model, "set_experts_implementation") and model._can_set_experts_implementation():
+        model.set_experts_implementation("eager" if dtype == torch.float64 else "grouped_mm")
+    return model
+
+
+def tiny_batch(batch: int = 3, tokens: int = 11, seed: int = 1, padded: bool = False) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 97, (batch, tokens), generator=generator)
+    inputs = {"input_ids": ids, "labels": ids.clone()}
+    if padded:
+        mask = torch.ones_like(ids)
+        for row in range(batch):
+            mask[row, tokens - row :] = 0
+        inputs["attention_mask"] = mask
+        inputs["labels"][mask == 0] = -100
+    return inputs
+
+
+def coupled(model_type: str = "qwen2_moe", dtype: torch.dtype = torch.float32, calibrate: bool = True, overrides=None, **settings):
+    model = tiny_model(model_type, dtype, **(overrides or {}))
+    calibration = [tiny_batch(4, 13, seed=7)] if calibrate else None
+    return revffn.convert(model, revffn.ReversibleConfig(**settings), calibration=calibration).train()
+
+
+# --- the twin -------------------------------------------------------------------------------------------------------------
+
+
+def on_grid(x: Tensor, fraction_bits: int) -> Tensor:
+    wide = x.double()
+    rounded = torch.round((x if x.dtype == torch.float64 else x.float()) * 2.0**fraction_bits).to(torch.int32)
+    return wide + (rounded.double() * 2.0**-fraction_bits - wide).detach()
+
+
+def wrapped(stream: Tensor, fraction_bits: int) -> Tensor:
+    """What int32 makes of a stream that has left its range; the gradient passes."""
+    grid = stream.detach() * 2.0**fraction_bits
+    inside = torch.remainder(grid + 2.0**31, 2.0**32) - 2.0**31
+    return stream + (inside - grid) * 2.0**-fraction_bits
+
+
+def read(stream: Tensor, dtype: torch.dtype) -> Tensor:
+    return stream if dtype == torch.float64 else stream.float().to(dtype)
+
+
+@contextlib.contextmanager
+def reference_layers(model, signs: Tensor | None):
+    """While open, `model`'s layers compute the coupled function with plain autograd."""
+    config = model.reversible_config
+    S, halves = config.fraction_bits, config.coupling == "cross_branch"
+    state: dict[str, Tensor] = {}
+    last = len(model.model.layers) - 1
+
+    def forward(layer, hidden, *args, walk=None, **kwargs):
+        k, dtype = layer.layer_index, layer.input_layernorm.weight.dtype
+        dtype = state.setdefault("dtype", hidden.dtype)
+        if halves:
+            if k == 0:
+                state["left"], state["right"] = (on_grid(x, S) for x in hidden.chunk(2, dim=-1))
+            query = state["left"] if config.query_stream == "left" else state["right"]
+            update = cross_attention(layer, read(query, dtype), read(state["right"], dtype), kwargs)
+            state["left"] = wrapped(state["left"] + on_grid(update, S), S)
+            update = half_feed_forward(layer, read(state["left"], dtype))
+            state["right"] = wrapped(state["right"] + on_grid(update, S), S)
+            out = torch.cat([state["left"], state["right"]], dim=-1)
+            return read(out, dtype) if k == last else out
+        if k == 0:
+            state["now"] = on_grid(hidden, S)
+        now = state["now"]
+        x = read(now, dtype)
+        middle = wrapped(now + on_grid(attention(layer, x, kwargs), S), S)
+        following = middle + on_grid(feed_forward(layer, read(middle, dtype)), S)
+        m = layer.coupling.side_bits
+        if m is not None:
+            innovation = state["past"] - now
+            if layer.coupling.predictor is not None:
+                innovation = innovation - on_grid(layer.coupling.predictor(x), S)
+            innovation = wrapped(innovation, S)
+            scaled = innovation * 2.0**-m
+            floored = torch.floor(innovation.detach() * 2.0**S * 2.0**-m) * 2.0**-S
+            scaled = scaled + (floored - scaled).detach()
+            following = following + scaled * (1 if signs is None else signs[k].view(-1, 1, 1))
+        following = wrapped(following, S)
+        state["past"], state["now"] = now, following
+        return read(following, dtype) if k == last else following
+
+    for layer in model.model.layers:
+        layer.forward = MethodType(forward, layer)
+    try:
+        yield
+    finally:
+        for layer in model.model.layers:
+            del layer.forward
+
+
+def draw_signs(model, batch_size: int) -> Tensor | None:
+    config = model.reversible_config
+    if config.coupling != "innovation" or not config.random_sign:
+        return None
+    return 2 * torch.randint(0, 2, (len(model.model.layers), batch_size), dtype=torch.int32) - 1
+
+
+def gradients(model) -> dict[str, Tensor]:
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def run(model, inputs, seed: int = 5) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and gradients through the engine."""
+    torch.manual_seed(seed)
+    loss = model(**inputs).loss
+    loss.backward()
+    return loss.detach(), gradients(model)
+
+
+def run_reference(model, inputs, seed: int = 5) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and gradients of the same function by plain autograd."""
+    torch.manual_seed(seed)
+    signs = draw_signs(model, inputs["input_ids"].shape[0])
+    with plain_layers(model, signs) as plain:
+        loss = plain(**inputs).loss
+        loss.backward()
+    return loss.detach(), gradients(model)
+
+
+def run_truth(model, inputs, seed: int = 5) -> dict[str, Tensor]:
+    """Gradients of the same function in float64 by plain autograd, with the expert choices of the test dtype."""
+    torch.manual_seed(seed)
+    signs = draw_signs(model, inputs["input_ids"].shape[0])
+    choices: list[Tensor] = []
+    with torch.no_grad(), plain_layers(model, signs) as plain, RecordRouting(choices):
+        plain(**inputs)
+    exact = set_dtype(copy.deepcopy(model), torch.float64)
+    with plain_layers(exact, signs) as plain, ReplayRouting(choices):
+        plain(**inputs).loss.backward()
+    return gradients(exact)
+
+
+@contextlib.contextmanager
+def plain_layers(model, signs: Tensor | None):
+    """A model of the same weights that computes the same function without the engine."""
+    if model.reversible_config.coupling == "none":
+        yield revffn.export(model)
+    else:
+        with reference_layers(model, signs):
+            yield model
+
+
+def three_way(model, inputs, seed: int = 5) -> dict:
+    """Engine, plain autograd and float64 agree: the loss bit for bit with plain autograd, every gradient within `TOLERANCE`.
+
+    Returns:
+        The report of the engine's backward walk.
+    """
+    dtype = model.dtype
+    ours_loss, ours = run(model, inputs, seed)
+    report = revffn.reversible_report(model)
+    plain_loss, plain = run_reference(model, inputs, seed)
+    truth = run_truth(model, inputs, seed)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert torch.equal(ours_loss, plain_loss), f"loss {ours_loss.item()!r}, plain autograd {plain_loss.item()!r}"
+    assert set(ours) == set(plain) == set(truth) == trainable
+    for name in ours:
+        assert_no_worse(ours[name], plain[name], truth[name], dtype, name)
+    return report
+
+
+def assert_no_worse(ours: Tensor, plain: Tensor, truth: Tensor, dtype: torch.dtype, name: str = "") -> None:
+    """Our error against `truth` is at most plain autograd's plus the tolerance of `dtype`, element by element."""
+    truth = truth.double()
+    scale = truth.abs().max().clamp_min(1e-6)
+    excess = ((ours.double() - truth).abs() - (plain.double() - truth).abs()) / scale - TOLERANCE[dtype]
+    assert bool((excess <= 0).all()), f"{name}: worst excess {excess.max():.3e} at index {int(excess.argmax())}"
+
+
+# --- rebuilt states ---------------------------------------------------------------------------------------------------------
+
+
+class States:
+    """The streams that entered every step of forward, and whether backward found the same bits again."""
+
+    def __init__(self):
+        self.num_steps = 0
+        self.rebuilt: list[bool] = []
+
+    def assert_exact(self) -> None:
+        assert self.num_steps > 0
+        assert len(self.rebuilt) == self.num_steps, f"{len(self.rebuilt)} of {self.num_steps} steps were walked back"
+        assert all(self.rebuilt), f"{self.rebuilt.count(False)} of {self.num_steps} rebuilt states differ"
+
+
+@contextlib.contextmanager
+def captured_states() -> Iterator[States]:
+    """Copy the streams before every step of forward and compare them after the same step of backward.
+
+    Looks at nothing that the engine checks itself (no checksum): it copies all streams.
+    """
+    states = States()
+    steps = (InnovationStep, AdditiveStep)
+    originals = [(step.__dict__["forward"], step.__dict__["backward"]) for step in steps]
+
+    def wrap(forward, backward):
+        def new_forward(ctx, *args):
+            tile = next(a for a in args if isinstance(a, Tile))
+            ctx.before = [stream.clone() for stream in tile.streams]
+            states.num_steps += 1
+            return forward(ctx, *args)
+
+        def new_backward(ctx, *grads):
+            out = backward(ctx, *grads)
+            same = all(torch.equal(a, b) for a, b in zip(ctx.before, ctx.tile.streams, strict=True))
+            states.rebuilt.append(same)
+            return out
+
+        return staticmethod(new_forward), staticmethod(new_backward)
+
+    for step in steps:
+        step.forward, step.backward = wrap(step.forward, step.backward)
+    try:
+        yield states
+    finally:
+        for step, (forward, backward) in zip(steps, originals, strict=True):
+            step.forward, step.backward = forward, backward
+
+
+# --- bytes ----------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def saved_bytes(model):
+    """Count the bytes that autograd keeps for backward, each storage once, parameters not."""
+    seen: dict[int, Tensor] = {}
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    counted = {"bytes": 0}
+
+    def pack(tensor: Tensor) -> Tensor:
+        key = tensor.untyped_storage().data_ptr()
+        if key not in parameters and key not in seen:
+            seen[key] = tensor  # keeps the address from being used again
+            counted["bytes"] += tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        yield counted
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of every storage that an operation returned and that is still alive; works on fake tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self.add(leaf)
+        return out
+
+    def add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self.seen:
+            return
+        nbytes = storage.nbytes()
+        self.seen.add(key)
+        self.live += nbytes
+        self.peak = max(self.peak, self.live)
+
+        def gone():
+            self.seen.discard(key)
+            self.live -= nbytes
+
+        weakref.finalize(storage, gone)
