@@ -23,7 +23,7 @@ from transformers import initialization
 from .config import ReversibleConfig
 from .couplings import innovation_forward, innovation_inverse, quantize
 from .reversible import (
-    AddOnGrid,
+    AddUpdate,
     Enter,
     Evaluation,
     Finish,
@@ -139,10 +139,10 @@ def feed_forward(layer: nn.Module, hidden: Tensor, sums: dict[str, GradientSum] 
 
 
 class GradientSum:
-    """The gradient of one expert parameter while the walk is in its layer: one buffer for all tiles."""
+    """The gradient of one expert parameter while the walk is in its layer: one buffer for all tiles and chunks."""
 
-    def __init__(self, num_tiles: int):
-        self.num_tiles, self.seen = num_tiles, 0
+    def __init__(self, num_uses: int):
+        self.num_uses, self.seen = num_uses, 0
         self.total: Tensor | None = None
 
 
@@ -164,7 +164,7 @@ class SumOverTiles(Function):
         its = ctx.gradient_sum
         its.total = grad if its.total is None else its.total.add_(grad)
         its.seen += 1
-        if its.seen < its.num_tiles:
+        if its.seen < its.num_uses:
             return None, None
         total, its.total, its.seen = its.total, None, 0
         return total, None
@@ -187,13 +187,13 @@ class TiledExperts(nn.Module):
         return views[name]
 
 
-def expert_sums(layer: nn.Module, num_tiles: int) -> dict[str, GradientSum]:
-    """A `GradientSum` for every fused expert parameter (E, ., .) that trains; none where there is one tile."""
+def expert_sums(layer: nn.Module, num_uses: int) -> dict[str, GradientSum]:
+    """A `GradientSum` for every fused expert parameter (E, ., .) that trains; none where the experts are used once."""
     experts = getattr(layer.mlp, "experts", None)
-    if experts is None or num_tiles == 1 or not torch.is_grad_enabled():
+    if experts is None or num_uses == 1 or not torch.is_grad_enabled():
         return {}
     named = experts.named_parameters(recurse=False)
-    return {name: GradientSum(num_tiles) for name, parameter in named if parameter.dim() == 3 and parameter.requires_grad}
+    return {name: GradientSum(num_uses) for name, parameter in named if parameter.dim() == 3 and parameter.requires_grad}
 
 
 @contextlib.contextmanager
@@ -251,95 +251,202 @@ def uses_rng(layer: nn.Module) -> bool:
 # --- steps ----------------------------------------------------------------------------------------------------------------
 
 
+class InnovationMove:
+    """One layer's move (s_{k-1}, s_k) -> (s_k, s_{k+1}) of one tile; what its nodes share.
+
+    The feed-forward may run in several chunks of tokens. The inverse is elementwise, so in backward every chunk is evaluated,
+    inverted and differentiated before the next one is: no chunk's activations wait for another's.
+    """
+
+    def __init__(self, walk: Walk, tile: Tile, k: int, m: int | None, chunks: list[slice]):
+        self.walk, self.tile, self.k, self.m, self.chunks = walk, tile, k, m, chunks
+        self.fraction_bits = walk.config.fraction_bits
+        # Alive only while forward or backward is inside the layer.
+        self.middle: Tensor | None = None
+        self.predicted: Tensor | None = None
+        self.prev: Tensor | None = None
+        self.bits: tuple[Tensor, ...] = ()
+        self.num_left = 0
+
+    def sign(self) -> Tensor | None:
+        walk = self.walk
+        return None if walk.signs is None else walk.signs[self.k, self.tile.rows].view(-1, 1, 1)
+
+    def grid_prediction(self, rows: slice) -> Tensor | None:
+        return None if self.predicted is None else quantize(self.predicted[:, rows], self.fraction_bits)
+
+    def forward(self, updated: Tensor) -> tuple[Tensor, ...]:
+        """Move the streams on; returns the tensors that the inverse needs: packed bits per chunk, or a plain layer's past."""
+        prev, cur = self.tile.streams
+        kept: list[Tensor] = []
+        if self.m is None:
+            following = updated
+            kept = [prev] if self.k else []
+        else:
+            parts = []
+            for rows in self.chunks:
+                part, bits = innovation_forward(
+                    prev[:, rows], cur[:, rows], updated[:, rows], self.grid_prediction(rows), self.sign(), self.m
+                )
+                parts.append(part)
+                kept += [] if bits is None else [bits]
+            following = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        self.tile.streams, self.tile.position = [cur, following], self.k + 1
+        self.walk.remember(self.tile, following)
+        return tuple(kept)
+
+    def invert(self, index: int, mlp: Tensor) -> None:
+        """Recover the past of one chunk from its feed-forward's result; after the last chunk move the streams back."""
+        rows, tile, walk, k = self.chunks[index], self.tile, self.walk, self.k
+        cur, following = tile.streams
+        updated = self.middle[:, rows] + quantize(mlp, self.fraction_bits)
+        if self.m is None:
+            if walk.config.verify != "off" and is_concrete(updated):
+                walk.note_verdict(f"output of layer {k}", (updated != following[:, rows]).any())
+            past = self.bits[0][:, rows] if k else cur[:, rows]
+        else:
+            past = innovation_inverse(
+                following[:, rows],
+                cur[:, rows],
+                updated,
+                self.grid_prediction(rows),
+                self.sign(),
+                self.bits[index] if self.m else None,
+                self.m,
+            )
+        if len(self.chunks) == 1:
+            self.prev = past
+        else:
+            self.prev = torch.empty_like(cur) if self.prev is None else self.prev
+            self.prev[:, rows] = past
+        self.num_left -= 1
+        if self.num_left == 0:
+            tile.streams, tile.position = [self.prev, cur], k
+            self.middle = self.predicted = self.prev = None
+            self.bits = ()
+            if self.m is not None:
+                walk.verify(tile, k - 1, tile.streams[0], f"input of layer {k - 1}")
+
+
 class InnovationStep(Function):
-    """(s_{k-1}, s_k) -> (s_k, s_{k+1}) on the streams of one tile; carriers and the gradient's path through the floats."""
+    """The coupling itself: carriers of s_{k-1}, s_k, s_k + f_k(s_k) and the prediction -> carrier of s_{k+1}.
+
+    Its backward is the layer's first node: it evaluates the attention on s_k, for everything below.
+    """
 
     @staticmethod
-    def forward(ctx, past, now, attn, mlp, predicted, middle, walk, tile, k, m, evaluation):
-        ctx.walk, ctx.tile, ctx.k, ctx.m, ctx.evaluation = walk, tile, k, m, evaluation
-        ctx.dtypes = attn.dtype, mlp.dtype, None if predicted is None else predicted.dtype
-        fraction_bits = walk.config.fraction_bits
-        prev, cur = tile.streams
-        updated = middle + quantize(mlp, fraction_bits)
-        if m is None:
-            following, kept = updated, (prev if k else None)
-        else:
-            grid = None if predicted is None else quantize(predicted, fraction_bits)
-            following, kept = innovation_forward(prev, cur, updated, grid, signs_of(walk, tile, k), m)
-        tile.streams, tile.position = [cur, following], k + 1
-        walk.remember(tile, following)
-        ctx.has_kept = kept is not None
-        ctx.save_for_backward(*(() if kept is None else (kept,)), *evaluation.side_tensors())
+    def forward(ctx, past: Tensor, now: Tensor, updated: Tensor, predicted: Tensor | None, move, evaluation):
+        ctx.move, ctx.evaluation = move, evaluation
+        ctx.predicted_dtype = None if predicted is None else predicted.dtype
+        move.predicted = predicted
+        kept = move.forward(move.middle)
+        move.middle = move.predicted = None
+        ctx.num_kept = len(kept)
+        ctx.save_for_backward(*kept, *evaluation.side_tensors())
         return carrier_like(now.shape, now.device, now.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        walk, tile, k, m, evaluation = ctx.walk, ctx.tile, ctx.k, ctx.m, ctx.evaluation
-        walk.expect(tile, k)
-        kept, *side = ctx.saved_tensors if ctx.has_kept else (None, *ctx.saved_tensors)
-        evaluation.restore_side_tensors(side)
-        make_current(tile, evaluation)
-        fraction_bits = walk.config.fraction_bits
-        cur, following = tile.streams
-        attn, mlp, predicted, middle = unpack_innovation(evaluation.again(cur))
-        updated = middle + quantize(mlp, fraction_bits)
-        sign = None if m is None else signs_of(walk, tile, k)
-        if m is None:
-            prev = kept if k else cur
-            if walk.config.verify != "off" and is_concrete(cur):
-                walk.verify(tile, k + 1, updated, f"output of layer {k}")
-        else:
-            grid = None if predicted is None else quantize(predicted, fraction_bits)
-            prev = innovation_inverse(following, cur, updated, grid, sign, kept, m)
-            walk.verify(tile, k - 1, prev, f"input of layer {k - 1}")
-        tile.streams, tile.position = [prev, cur], k
-        attn_dtype, mlp_dtype, predicted_dtype = ctx.dtypes
-        out = grad.to(mlp_dtype)
-        rest = (None,) * 6
-        if m is None:
-            return None, grad, out.to(attn_dtype), out, None, *rest
-        grad_past = grad * 2.0**-m
+        move, evaluation = ctx.move, ctx.evaluation
+        walk, tile = move.walk, move.tile
+        walk.expect(tile, move.k)
+        move.bits = ctx.saved_tensors[: ctx.num_kept]
+        evaluation.restore_side_tensors(ctx.saved_tensors[ctx.num_kept :])
+        tile.make_current("attention", evaluation)
+        cur = tile.streams[0]
+        attn, *predicted = evaluation.again(cur)
+        move.middle = cur + quantize(attn, move.fraction_bits)
+        move.predicted = predicted[0] if predicted else None
+        move.num_left = len(move.chunks)
+        if move.m is None:
+            return None, None, grad, None, None, None
+        grad_past = grad * 2.0**-move.m
+        sign = move.sign()
         if sign is not None:
-            grad_past = grad_past * sign
-        grad_predicted = None if predicted_dtype is None else (-grad_past).to(predicted_dtype)
-        return grad_past, grad - grad_past, out.to(attn_dtype), out, grad_predicted, *rest
+            grad_past *= sign
+        grad_predicted = None if ctx.predicted_dtype is None else (-grad_past).to(ctx.predicted_dtype)
+        return grad_past, -grad_past, grad, grad_predicted, None, None
 
 
-def signs_of(walk: Walk, tile: Tile, k: int) -> Tensor | None:
-    return None if walk.signs is None else walk.signs[k, tile.rows].view(-1, 1, 1)
+class FeedStep(Function):
+    """Adds one chunk's feed-forward to the middle state, in place on the grid; in backward evaluates it and inverts the chunk."""
+
+    @staticmethod
+    def forward(ctx, middle: Tensor, mlp: Tensor, move: InnovationMove, index: int, evaluation: Evaluation):
+        ctx.move, ctx.index, ctx.evaluation, ctx.dtype = move, index, evaluation, mlp.dtype
+        move.middle[:, move.chunks[index]] += quantize(mlp, move.fraction_bits)
+        ctx.save_for_backward(*evaluation.side_tensors())
+        return middle.view_as(middle)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        move, evaluation = ctx.move, ctx.evaluation
+        evaluation.restore_side_tensors(ctx.saved_tensors)
+        move.tile.make_current("feed_forward", evaluation)
+        (mlp,) = evaluation.again(move.middle[:, move.chunks[ctx.index]])
+        move.invert(ctx.index, mlp)
+        return grad, grad.to(ctx.dtype), None, None, None
 
 
-def make_current(tile: Tile, evaluation: Evaluation) -> None:
-    """Forget recomputed tensors that no node of the step above asked for (frozen inputs), and begin the next step's."""
-    if tile.evaluation is not None and tile.evaluation is not evaluation:
-        tile.evaluation.recomputed = None
-    tile.evaluation = evaluation
+class SplitTokens(Function):
+    """A carrier (b, T, D) -> one carrier per chunk of tokens."""
+
+    @staticmethod
+    def forward(ctx, carrier: Tensor, chunks: list[slice]):
+        return tuple(carrier[:, rows] for rows in chunks)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor):
+        return torch.cat(grads, dim=1), None
 
 
-def unpack_innovation(outputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    attn, mlp, middle, *predicted = outputs
-    return attn, mlp, predicted[0] if predicted else None, middle
+class JoinTokens(Function):
+    """Inverse of `SplitTokens`."""
+
+    @staticmethod
+    def forward(ctx, shape: torch.Size, chunks: list[slice], *parts: Tensor):
+        ctx.chunks = chunks
+        return carrier_like(shape, parts[0].device, parts[0].dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        return None, None, *(grad[:, rows] for rows in ctx.chunks)
 
 
 def innovation_step(
     layer: nn.Module, walk: Walk, tile: Tile, kwargs_handle: Any, sums: dict[str, GradientSum], past: Tensor, now: Tensor
 ) -> tuple[Tensor, Tensor]:
     fraction_bits, dtype = walk.config.fraction_bits, walk.dtype
-    predictor, m = layer.coupling.predictor, layer.coupling.side_bits
+    predictor = layer.coupling.predictor
 
-    def function(carrier: Tensor, stream: Tensor) -> tuple[Tensor, ...]:
+    def attend(carrier: Tensor, stream: Tensor) -> tuple[Tensor, ...]:
         x = Read.apply(carrier, stream, fraction_bits, dtype)
         attn = attention(layer, x, walk.fetch(kwargs_handle, tile))
-        hidden, middle = AddOnGrid.apply(x, attn, stream, fraction_bits)
-        mlp = feed_forward(layer, hidden, sums)
-        return (attn, mlp, middle) if predictor is None else (attn, mlp, middle, predictor(x))
+        return (attn,) if predictor is None else (attn, predictor(x))
 
-    evaluation = Evaluation(function, now.device, uses_rng(layer))
-    attn, mlp, predicted, middle = unpack_innovation(evaluation.first((now,), (tile.streams[1],)))
-    following = InnovationStep.apply(
-        past, now, attn, mlp, predicted, middle, walk, tile, layer.layer_index, m, evaluation
-    )
+    def feed(carrier: Tensor, stream: Tensor) -> tuple[Tensor]:
+        return (feed_forward(layer, Read.apply(carrier, stream, fraction_bits, dtype), sums),)
+
+    rng, device = uses_rng(layer), now.device
+    chunks = walk.token_chunks(now.shape[1])
+    move = InnovationMove(walk, tile, layer.layer_index, layer.coupling.side_bits, chunks)
+    attend_evaluation = Evaluation(attend, device, rng)
+    cur = tile.streams[1]
+    attn, *predicted = attend_evaluation.first((now,), (cur,))
+    middle = AddUpdate.apply(now, attn)
+    move.middle = cur + quantize(attn.detach(), fraction_bits)
+    pieces = SplitTokens.apply(middle, chunks) if len(chunks) > 1 else (middle,)
+    parts = []
+    for index, (piece, rows) in enumerate(zip(pieces, chunks, strict=True)):
+        evaluation = Evaluation(feed, device, rng)
+        (mlp,) = evaluation.first((piece,), (move.middle[:, rows],))
+        parts.append(FeedStep.apply(piece, mlp, move, index, evaluation))
+    updated = JoinTokens.apply(now.shape, chunks, *parts) if len(chunks) > 1 else parts[0]
+    following = InnovationStep.apply(past, now, updated, predicted[0] if predicted else None, move, attend_evaluation)
     return now, following
 
 
@@ -381,12 +488,12 @@ class AdditiveStep(Function):
         walk.expect(tile, 2 * k + which)
         kept, side = ctx.saved_tensors[: ctx.num_kept], ctx.saved_tensors[ctx.num_kept :]
         evaluation.restore_side_tensors(side)
-        make_current(tile, evaluation)
+        tile.make_current(("attention", "feed_forward")[which], evaluation)
         y = tile.streams[which]
         if ctx.anchored:
             tile.streams = list(kept)
             evaluation.again(*[tile.streams[i] for i in reads])
-            walk.report.note_layer(k, anchored=True, unconverged=0.0, iterations=1)
+            walk.report.note_layer(k, anchored=1, iterations=1)
         elif which not in reads:
             (update,) = evaluation.again(*[tile.streams[i] for i in reads])
             tile.streams[which] = y - quantize(update, walk.config.fraction_bits)
@@ -533,7 +640,10 @@ def run_on_streams(step: Step, layer: ReversibleLayer, walk: Walk, hidden_states
         carriers = Start.apply(hidden_states, walk, split, JOIN_GRADS[halves])
     else:
         carriers = Enter.apply(hidden_states, *walk.carriers)
-    handle, sums = walk.stash(kwargs), expert_sums(layer, len(walk.tiles))
+    handle = walk.stash(kwargs)
+    # cross_branch feeds a tile at once.
+    num_chunks = len(walk.token_chunks(hidden_states.shape[1])) if walk.config.coupling == "innovation" else 1
+    sums = expert_sums(layer, len(walk.tiles) * num_chunks)
     moved: list[Tensor] = []
     for i, tile in enumerate(walk.tiles):
         moved += step(layer, walk, tile, handle, sums, carriers[2 * i], carriers[2 * i + 1])

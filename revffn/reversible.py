@@ -55,8 +55,16 @@ class Tile:
     position: int = 0
     """Number of steps between the embedding and `streams`."""
     checksums: list[Tensor] | Tensor | None = None
-    evaluation: Evaluation | None = None
-    """Whose recomputed tensors are alive."""
+    evaluations: dict[str, Evaluation] = field(default_factory=dict)
+    """Whose recomputed tensors are alive, by the part of the layer they belong to."""
+
+    def make_current(self, part: str, evaluation: Evaluation | None) -> None:
+        """Forget what no node of the step above asked for (inputs that need no gradient) before the next is recomputed."""
+        previous = self.evaluations.pop(part, None)
+        if previous is not None and previous is not evaluation:
+            previous.recomputed = None
+        if evaluation is not None:
+            self.evaluations[part] = evaluation
 
 
 class Walk:
@@ -126,6 +134,11 @@ class Walk:
             rows = max(1, min(batch_size, self.config.tile_tokens // num_tokens))
         self.tiles = [Tile(slice(i, min(i + rows, batch_size))) for i in range(0, batch_size, rows)]
 
+    def token_chunks(self, num_tokens: int) -> list[slice]:
+        """How a sequence longer than `tile_tokens` is cut for the feed-forward."""
+        size = min(self.config.tile_tokens or num_tokens, num_tokens)
+        return [slice(i, min(i + size, num_tokens)) for i in range(0, num_tokens, size)]
+
     def expect(self, tile: Tile, position: int) -> None:
         """Raise unless `tile` stands right above the step at `position`."""
         if tile.streams[1] is None or tile.position != position + 1:
@@ -148,9 +161,12 @@ class Walk:
         """Backward: compare a rebuilt state with the checksum that `remember` noted as number `index`."""
         if self.config.verify == "off" or not is_concrete(stream):
             return
-        differs = checksum(stream) != tile.checksums[index]
+        self.note_verdict(name, checksum(stream) != tile.checksums[index], exact)
+
+    def note_verdict(self, name: str, differs: Tensor, exact: bool = True) -> None:
+        """`differs`: 0-dim bool. Looked at once per walk, except on a CPU, where looking costs nothing."""
         self.verdicts.append((name, differs))
-        if exact and self.config.verify == "raise" and stream.device.type == "cpu" and bool(differs):
+        if exact and self.config.verify == "raise" and differs.device.type == "cpu" and bool(differs):
             self.close(aborted=True)
             raise mismatch([name])
 
@@ -159,9 +175,8 @@ class Walk:
         verdicts, self.verdicts = self.verdicts, []
         for tile in self.tiles:
             tile.streams, tile.checksums = [None, None], None
-            if tile.evaluation is not None:
-                tile.evaluation.recomputed = None
-                tile.evaluation = None
+            for part in list(tile.evaluations):
+                tile.make_current(part, None)
         self.kept, self.signs = [], None
         wrong: list[str] = []
         if verdicts:
@@ -194,8 +209,14 @@ class Report:
         self.layers: dict[int, dict[str, Any]] = {}
         self.anchors: set[int] = set()
 
-    def note_layer(self, layer: int, **values: Any) -> None:
-        self.layers.setdefault(layer, {}).update(values)
+    def note_layer(self, layer: int, **values: Tensor | int) -> None:
+        """Note measurements of one layer and tile; the worst tile counts."""
+        noted = self.layers.setdefault(layer, {})
+        for name, value in values.items():
+            if name not in noted:
+                noted[name] = value
+            else:
+                noted[name] = torch.maximum(noted[name], value) if isinstance(value, Tensor) else max(noted[name], value)
 
     def finish(self, num_verified: int, mismatched: list[str], largest: Tensor | None) -> None:
         self.walks += 1
@@ -212,14 +233,13 @@ class Report:
     def judge_fixed_point(self, config: ReversibleConfig) -> None:
         worst, where = 0.0, None
         for layer, values in self.layers.items():
-            if isinstance(values.get("unconverged"), Tensor):
-                values["unconverged"] = values["unconverged"].item()
-            if isinstance(values.get("canary_error"), Tensor):
-                values["canary_error"] = values["canary_error"].item()
-            if values.get("unconverged", 0.0) > config.max_unconverged and layer not in self.anchors:
+            if not all(is_concrete(v) for v in values.values() if isinstance(v, Tensor)):
+                return
+            measured = {name: float(v) for name, v in values.items()}
+            if measured.get("unconverged", 0.0) > config.max_unconverged:
                 self.anchors.add(layer)
-            error = values.get("canary_error", 0.0)
-            if error > worst or error != error:
+            error = measured.get("canary_error", 0.0)
+            if not error <= worst:
                 worst, where = error, layer
         if config.verify == "raise" and not worst <= config.max_drift:
             raise StateMismatchError(
@@ -240,7 +260,7 @@ class Report:
             "saturated": largest >= SATURATION,
             "anchor_layers": sorted(self.anchors),
             "layers": {
-                layer: {name: v.item() if isinstance(v, Tensor) else v for name, v in values.items()}
+                layer: {name: v.item() if isinstance(v, Tensor) and is_concrete(v) else v for name, v in values.items()}
                 for layer, values in sorted(self.layers.items())
             },
         }
@@ -385,20 +405,18 @@ class Read(Function):
         return grad.to(ctx.carrier_dtype), None, None, None
 
 
-class AddOnGrid(Function):
-    """x, f -> value of (stream + f on the grid), and that stream: a residual addition that is not done in bf16."""
+class AddUpdate(Function):
+    """carrier of a stream, sublayer's result -> carrier of their sum, which is taken on the grid beside the graph."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, update: Tensor, stream: Tensor, fraction_bits: int):
+    def forward(ctx, carrier: Tensor, update: Tensor):
         ctx.update_dtype = update.dtype
-        total = stream + quantize(update, fraction_bits)
-        ctx.mark_non_differentiable(total)
-        return dequantize(total, fraction_bits, x.dtype), total
+        return carrier.view_as(carrier)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor, _):
-        return grad, grad.to(ctx.update_dtype), None, None
+    def backward(ctx, grad: Tensor):
+        return grad, grad.to(ctx.update_dtype)
 
 
 class Start(Function):
@@ -460,12 +478,12 @@ class Finish(Function):
         for i, (tile, evaluation) in enumerate(zip(walk.tiles, ctx.evaluations, strict=True)):
             tile.streams, tile.position = tensors[2 * i : 2 * i + 2], ctx.positions[i]
             tile.checksums = tensors[2 * n + i] if ctx.verified else None
-            tile.evaluation = evaluation
+            tile.make_current("attention", evaluation)
             evaluation.again(*[tile.streams[j] for j in ctx.reads])
         if ctx.signed:
             walk.signs = tensors.pop()
         walk.kept = tensors[len(tensors) - ctx.num_kept :] if ctx.num_kept else []
-        walk.verdicts = []
+        walk.verdicts, walk.report.layers = [], {}
         torch.autograd.Variable._execution_engine.queue_callback(walk.close)
         return (None, None, None, *(grad[tile.rows] for tile in walk.tiles))
 
