@@ -21,9 +21,8 @@ from torch.autograd.function import once_differentiable
 from transformers import initialization
 
 from .config import ReversibleConfig
-from .couplings import innovation_forward, innovation_inverse, quantize
+from .couplings import dequantize, innovation_forward, innovation_inverse, quantize
 from .reversible import (
-    AddUpdate,
     Enter,
     Evaluation,
     Finish,
@@ -261,12 +260,15 @@ class InnovationMove:
     def __init__(self, walk: Walk, tile: Tile, k: int, m: int | None, chunks: list[slice]):
         self.walk, self.tile, self.k, self.m, self.chunks = walk, tile, k, m, chunks
         self.fraction_bits = walk.config.fraction_bits
-        # Alive only while forward or backward is inside the layer.
+        # Alive only while forward or backward is inside the layer. Forward: the middle state on the grid; backward: what
+        # the attention added to s_k, from which every chunk takes its middle state.
         self.middle: Tensor | None = None
+        self.attn: Tensor | None = None
         self.predicted: Tensor | None = None
         self.prev: Tensor | None = None
         self.bits: tuple[Tensor, ...] = ()
         self.num_left = 0
+        self.grad_mlp: Tensor | None = None
 
     def sign(self) -> Tensor | None:
         walk = self.walk
@@ -295,11 +297,15 @@ class InnovationMove:
         self.walk.remember(self.tile, following)
         return tuple(kept)
 
-    def invert(self, index: int, mlp: Tensor) -> None:
+    def middle_of(self, rows: slice) -> Tensor:
+        """Backward: the middle state of one chunk."""
+        return self.tile.streams[0][:, rows] + quantize(self.attn[:, rows], self.fraction_bits)
+
+    def invert(self, index: int, middle: Tensor, mlp: Tensor) -> None:
         """Recover the past of one chunk from its feed-forward's result; after the last chunk move the streams back."""
         rows, tile, walk, k = self.chunks[index], self.tile, self.walk, self.k
         cur, following = tile.streams
-        updated = self.middle[:, rows] + quantize(mlp, self.fraction_bits)
+        updated = middle + quantize(mlp, self.fraction_bits)
         if self.m is None:
             if walk.config.verify != "off" and is_concrete(updated):
                 walk.note_verdict(f"output of layer {k}", (updated != following[:, rows]).any())
@@ -317,60 +323,90 @@ class InnovationMove:
         if len(self.chunks) == 1:
             self.prev = past
         else:
-            self.prev = torch.empty_like(cur) if self.prev is None else self.prev
+            if self.prev is None:
+                # s_{k+1} is not needed once inverted; the last layer's is autograd's, for a second walk.
+                self.prev = torch.empty_like(cur) if k == walk.num_layers - 1 else following
             self.prev[:, rows] = past
         self.num_left -= 1
         if self.num_left == 0:
             tile.streams, tile.position = [self.prev, cur], k
-            self.middle = self.predicted = self.prev = None
+            self.attn = self.predicted = self.prev = None
             self.bits = ()
             if self.m is not None:
                 walk.verify(tile, k - 1, tile.streams[0], f"input of layer {k - 1}")
 
 
 class InnovationStep(Function):
-    """The coupling itself: carriers of s_{k-1}, s_k, s_k + f_k(s_k) and the prediction -> carrier of s_{k+1}.
+    """The coupling itself: carriers of s_{k-1} and s_k + f_k(s_k) -> carrier of s_{k+1}.
 
-    Its backward is the layer's first node: it evaluates the attention on s_k, for everything below.
+    Its backward is the layer's first node: it evaluates the attention on s_k, for everything below. The gain is applied by
+    `Attended`, the layer's last node but the attention's own, so that one gradient of the state is alive in between.
     """
 
     @staticmethod
-    def forward(ctx, past: Tensor, now: Tensor, updated: Tensor, predicted: Tensor | None, move, evaluation):
+    def forward(ctx, past: Tensor, updated: Tensor, predicted: Tensor | None, move, evaluation):
         ctx.move, ctx.evaluation = move, evaluation
-        ctx.predicted_dtype = None if predicted is None else predicted.dtype
         move.predicted = predicted
         kept = move.forward(move.middle)
         move.middle = move.predicted = None
         ctx.num_kept = len(kept)
         ctx.save_for_backward(*kept, *evaluation.side_tensors())
-        return carrier_like(now.shape, now.device, now.dtype)
+        return carrier_like(past.shape, past.device, past.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         move, evaluation = ctx.move, ctx.evaluation
-        walk, tile = move.walk, move.tile
-        walk.expect(tile, move.k)
+        tile = move.tile
+        move.walk.expect(tile, move.k)
         move.bits = ctx.saved_tensors[: ctx.num_kept]
         evaluation.restore_side_tensors(ctx.saved_tensors[ctx.num_kept :])
         tile.make_current("attention", evaluation)
-        cur = tile.streams[0]
-        attn, *predicted = evaluation.again(cur)
-        move.middle = cur + quantize(attn, move.fraction_bits)
+        move.attn, *predicted = evaluation.again(tile.streams[0])
         move.predicted = predicted[0] if predicted else None
         move.num_left = len(move.chunks)
-        if move.m is None:
-            return None, None, grad, None, None, None
+        return None if move.m is None else grad, grad, None, None, None
+
+
+class Attended(Function):
+    """Carriers of s_{k-1} and s_k, attention and prediction -> carriers of s_{k-1} and of the middle state.
+
+    The values are added on the grid, beside the graph. Backward has the coupling's gradient: with d = the gradient of s_{k+1}
+    and g = sign * 2**-m, s_{k-1} gets g d, s_k gets the middle state's less g d, the prediction gets -g d.
+    """
+
+    @staticmethod
+    def forward(ctx, past: Tensor, now: Tensor, attn: Tensor, predicted: Tensor | None, move: InnovationMove):
+        ctx.move, ctx.dtypes = move, (attn.dtype, None if predicted is None else predicted.dtype)
+        ctx.set_materialize_grads(False)
+        return past.view_as(past), now.view_as(now)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor | None, grad_middle: Tensor):
+        move, (attn_dtype, predicted_dtype) = ctx.move, ctx.dtypes
+        ours = move.grad_mlp is not None
+        if ours:
+            grad_middle, move.grad_mlp = grad_middle + move.grad_mlp, None
+        grad_attn = grad_middle.to(attn_dtype)
+        # In place only where the tensor is ours, and not handed on as the attention's gradient.
+        ours = ours and grad_attn is not grad_middle
+        if grad is None:
+            return None, grad_middle, grad_attn, None, None
         grad_past = grad * 2.0**-move.m
         sign = move.sign()
         if sign is not None:
             grad_past *= sign
-        grad_predicted = None if ctx.predicted_dtype is None else (-grad_past).to(ctx.predicted_dtype)
-        return grad_past, -grad_past, grad, grad_predicted, None, None
+        grad_predicted = None if predicted_dtype is None else -grad_past.to(predicted_dtype)
+        grad_now = grad_middle.sub_(grad_past) if ours else grad_middle - grad_past
+        return grad_past, grad_now, grad_attn, grad_predicted, None
 
 
 class FeedStep(Function):
-    """Adds one chunk's feed-forward to the middle state, in place on the grid; in backward evaluates it and inverts the chunk."""
+    """Adds one chunk's feed-forward to the middle state, on the grid; in backward evaluates it and inverts the chunk.
+
+    Takes and returns the carrier of the whole state; backward passes the gradient through.
+    """
 
     @staticmethod
     def forward(ctx, middle: Tensor, mlp: Tensor, move: InnovationMove, index: int, evaluation: Evaluation):
@@ -383,38 +419,32 @@ class FeedStep(Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         move, evaluation = ctx.move, ctx.evaluation
+        rows = move.chunks[ctx.index]
         evaluation.restore_side_tensors(ctx.saved_tensors)
         move.tile.make_current("feed_forward", evaluation)
-        (mlp,) = evaluation.again(move.middle[:, move.chunks[ctx.index]])
-        move.invert(ctx.index, mlp)
-        return grad, grad.to(ctx.dtype), None, None, None
+        middle = move.middle_of(rows)
+        (mlp,) = evaluation.again(middle)
+        move.invert(ctx.index, middle, mlp)
+        return grad, grad[:, rows].to(ctx.dtype), None, None, None
 
 
-class SplitTokens(Function):
-    """A carrier (b, T, D) -> one carrier per chunk of tokens."""
-
-    @staticmethod
-    def forward(ctx, carrier: Tensor, chunks: list[slice]):
-        return tuple(carrier[:, rows] for rows in chunks)
+class ReadChunk(Function):
+    """`Read` for one chunk of several: its gradient goes into a buffer that `Attended`, which waits for it, adds."""
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads: Tensor):
-        return torch.cat(grads, dim=1), None
-
-
-class JoinTokens(Function):
-    """Inverse of `SplitTokens`."""
-
-    @staticmethod
-    def forward(ctx, shape: torch.Size, chunks: list[slice], *parts: Tensor):
-        ctx.chunks = chunks
-        return carrier_like(shape, parts[0].device, parts[0].dtype)
+    def forward(ctx, carrier: Tensor, stream: Tensor, fraction_bits: int, dtype: torch.dtype, move: InnovationMove, rows: slice):
+        ctx.move, ctx.rows, ctx.shape = move, rows, carrier.shape
+        return dequantize(stream, fraction_bits, dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        return None, None, *(grad[:, rows] for rows in ctx.chunks)
+        move = ctx.move
+        if move.grad_mlp is None:
+            # Every row is written by exactly one chunk.
+            move.grad_mlp = grad.new_zeros(ctx.shape)
+        move.grad_mlp[:, ctx.rows] = grad
+        return None, None, None, None, None, None
 
 
 def innovation_step(
@@ -428,25 +458,29 @@ def innovation_step(
         attn = attention(layer, x, walk.fetch(kwargs_handle, tile))
         return (attn,) if predictor is None else (attn, predictor(x))
 
-    def feed(carrier: Tensor, stream: Tensor) -> tuple[Tensor]:
-        return (feed_forward(layer, Read.apply(carrier, stream, fraction_bits, dtype), sums),)
-
-    rng, device = uses_rng(layer), now.device
     chunks = walk.token_chunks(now.shape[1])
     move = InnovationMove(walk, tile, layer.layer_index, layer.coupling.side_bits, chunks)
+
+    def feed(carrier: Tensor, stream: Tensor, rows: slice) -> tuple[Tensor]:
+        if len(chunks) == 1:
+            hidden = Read.apply(carrier, stream, fraction_bits, dtype)
+        else:
+            hidden = ReadChunk.apply(carrier, stream, fraction_bits, dtype, move, rows)
+        return (feed_forward(layer, hidden, sums),)
+
+    rng, device = uses_rng(layer), now.device
     attend_evaluation = Evaluation(attend, device, rng)
     cur = tile.streams[1]
     attn, *predicted = attend_evaluation.first((now,), (cur,))
-    middle = AddUpdate.apply(now, attn)
+    predicted = predicted[0] if predicted else None
+    kept_past, middle = Attended.apply(past, now, attn, predicted, move)
     move.middle = cur + quantize(attn.detach(), fraction_bits)
-    pieces = SplitTokens.apply(middle, chunks) if len(chunks) > 1 else (middle,)
-    parts = []
-    for index, (piece, rows) in enumerate(zip(pieces, chunks, strict=True)):
-        evaluation = Evaluation(feed, device, rng)
-        (mlp,) = evaluation.first((piece,), (move.middle[:, rows],))
-        parts.append(FeedStep.apply(piece, mlp, move, index, evaluation))
-    updated = JoinTokens.apply(now.shape, chunks, *parts) if len(chunks) > 1 else parts[0]
-    following = InnovationStep.apply(past, now, updated, predicted[0] if predicted else None, move, attend_evaluation)
+    updated = middle
+    for index, rows in enumerate(chunks):
+        evaluation = Evaluation(partial(feed, rows=rows), device, rng)
+        (mlp,) = evaluation.first((middle,), (move.middle[:, rows],))
+        updated = FeedStep.apply(updated, mlp, move, index, evaluation)
+    following = InnovationStep.apply(kept_past, updated, predicted, move, attend_evaluation)
     return now, following
 
 

@@ -405,20 +405,6 @@ class Read(Function):
         return grad.to(ctx.carrier_dtype), None, None, None
 
 
-class AddUpdate(Function):
-    """carrier of a stream, sublayer's result -> carrier of their sum, which is taken on the grid beside the graph."""
-
-    @staticmethod
-    def forward(ctx, carrier: Tensor, update: Tensor):
-        ctx.update_dtype = update.dtype
-        return carrier.view_as(carrier)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        return grad, grad.to(ctx.update_dtype)
-
-
 class Start(Function):
     """The embedding (B, T, D) -> streams of every tile, and two carriers for each."""
 
