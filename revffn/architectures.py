@@ -1,7 +1,7 @@
 """The Hugging Face architectures the library knows: one row per `model_type`.
 
-All of them share one decoder layer body (`input_layernorm`, `self_attn`, add, `post_attention_layernorm`, `mlp`, add) under
-`model.model.layers`; a row says only where they differ. docs/adding_an_architecture.md tells how to add one.
+All of them share one decoder layer body (`input_layernorm`, `self_attn`, add, `post_attention_layernorm`, `mlp`, add)
+under `model.model.layers`; a row says only where they differ. docs/adding_an_architecture.md tells how to add one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ class Architecture:
     class_stem: str
     """`<stem>ForCausalLM`, `<stem>Model`, `<stem>Config`, `<stem>DecoderLayer` are the family's classes."""
     query_modules: tuple[str, ...] = ("q_proj",)
-    """Names inside `self_attn` of the linear maps that read the hidden states to make queries; the first that exists is used."""
+    """Names inside `self_attn` of the linear maps that read the hidden states to make queries; the first that exists
+    is used."""
     router: str | None = "gate"
     """Name inside a sparse `mlp` of the router; None for dense architectures."""
 
@@ -67,7 +68,9 @@ def find_architecture(model: PreTrainedModel) -> Architecture:
         )
     expected = row.class_stem + "ForCausalLM"
     if type(model).__name__.removeprefix("RevFFN") != expected:
-        raise ValueError(f"Only {expected} can be made reversible for model_type={model_type!r}, got {type(model).__name__}.")
+        raise ValueError(
+            f"Only {expected} can be made reversible for model_type={model_type!r}, got {type(model).__name__}."
+        )
     return row
 
 
@@ -76,7 +79,11 @@ def routers(model: PreTrainedModel) -> list[nn.Module]:
     name = find_architecture(model).router
     found = [getattr(layer.mlp, name, None) for layer in model.model.layers] if name else []
     # In dense layers among sparse ones `mlp` is a plain MLP: it has experts nowhere.
-    return [r for r, layer in zip(found, model.model.layers, strict=bool(found)) if r is not None and hasattr(layer.mlp, "experts")]
+    return [
+        r
+        for r, layer in zip(found, model.model.layers, strict=bool(found))
+        if r is not None and hasattr(layer.mlp, "experts")
+    ]
 
 
 def router_parameters(model: PreTrainedModel) -> list[nn.Parameter]:

@@ -1,7 +1,7 @@
 """Every setting of the library: keyword-only dataclasses whose field texts are the only description.
 
-`ReversibleConfig` belongs to a model and travels with it in `config.json`; the others belong to a run and are read from a
-recipe (YAML) by `revffn train`, with command-line overrides.
+`ReversibleConfig` belongs to a model and travels with it in `config.json`; the others belong to a run and are read
+from a recipe (YAML) by `revffn train`, with command-line overrides.
 """
 
 from __future__ import annotations
@@ -17,45 +17,47 @@ class ReversibleConfig:
     """How a model's decoder layers are made reversible. Travels with the model in `config.json`."""
 
     coupling: Literal["innovation", "cross_branch", "none"] = "innovation"
-    """`innovation` keeps the pretrained function and exports to it; `cross_branch` is the RevFFN paper's; `none` is the
-    plain model with each layer's input stored. See docs/how_it_works.md."""
+    """`innovation` keeps the pretrained function and exports to it; `cross_branch` is the RevFFN paper's; `none` is
+    the plain model with each layer's input stored. See docs/how_it_works.md."""
     side_bits: int | list[int] = 2
-    """Innovation: m, the low bits of the innovation kept per element and layer, 0 to 4; the past enters with gain 2^-m.
-    A list gives one value per decoder layer (the entries of plain layers are ignored)."""
+    """Innovation: m, the low bits of the innovation kept per element and layer, 0 to 4; the past enters with gain
+    2^-m. A list gives one value per decoder layer (the entries of plain layers are ignored)."""
     random_sign: bool = True
-    """Innovation: draw the sign of the gain per sequence and layer in every training forward, so that the perturbation has
-    mean zero and the plain model (gain 0) is what was trained. False: the sign is always +1."""
+    """Innovation: draw the sign of the gain per sequence and layer in every training forward, so that the
+    perturbation has mean zero and the plain model (gain 0) is what was trained. False: the sign is always +1."""
     plain_layers: int = 1
-    """Innovation: number of leading layers that run without coupling, at least 1. The input of the first is the embedding;
-    each one after the second stores its predecessor's input (4 bytes per element)."""
+    """Innovation: number of leading layers that run without coupling, at least 1. The input of the first is the
+    embedding; each one after the second stores its predecessor's input (4 bytes per element)."""
     predictor_rank: int | None = None
-    """Innovation: rank of the linear map that predicts the previous state; None is full rank, 0 predicts by identity."""
+    """Innovation: rank of the linear map that predicts the previous state; None is full rank, 0 predicts by
+    identity."""
     train_predictor: bool = True
     """Innovation: train the predictors with everything else. False freezes them as fitted."""
     query_stream: Literal["left", "right"] = "left"
-    """Cross-branch: the stream that attention queries are made from. `left` is the paper's form, inverted by fixed-point
-    iteration; `right` is inverted explicitly and exactly."""
+    """Cross-branch: the stream that attention queries are made from. `left` is the paper's form, inverted by
+    fixed-point iteration; `right` is inverted explicitly and exactly."""
     num_iterations: int = 10
     """Cross-branch, left: most attention evaluations per inversion."""
     tolerance: float = 0.0
-    """Cross-branch, left: a token has converged when no element moves by more than this, in units of the stream. 0 asks
-    for an exact fixed point on the integer grid."""
+    """Cross-branch, left: a token has converged when no element moves by more than this, in units of the stream. 0
+    asks for an exact fixed point on the integer grid."""
     num_canaries: int = 64
     """Cross-branch, left: tokens per layer whose true left stream is kept, to report the real reconstruction error."""
     anchor_layers: list[int] | None = None
     """Cross-branch, left: layers whose input streams are stored instead of solved for."""
     max_unconverged: float = 0.01
-    """Cross-branch, left: a layer with a larger share of unconverged tokens becomes an anchor layer from the next step."""
+    """Cross-branch, left: a layer with a larger share of unconverged tokens becomes an anchor layer from the next
+    step."""
     max_drift: float = 0.05
     """Cross-branch, left: largest canary error, relative to the stream's root mean square, before `verify` acts."""
     fraction_bits: int = 14
-    """Binary digits after the point of the int32 streams. `convert(calibration=...)` sets it from the largest hidden state
-    seen; 14 holds magnitudes up to 131,072."""
+    """Binary digits after the point of the int32 streams. `convert(calibration=...)` sets it from the largest hidden
+    state seen; 14 holds magnitudes up to 131,072."""
     offload_inputs: bool = False
     """Coupling `none`: keep the stored layer inputs in host memory."""
     tile_tokens: int | None = None
-    """Run each layer over tiles of at most this many tokens (whole sequences, at least one): the working set is then one
-    tile's. None: the whole batch at once. Tiles are the same in forward and recomputation."""
+    """Run each layer over tiles of at most this many tokens (whole sequences, at least one): the working set is then
+    one tile's. None: the whole batch at once. Tiles are the same in forward and recomputation."""
     verify: Literal["raise", "report", "off"] = "raise"
     """What a failed checksum does: raise before the step ends, or only count it in `reversible_report(model)`."""
     eval_coupled: bool = False
@@ -64,7 +66,9 @@ class ReversibleConfig:
     def __post_init__(self):
         def choose(name: str, accepted: tuple):
             if getattr(self, name) not in accepted:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {getattr(self, name)!r}.")
+                raise ValueError(
+                    f"{name} must be one of {', '.join(map(repr, accepted))}, got {getattr(self, name)!r}."
+                )
 
         choose("coupling", ("innovation", "cross_branch", "none"))
         choose("query_stream", ("left", "right"))

@@ -1,8 +1,9 @@
 """A pretrained Hugging Face model -> a reversible model, and back.
 
-`convert` changes a model in place: its class, its decoder layers' classes and its config's class become subclasses of what they
-were, and every layer gets a `coupling` module. Weights, parameter names and hooks stay, so the result is an ordinary
-`PreTrainedModel` with a `model_type` of its own (`revffn_qwen2_moe`) that `save_pretrained` and the Auto classes handle.
+`convert` changes a model in place: its class, its decoder layers' classes and its config's class become subclasses of
+what they were, and every layer gets a `coupling` module. Weights, parameter names and hooks stay, so the result is an
+ordinary `PreTrainedModel` with a `model_type` of its own (`revffn_qwen2_moe`) that `save_pretrained` and the Auto
+classes handle.
 """
 
 # N = tokens seen, D = hidden size, L = decoder layers
@@ -23,9 +24,10 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .architectures import ARCHITECTURES, PREFIX, find_architecture, plain_model_type
-from .blocks import COUPLINGS, CrossBranchCoupling, Predictor, ReversibleLayer, ReversibleNorm, TiledExperts
+from .blocks import ReversibleLayer, ReversibleNorm
 from .config import ReversibleConfig
 from .reversible import Report, Walk
+from .sublayers import COUPLINGS, CrossBranchCoupling, Predictor, TiledExperts
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +85,9 @@ class ReversibleForCausalLM(PreTrainedModel):
         return self.model.reversible_config
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        logger.warning("gradient_checkpointing_enable() is ignored: a reversible model rebuilds its activations already.")
+        logger.warning(
+            "gradient_checkpointing_enable() is ignored: a reversible model rebuilds its activations already."
+        )
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -95,14 +99,22 @@ def _register(model_type: str) -> dict[str, type]:
     """Make, name and register the subclasses of one row of the table."""
     row = ARCHITECTURES[model_type]
     name = f"RevFFN{row.class_stem}"
-    config = type(f"{name}Config", (row.load(model_type, "Config"),), {"model_type": PREFIX + model_type, "__module__": __name__})
+    config = type(
+        f"{name}Config", (row.load(model_type, "Config"),), {"model_type": PREFIX + model_type, "__module__": __name__}
+    )
     causal, backbone = row.load(model_type, "ForCausalLM"), row.load(model_type, "Model")
     # transformers finds out by reading the source of a class's module; the answer for the parent class holds.
     flags = {
         "_can_set_attn_implementation_cached_value": causal._can_set_attn_implementation(),
         "_can_set_experts_implementation_cached_value": causal._can_set_experts_implementation(),
     }
-    shared = {"config_class": config, "config": config, "__module__": __name__, "supports_gradient_checkpointing": True, **flags}
+    shared = {
+        "config_class": config,
+        "config": config,
+        "__module__": __name__,
+        "supports_gradient_checkpointing": True,
+        **flags,
+    }
     layer_class = backbone_layer_class(row.load(model_type, "PreTrainedModel"))
     classes = {
         "config": config,
@@ -146,23 +158,28 @@ def is_reversible(model: nn.Module) -> bool:
 
 
 def convert(
-    model: PreTrainedModel, config: ReversibleConfig | None = None, *, calibration: Iterable[dict[str, Tensor]] | None = None
+    model: PreTrainedModel,
+    config: ReversibleConfig | None = None,
+    *,
+    calibration: Iterable[dict[str, Tensor]] | None = None,
 ) -> PreTrainedModel:
     """Make a pretrained causal language model reversible, in place.
 
     Args:
         model: A `<stem>ForCausalLM` of one of `ARCHITECTURES`, on any device, also meta or fake.
         config: How; the default is the innovation coupling with two side bits.
-        calibration: Batches (`input_ids` (B, T), optional `attention_mask`) that the plain model is run on once, without gradients:
-            the grid is chosen from the largest hidden state and the predictors are fitted in closed form (ridge regression).
-            Without it predictors start as the identity and `config.fraction_bits` holds.
+        calibration: Batches (`input_ids` (B, T), optional `attention_mask`) that the plain model is run on once,
+            without gradients: the grid is chosen from the largest hidden state and the predictors are fitted in
+            closed form (ridge regression). Without it predictors start as the identity and `config.fraction_bits`
+            holds.
 
     Returns:
         `model`, now a `RevFFN<stem>ForCausalLM`. Training mode runs reversibly; eval mode runs the plain function
         (cross_branch: the coupled one).
 
     Raises:
-        ValueError: Unknown architecture, already reversible, or settings that do not fit; nothing has been changed then.
+        ValueError: Unknown architecture, already reversible, or settings that do not fit; nothing has been changed
+            then.
     """
     config = config or ReversibleConfig()
     if is_reversible(model):
@@ -172,9 +189,13 @@ def convert(
     if isinstance(config.side_bits, list) and len(config.side_bits) != len(layers):
         raise ValueError(f"side_bits has {len(config.side_bits)} entries; the model has {len(layers)} decoder layers.")
     if config.coupling == "innovation" and config.plain_layers >= len(layers) and len(layers) > 1:
-        raise ValueError(f"plain_layers={config.plain_layers} leaves none of the model's {len(layers)} layers to couple.")
+        raise ValueError(
+            f"plain_layers={config.plain_layers} leaves none of the model's {len(layers)} layers to couple."
+        )
     if config.coupling == "cross_branch" and model.config.hidden_size % 2:
-        raise ValueError(f"cross_branch splits the hidden state in two; hidden_size={model.config.hidden_size} is odd.")
+        raise ValueError(
+            f"cross_branch splits the hidden state in two; hidden_size={model.config.hidden_size} is odd."
+        )
     assert all(type(layer).__name__ == row.class_stem + "DecoderLayer" for layer in layers)
     fitted = None
     if calibration is not None and config.coupling != "none":
@@ -182,6 +203,7 @@ def convert(
         config = ReversibleConfig(**{**config.to_dict(), "fraction_bits": fitted["fraction_bits"]})
     plain_type = model.config.model_type
     model.config.__class__ = CLASSES[plain_type]["config"]
+    model.config.model_type = PREFIX + plain_type
     model.config.revffn = config.to_dict()
     model.__class__ = CLASSES[plain_type]["causal"]
     attach(model, config)
@@ -230,14 +252,16 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 def export(model: PreTrainedModel) -> PreTrainedModel:
     """The plain Hugging Face model of a reversible one, sharing its weights.
 
-    For `innovation` this is the model at gain 0, for `none` the model itself: the original architecture, in eval mode the same
-    function bit for bit.
+    For `innovation` this is the model at gain 0, for `none` the model itself: the original architecture, in eval mode
+    the same function bit for bit.
 
     Raises:
         ValueError: The coupling is `cross_branch`: its function is not that of the original architecture.
     """
     if not is_reversible(model):
-        raise ValueError(f"{type(model).__name__} is a plain model already; export takes what revffn.convert returned.")
+        raise ValueError(
+            f"{type(model).__name__} is a plain model already; export takes what revffn.convert returned."
+        )
     if model.reversible_config.coupling == "cross_branch":
         raise ValueError(
             "A cross_branch model cannot be exported: half-width streams and projection adapters compute another function than the "
@@ -245,7 +269,11 @@ def export(model: PreTrainedModel) -> PreTrainedModel:
         )
     plain_type = plain_model_type(model.config.model_type)
     row = ARCHITECTURES[plain_type]
-    values = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "revffn", "revffn_calibration", "architectures")}
+    values = {
+        k: v
+        for k, v in model.config.to_dict().items()
+        if k not in ("model_type", "revffn", "revffn_calibration", "architectures")
+    }
     config = row.load(plain_type, "Config").from_dict(values)
     config._attn_implementation = model.config._attn_implementation
     config._experts_implementation = model.config._experts_implementation
@@ -266,10 +294,10 @@ def reversible_report(model: PreTrainedModel) -> dict[str, Any]:
     """What the model's last backward walk measured.
 
     Returns:
-        `walks` (so far), `verified_states`, `mismatched_states`, `mismatched` (names) of the last walk, `mismatched_states_total`;
-        `largest_grid_value` and `saturated` (within a factor two of int32's end); `layers`: for cross_branch, per layer, the
-        `iterations` and share of `unconverged` tokens of the fixed point and the `canary_error` relative to the stream's root
-        mean square; `anchor_layers`.
+        `walks` (so far), `verified_states`, `mismatched_states`, `mismatched` (names) of the last walk,
+        `mismatched_states_total`; `largest_grid_value` and `saturated` (within a factor two of int32's end);
+        `layers`: for cross_branch, per layer, the `iterations` and share of `unconverged` tokens of the fixed point
+        and the `canary_error` relative to the stream's root mean square; `anchor_layers`.
     """
     return model.model.reversible_report.as_dict()
 
@@ -279,14 +307,18 @@ def coupling_parameters(model: PreTrainedModel) -> list[tuple[str, nn.Parameter]
     return [(name, parameter) for name, parameter in model.named_parameters() if ".coupling." in name]
 
 
-# --- calibration ----------------------------------------------------------------------------------------------------------
+# --- calibration -----------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def _fit(model: PreTrainedModel, config: ReversibleConfig, batches: Iterable[dict[str, Tensor]]) -> dict[str, Any]:
     """Run the plain model; choose the grid, and regress s_{k-1} - s_k on s_k for every coupled layer k."""
     layers = model.model.layers
-    coupled = range(config.plain_layers, len(layers)) if config.coupling == "innovation" and config.predictor_rank != 0 else ()
+    coupled = (
+        range(config.plain_layers, len(layers))
+        if config.coupling == "innovation" and config.predictor_rank != 0
+        else ()
+    )
     moments: dict[int, Tensor] = {}
     largest = torch.zeros((), dtype=torch.float64)
     num_tokens = 0
@@ -308,7 +340,9 @@ def _fit(model: PreTrainedModel, config: ReversibleConfig, batches: Iterable[dic
         state["previous"] = current
 
     hooks = [
-        layer.register_forward_pre_hook(lambda _, args, kwargs, i=i: see(i, args[0] if args else kwargs["hidden_states"]), with_kwargs=True)
+        layer.register_forward_pre_hook(
+            lambda _, args, kwargs, i=i: see(i, args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        )
         for i, layer in enumerate(layers)
     ]
     hooks.append(layers[-1].register_forward_hook(lambda _, args, output: see(len(layers), output)))
@@ -317,7 +351,11 @@ def _fit(model: PreTrainedModel, config: ReversibleConfig, batches: Iterable[dic
     try:
         device = next(model.parameters()).device
         for batch in batches:
-            inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+            inputs = {
+                name: batch[name].to(device)
+                for name in ("input_ids", "attention_mask", "position_ids")
+                if name in batch
+            }
             mask = inputs.get("attention_mask")
             state["mask"] = mask.reshape(-1).bool() if mask is not None and mask.dim() == 2 else None
             num_tokens += int(inputs["input_ids"].numel() if mask is None else mask.sum())
@@ -329,7 +367,9 @@ def _fit(model: PreTrainedModel, config: ReversibleConfig, batches: Iterable[dic
     if num_tokens == 0:
         raise ValueError("calibration holds no token. Give at least one batch with input_ids, or calibration=None.")
     if not math.isfinite(float(largest)):
-        raise ValueError("The model's hidden states are not finite on the calibration batches; check its weights and dtype.")
+        raise ValueError(
+            "The model's hidden states are not finite on the calibration batches; check its weights and dtype."
+        )
     # Four times the largest state seen fits: 2**(29 + 2) is the end of int32.
     bits = 29 - math.ceil(math.log2(max(float(largest), 1e-6)))
     solutions = {index: _solve(moments.pop(index), config.predictor_rank) for index in coupled}
@@ -388,4 +428,4 @@ def _load_predictors(model: PreTrainedModel, fitted: dict[str, Any]) -> None:
             predictor.down.weight.copy_(down)
 
 
-__all__ = ["coupling_parameters", "convert", "export", "is_reversible", "reversible_report"]
+__all__ = ["convert", "coupling_parameters", "export", "is_reversible", "reversible_report"]

@@ -1,8 +1,8 @@
 """Couplings as pairs of pure functions, forward and inverse, on int32 fixed-point streams.
 
-A stream holds `value * 2**fraction_bits` in int32. Additions are done on the integers, where they form a group: what one
-pass adds the other takes away bit for bit, also when a value wraps around. Reading a stream turns it into floats for a
-sublayer; a sublayer's result is rounded onto the grid before it is added.
+A stream holds `value * 2**fraction_bits` in int32. Additions are done on the integers, where they form a group: what
+one pass adds the other takes away bit for bit, also when a value wraps around. Reading a stream turns it into floats
+for a sublayer; a sublayer's result is rounded onto the grid before it is added.
 
     innovation     i = s_{k-1} - s_k - P_k(s_k)            what a linear predictor P cannot say about the past
                    s_{k+1} = s_k + f_k(s_k) + sign * (i >> m)         the m low bits of i are kept aside
@@ -10,7 +10,8 @@ sublayer; a sublayer's result is rounded onto the grid before it is added.
 
 R_k of docs/how_it_works.md is `identity + P_k`: the identity part is taken on the integers and never rounded.
 
-Reference: RevFFN, https://arxiv.org/abs/2512.20920 (cross_branch); BDIA, https://arxiv.org/abs/2407.09093 (R = identity, m = 1).
+Reference: RevFFN, https://arxiv.org/abs/2512.20920 (cross_branch); BDIA, https://arxiv.org/abs/2407.09093 (R =
+    identity, m = 1).
 """
 
 # B = batch, T = tokens, D = hidden size; streams are (B, T, D) or, for cross_branch, (B, T, D / 2)
@@ -25,7 +26,8 @@ SATURATION = 2**30
 
 
 def quantize(x: Tensor, fraction_bits: int) -> Tensor:
-    """Round a floating-point tensor onto the grid: int32, same shape. float64 is rounded in float64, all else in float32."""
+    """Round a floating-point tensor onto the grid: int32, same shape. float64 is rounded in float64, all else in
+    float32."""
     x = x if x.dtype == torch.float64 else x.float()
     return torch.round(x * 2.0**fraction_bits).to(torch.int32)
 
@@ -122,7 +124,8 @@ def innovation_inverse(
 
 
 def checksum(stream: Tensor) -> Tensor:
-    """64-bit checksum of an int32 stream (..., D): a 0-dim int64 tensor, on the stream's device, without synchronisation.
+    """64-bit checksum of an int32 stream (..., D): a 0-dim int64 tensor, on the stream's device, without
+    synchronisation.
 
     Every element is weighted with an odd number that depends on its channel and its token, and everything is added
     modulo 2**64, so that the result does not depend on the order of summation.

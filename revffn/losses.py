@@ -2,15 +2,16 @@
 
     loss = scale * sum_n [ lse_n - logits_n[label_n] + z_loss * lse_n^2 ],   logits = hidden @ weight^T + bias
 
-Tokens go through the head in chunks. Each chunk's gradients are taken at once, in forward, while its logits exist, so the
-head is multiplied three times per token, not four, and backward only scales two finished gradients. The head's gradient
-therefore lives from forward to the start of backward, which follows at once, and an optimizer in backward then steps the
-head first. Recomputing the logits in backward instead would have to keep the hidden states *and* make their gradient.
+Tokens go through the head in chunks. Each chunk's gradients are taken at once, in forward, while its logits exist, so
+the head is multiplied three times per token, not four, and backward only scales two finished gradients. The head's
+gradient therefore lives from forward to the start of backward, which follows at once, and an optimizer in backward
+then steps the head first. Recomputing the logits in backward instead would keep the hidden states *and* make their
+gradient.
 
-The head's gradient is summed over chunks in float32 and rounded once, into its own first half (no second copy). Summing in
-bf16 would halve those bytes, at an error that grows with the number of chunks: relative error of the gradient against
-float64 for 8,192 tokens, V = 2,048, D = 256, bf16, CPU: autograd on full logits 0.40 %; 64 chunks 0.43 % in float32, 0.97 %
-in bf16 (16 chunks: 0.43 % and 0.60 %).
+The head's gradient is summed over chunks in float32 and rounded once, into its own first half (no second copy). A sum
+in bf16 would halve those bytes, at an error that grows with the number of chunks: relative error of the gradient
+against float64 for 8,192 tokens, V = 2,048, D = 256, bf16, CPU: autograd on full logits 0.40 %; 64 chunks 0.43 % in
+float32, 0.97 % in bf16 (16 chunks: 0.43 % and 0.60 %).
 
 `use_linear_cross_entropy(model)` puts it under `model(input_ids, labels=labels)` of a Hugging Face causal LM. Not
 supported: label smoothing, class weights, softcapped or scaled logits, float16 under a gradient scaler.
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 from types import MethodType
 from typing import Any, Literal
 
@@ -32,7 +34,7 @@ from transformers import PreTrainedModel
 # N = tokens, C = tokens of one chunk, D = hidden size, V = vocabulary
 
 CHUNK_LOGITS_BYTES = 256 * 2**20
-"""float32 logits that one chunk may take when `chunk_tokens` is None; with the copy for the matrix product 1.5 times it."""
+"""float32 logits of one chunk when `chunk_tokens` is None; 1.5 times that with the copy for the matrix product."""
 HEAD_BLOCK_BYTES = 64 * 2**20
 """float32 bytes of the block of head rows that is accumulated or rounded at a time."""
 MODEL_TYPES = (
@@ -51,10 +53,8 @@ MODEL_TYPES = (
 
 
 def chunk_size(num_tokens: int, vocab_size: int) -> int:
-    """Tokens per chunk so that one chunk's float32 logits take about `CHUNK_LOGITS_BYTES`: a power of two, at least 16."""
-    fitting = max(CHUNK_LOGITS_BYTES // (4 * vocab_size), 1)
-    # The power of two nearest on a log scale: 151,936 words get 512 tokens (297 MiB), as 131,072 do (256 MiB).
-    power = 1 << max(round(fitting.bit_length() - 1 + (fitting / (1 << (fitting.bit_length() - 1)) - 1)), 4)
+    """Tokens per chunk whose float32 logits take about `CHUNK_LOGITS_BYTES`: the nearest power of two, at least 16."""
+    power = 2 ** max(round(math.log2(CHUNK_LOGITS_BYTES / (4 * vocab_size))), 4)
     return max(min(power, num_tokens), 1)
 
 
@@ -96,7 +96,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             hidden_CD, labels_C = hidden_ND[part], labels_N[part]
             valid_C = labels_C != ignore_index
             index_C1 = labels_C.masked_fill(~valid_C, 0).unsqueeze(1)
-            # The softmax is float32 whatever the model's dtype, from logits rounded as the model itself would round them.
+            # The softmax is float32 whatever the model's dtype, from logits rounded as the model itself rounds them.
             logits_CV = F.linear(hidden_CD, weight_VD, bias_V).to(compute)
             lse_C1 = logits_CV.logsumexp(-1, keepdim=True)
             loss_C1 = lse_C1 - logits_CV.gather(1, index_C1)
@@ -133,8 +133,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss):
         if ctx.consumed:
             raise RuntimeError(
-                "linear_cross_entropy was differentiated a second time (retain_graph=True): its gradients are scaled in "
-                "place by the first backward. Call it again for a second backward."
+                "linear_cross_entropy was differentiated a second time (retain_graph=True), but the first backward "
+                "scaled its gradients in place. Call it again for a second backward."
             )
         grads = ctx.saved_tensors
         ctx.consumed = True
@@ -187,8 +187,8 @@ def linear_cross_entropy(
 
     Args:
         hidden_states: (..., D); under autocast it, `weight` and `bias` are cast as a linear layer would cast them.
-        weight: Head, (V, D), in the dtype of `hidden_states`. Without `requires_grad` no gradient is made for it. A tied
-            head needs nothing special: autograd adds the embedding's part.
+        weight: Head, (V, D), in the dtype of `hidden_states`. Without `requires_grad` no gradient is made for it. A
+            tied head needs nothing special: autograd adds the embedding's part.
         labels: (...), integer; `ignore_index` marks positions without loss.
         bias: (V,).
         reduction: "mean" is over the labels that count, "sum" is the plain sum.
@@ -223,7 +223,7 @@ def linear_cross_entropy(
         bias = None if bias is None else bias.to(dtype)
     if weight.dtype != hidden_states.dtype:
         raise ValueError(
-            f"hidden_states are {hidden_states.dtype} and the head is {weight.dtype}. Cast one of them, or use autocast."
+            f"hidden_states are {hidden_states.dtype} and weight is {weight.dtype}. Cast one of them, or use autocast."
         )
     labels = labels.to(device)
     if shift:
@@ -258,9 +258,7 @@ def linear_cross_entropy(
             return total.to(compute) * scale
         grads = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden_ND, weight, bias))
         chunk = chunk_tokens or chunk_size(hidden_ND.shape[0], weight.shape[0])
-        return _LinearCrossEntropy.apply(
-            hidden_ND, weight, bias, labels_N, scale, z_loss, ignore_index, chunk, grads
-        )
+        return _LinearCrossEntropy.apply(hidden_ND, weight, bias, labels_N, scale, z_loss, ignore_index, chunk, grads)
 
 
 def use_linear_cross_entropy(
@@ -274,9 +272,10 @@ def use_linear_cross_entropy(
     """Let `model(input_ids, labels=labels)` compute its loss without logits; the output's `logits` is then None.
 
     The model's own `forward` still runs, with the head standing in for the loss: `lm_head` returns the loss and
-    `loss_function` passes it on. So the router's auxiliary loss, `num_items_in_batch`, `shift_labels`, hooks on the head
-    (FSDP2 gathers it there) and whatever a converted model overrides keep working, and conversion may come before or after.
-    Calls without labels, with `logits_to_keep`, or in eval mode return logits as before. Apply it before building a trainer.
+    `loss_function` passes it on. So the router's auxiliary loss, `num_items_in_batch`, `shift_labels`, hooks on the
+    head (FSDP2 gathers it there) and whatever a converted model overrides keep working, and conversion may come before
+    or after. Calls without labels, with `logits_to_keep`, or in eval mode return logits as before. Apply it before
+    building a trainer.
 
     TRL's `SFTTrainer` asks its own fused head for the loss (`fused_lm_head=True`) and reads token accuracy and entropy
     from it; a trainer that wants this loss overrides `compute_loss` and calls `model(**inputs)` without that flag.
@@ -321,7 +320,7 @@ def use_linear_cross_entropy(
             return linear_cross_entropy(
                 hidden_states,
                 head.weight,
-                labels if shift_labels is None else shift_labels.view_as(labels),
+                labels if shift_labels is None else shift_labels.reshape(hidden_states.shape[:-1]),
                 bias=head.bias,
                 ignore_index=kwargs.get("ignore_index", -100),
                 num_items_in_batch=kwargs.get("num_items_in_batch"),

@@ -1,13 +1,13 @@
 """The engine: a reversible walk made of ordinary autograd nodes.
 
 Forward runs every sublayer with grad mode on and drops what it saves for backward. Layers are joined by *carriers*,
-zero-storage tensors that give autograd its graph and gradients their shape, while the values live in int32 streams beside it.
-In backward a step's node runs before the nodes of its sublayers: it evaluates the sublayers once on the stream at hand (which
-refills what they had saved), inverts the coupling, and moves the stream one step back. Everything else is autograd's, so DDP,
-FSDP2, `torch.autograd.grad` and gradient hooks work as for any module.
+zero-storage tensors that give autograd its graph and gradients their shape, while the values live in int32 streams
+beside it. In backward a step's node runs before the nodes of its sublayers: it evaluates the sublayers once on the
+stream at hand (which refills what they had saved), inverts the coupling, and moves the stream one step back.
+Everything else is autograd's, so DDP, FSDP2, `torch.autograd.grad` and gradient hooks work as for any module.
 
-Every tensor that backward needs is kept by `save_for_backward`: two streams per token at the top (`Finish`), and per step what
-the coupling asks for. docs/how_it_works.md tells why it is built this way.
+Every tensor that backward needs is kept by `save_for_backward`: two streams per token at the top (`Finish`), and per
+step what the coupling asks for. docs/how_it_works.md tells why it is built this way.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .config import ReversibleConfig
-from .couplings import SATURATION, checksum, dequantize, quantize
+from .couplings import SATURATION, checksum, dequantize
 from .routing import RecordRouting, ReplayRouting
 
 # B = batch, T = tokens, D = hidden size
@@ -59,7 +59,8 @@ class Tile:
     """Whose recomputed tensors are alive, by the part of the layer they belong to."""
 
     def make_current(self, part: str, evaluation: Evaluation | None) -> None:
-        """Forget what no node of the step above asked for (inputs that need no gradient) before the next is recomputed."""
+        """Forget what no node of the step above asked for (inputs that need no gradient) before the next is
+        recomputed."""
         previous = self.evaluations.pop(part, None)
         if previous is not None and previous is not evaluation:
             previous.recomputed = None
@@ -144,7 +145,8 @@ class Walk:
         if tile.streams[1] is None or tile.position != position + 1:
             raise StateMismatchError(
                 f"Backward reached step {position} while the streams stand at "
-                f"{'no step' if tile.streams[1] is None else f'step {tile.position}'}. The loss must depend on the model's "
+                f"{'no step' if tile.streams[1] is None else f'step {tile.position}'}. The loss must depend on the "
+                "model's "
                 "last hidden state, and a forward call's graph can be walked again only with retain_graph=True."
             )
 
@@ -171,7 +173,8 @@ class Walk:
             raise mismatch([name])
 
     def close(self, aborted: bool = False) -> None:
-        """End of the backward walk: read the verdicts (one synchronisation), drop what is left, raise on a mismatch."""
+        """End of the backward walk: read the verdicts (one synchronisation), drop what is left, raise on a
+        mismatch."""
         verdicts, self.verdicts = self.verdicts, []
         for tile in self.tiles:
             tile.streams, tile.checksums = [None, None], None
@@ -216,7 +219,9 @@ class Report:
             if name not in noted:
                 noted[name] = value
             else:
-                noted[name] = torch.maximum(noted[name], value) if isinstance(value, Tensor) else max(noted[name], value)
+                noted[name] = (
+                    torch.maximum(noted[name], value) if isinstance(value, Tensor) else max(noted[name], value)
+                )
 
     def finish(self, num_verified: int, mismatched: list[str], largest: Tensor | None) -> None:
         self.walks += 1
@@ -224,7 +229,8 @@ class Report:
         self.mismatched_total += len(mismatched)
 
     def judge(self, config: ReversibleConfig, mismatched: list[str]) -> None:
-        """Act on the walk that ended: raise on a mismatch, or choose anchors for the next step (cross_branch, left)."""
+        """Act on the walk that ended: raise on a mismatch, or choose anchors for the next step (cross_branch,
+        left)."""
         if config.coupling == "cross_branch" and config.query_stream == "left":
             self.judge_fixed_point(config)
         elif mismatched and config.verify == "raise":
@@ -260,20 +266,23 @@ class Report:
             "saturated": largest >= SATURATION,
             "anchor_layers": sorted(self.anchors),
             "layers": {
-                layer: {name: v.item() if isinstance(v, Tensor) and is_concrete(v) else v for name, v in values.items()}
+                layer: {
+                    name: v.item() if isinstance(v, Tensor) and is_concrete(v) else v for name, v in values.items()
+                }
                 for layer, values in sorted(self.layers.items())
             },
         }
 
 
-# --- one sublayer evaluation, twice -------------------------------------------------------------------------------------
+# --- one sublayer evaluation, twice ----------------------------------------------------------------------------------
 
 
 class Evaluation:
     """A sublayer as it ran in forward, able to run again in backward on the same code path.
 
-    In forward what it saves for backward is dropped (parameters are only referenced); `again` records what the same code saves
-    the second time and hands each tensor to autograd once. Random state, autocast state and expert choices are replayed.
+    In forward what it saves for backward is dropped (parameters are only referenced); `again` records what the same
+    code saves the second time and hands each tensor to autograd once. Random state, autocast state and expert choices
+    are replayed.
 
     Args:
         function: Called as `function(*carriers, *streams)`; returns a tuple of tensors.
@@ -289,9 +298,11 @@ class Evaluation:
         self.recomputed: list[Tensor | None] | None = None
         self.routing: list[Tensor] = []
         self.rng: list[Tensor] = []
+        self.differentiable: list[bool] = []
 
     def first(self, carriers: tuple[Tensor, ...], streams: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Run in forward, saving nothing but references to parameters."""
+        self.differentiable = [carrier.requires_grad for carrier in carriers]
         if self.uses_rng:
             self.rng = [torch.get_rng_state()]
             if self.device.type == "cuda":
@@ -307,8 +318,11 @@ class Evaluation:
         """Run in backward on rebuilt streams; afterwards the nodes of forward find what they had saved."""
         self.recomputed = []
         if carriers is None:
-            # They only give the values that are read a graph, as in forward.
-            carriers = tuple(carrier_like(s.shape, s.device, torch.float32).requires_grad_() for s in streams)
+            # They only give the values that are read a graph, where they had one in forward.
+            carriers = tuple(
+                carrier_like(s.shape, s.device, torch.float32).requires_grad_(needed)
+                for s, needed in zip(streams, self.differentiable, strict=True)
+            )
         with (
             torch.enable_grad(),
             self.rng_state(),
@@ -361,14 +375,16 @@ class Evaluation:
                     f"{self.saved[place][1]} {tuple(self.saved[place][0])}."
                 )
             self.recomputed.append(tensor.detach())
-        # The graph of this run is never walked. Returning the tensor would tie saved outputs into an uncollectable cycle.
+        # The graph of this run is never walked. Returning the tensor would tie saved outputs into an uncollectable
+        # cycle.
         return 0
 
     def autocast_state(self) -> contextlib.AbstractContextManager:
         enabled, dtype = self.autocast
         if not enabled and not torch.is_autocast_enabled(self.device.type):
             return contextlib.nullcontext()
-        # Without the weight cache: it would keep a low-precision copy of every weight alive, and survive optimizer steps.
+        # Without the weight cache: it would keep a low-precision copy of every weight alive, and survive optimizer
+        # steps.
         return torch.autocast(self.device.type, dtype=dtype, enabled=enabled, cache_enabled=False)
 
     @contextlib.contextmanager
@@ -388,7 +404,7 @@ def never_asked(handle: Any) -> Tensor:
     raise AssertionError("the graph of a recomputation is never walked")
 
 
-# --- autograd nodes -----------------------------------------------------------------------------------------------------
+# --- autograd nodes --------------------------------------------------------------------------------------------------
 
 
 class Read(Function):
@@ -430,7 +446,8 @@ class Start(Function):
 
 
 class Finish(Function):
-    """What the final norm made of every tile -> one tensor (B, T, D). Keeps the streams; its backward begins the walk back.
+    """What the final norm made of every tile -> one tensor (B, T, D). Keeps the streams; its backward begins the walk
+    back.
 
     Args of forward:
         reads: Which of a tile's two streams the norm read.
@@ -477,9 +494,9 @@ class Finish(Function):
 class Enter(Function):
     """visible, *carriers -> *carriers, at a layer's begin.
 
-    The carriers travel beside the model's own loop; `visible` is what the loop hands from layer to layer. `Enter` and `Leave` tie
-    both together, so that hooks on a layer's inputs and outputs (FSDP2) fire before and after all of the layer's work, and every
-    tile has left a layer before any tile enters the one below.
+    The carriers travel beside the model's own loop; `visible` is what the loop hands from layer to layer. `Enter` and
+    `Leave` tie both together, so that hooks on a layer's inputs and outputs (FSDP2) fire before and after all of the
+    layer's work, and every tile has left a layer before any tile enters the one below.
     """
 
     @staticmethod

@@ -2,8 +2,9 @@
 
 A router ends in `torch.topk`. Whatever the family computes around it (softmax or sigmoid, groups, correction bias,
 renormalisation), the discrete choice is made there and nowhere else; so the choice is intercepted there, for every
-architecture in the same way. In replay the values are gathered from the freshly computed scores with the recorded indices: the
-scores keep their gradient, and no token changes its expert because a rebuilt state differs in its last bit.
+architecture in the same way. In replay the values are gathered from the freshly computed scores with the recorded
+indices: the scores keep their gradient, and no token changes its expert because a rebuilt state differs in its last
+    bit.
 """
 
 from __future__ import annotations

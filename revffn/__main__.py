@@ -1,0 +1,112 @@
+"""Command line: one table, command -> function. `revffn COMMAND --help` lists what a command takes."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+
+def train(words: list[str]) -> None:
+    """Fine-tune a model as a recipe says: revffn train RECIPE [--section.key value ...]"""
+    from . import recipe
+
+    if not words or words[0] in ("-h", "--help"):
+        recipe.from_words(recipe.RunConfig, ["--help"], "revffn train RECIPE")
+    if words[0].startswith("-"):
+        raise recipe.InputError(
+            f"command line: the recipe comes first, got {words[0]!r}. Usage: revffn train RECIPE [--section.key "
+            "value ...]"
+        )
+    config = recipe.load_run_config(words[0], words[1:])
+    # After the recipe, because the imports take seconds.
+    from . import StateMismatchError
+    from .trainer import train
+
+    try:
+        train(config, Path(words[0]))
+    except StateMismatchError as error:
+        sys.exit(f"revffn train: stopped, because training on would use wrong gradients. {error}")
+
+
+def upcycle(words: list[str]) -> None:
+    """Make a small Mixture-of-Experts model from a dense one: revffn upcycle --output FOLDER [--key value ...]"""
+    from . import recipe
+    from .upcycle import upcycle_command
+
+    @functools.wraps(upcycle_command)
+    def collect(**arguments):
+        return arguments
+
+    arguments = recipe.from_words(collect, words, "revffn upcycle")
+    try:
+        upcycle_command(**arguments)
+    except ValueError as error:
+        raise recipe.InputError(str(error)) from None
+
+
+def export(words: list[str]) -> None:
+    """Write the plain Hugging Face model of a finished run: revffn export RUN OUT"""
+    from .recipe import InputError
+
+    if len(words) != 2 or words[0].startswith("-"):
+        raise InputError("command line: expected two folders. Usage: revffn export RUN OUT")
+    run, out = Path(words[0]), Path(words[1])
+    folder = run / "model" if (run / "model").is_dir() else run
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{run}: no model here. Give the folder of a finished run, or of a saved reversible model.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} is not empty. Name a new folder.")
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    import revffn
+
+    try:
+        # A rehearsal without weights: what export refuses, it refuses before they are read.
+        with torch.device("meta"):
+            revffn.export(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)))
+    except ValueError as error:
+        raise InputError(f"{folder}: {error}") from None
+    plain = revffn.export(AutoModelForCausalLM.from_pretrained(folder, dtype="auto"))
+    plain.save_pretrained(out)
+    if (folder / "tokenizer_config.json").is_file():
+        AutoTokenizer.from_pretrained(folder).save_pretrained(out)
+    print(f"{out}: {type(plain).__name__}, loadable without revffn.")
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {"train": train, "upcycle": upcycle, "export": export}
+
+
+def main(words: list[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        The exit status: 0, or 2 after one line on stderr about what the user gave.
+    """
+    words = sys.argv[1:] if words is None else words
+    if not words or words[0] in ("-h", "--help"):
+        print("usage: revffn COMMAND ...\n")
+        for name, function in COMMANDS.items():
+            print(f"  {name:<8} {(function.__doc__ or '').splitlines()[0]}")
+        print("\nrevffn COMMAND --help lists what a command takes.")
+        return 0
+    # TRL reports each run's model and machine over the network unless told not to.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from .recipe import InputError
+
+    if words[0] not in COMMANDS:
+        print(f"revffn: unknown command {words[0]!r}. Commands: {', '.join(COMMANDS)}.", file=sys.stderr)
+        return 2
+    try:
+        COMMANDS[words[0]](words[1:])
+    except InputError as error:
+        print(f"revffn {words[0]}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

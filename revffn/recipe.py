@@ -1,0 +1,376 @@
+"""What a run is told: dataclasses read from a YAML recipe, with command-line overrides.
+
+`load_run_config` merges the recipe's values and the overrides by key, then hands all of them to one typed parser, so
+that both are accepted, refused and described alike. An error says where the value stood: file and line, or the command
+line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Literal, TypeVar, get_type_hints
+
+import yaml
+
+from .config import ReversibleConfig
+
+COMMAND_LINE = "command line"
+T = TypeVar("T")
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used. The message is one line: what was given, what is accepted, what to
+    do."""
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The pretrained model."""
+
+    path: str
+    """Folder of a pretrained Hugging Face model with its tokenizer, or its name on the Hub."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision of weights, gradients and computation. Beware of bfloat16 with learning rates below about 1e-4:
+    AdamW's updates can be smaller than a bfloat16 weight resolves."""
+
+
+@dataclass(kw_only=True)
+class RunReversibleConfig(ReversibleConfig):
+    """The reversible blocks; their settings travel with the model."""
+
+    coupling: Literal["innovation", "cross_branch", "none"] | None = "innovation"
+    """`innovation` keeps the pretrained function and exports to it; `cross_branch` is the RevFFN paper's; `none` is
+    the plain model with each layer's input stored by this library's engine; null is the plain Hugging Face model,
+    untouched."""
+
+    def __post_init__(self):
+        if self.coupling is not None:
+            super().__post_init__()
+
+    def resolve(self) -> ReversibleConfig | None:
+        """What `convert` takes; None leaves the model as it is."""
+        return None if self.coupling is None else ReversibleConfig.from_dict(self.to_dict())
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """The conversations to learn from. Only the responses count in the loss."""
+
+    path: str = "data/databricks-dolly-15k/databricks-dolly-15k.jsonl.gz"
+    """A .jsonl, .jsonl.gz, .json or .csv file with the columns instruction, response (and context); or instruction,
+    output (and input); or messages. Looked for in the working directory, beside the recipe and in the source checkout.
+    Anything else is taken for a data set on the Hub."""
+    split: str = "train"
+    """Split of a data set on the Hub."""
+    num_examples: int | None = None
+    """Training examples to use, drawn by `seed`; null is all that are not held out."""
+    num_heldout: int = 256
+    """Examples held out for evaluation, drawn by `seed`. The same ones whatever `num_examples` is."""
+    max_length: int = 1024
+    """Tokens per sequence; what is longer is cut at the end."""
+    packing: bool = False
+    """Put several examples into one sequence of `max_length` tokens, kept apart by position ids. Otherwise pad."""
+    seed: int = 0
+    """Seed of the held-out split and of the choice of training examples."""
+
+    def __post_init__(self):
+        _at_least(self, num_examples=1, num_heldout=0, max_length=8)
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """AdamW, with a linear warm-up."""
+
+    learning_rate: float = 1e-5
+    """Peak learning rate of stage 2."""
+    stage1_learning_rate: float = 1e-3
+    """Peak learning rate of stage 1."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay; norms and biases have none."""
+    beta1: float = 0.9
+    """AdamW's decay rate of the first moment."""
+    beta2: float = 0.95
+    """AdamW's decay rate of the second moment."""
+    warmup_ratio: float = 0.05
+    """Share of each stage's steps in which the learning rate rises from 0."""
+    schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    """How the learning rate goes on after the warm-up."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 does not clip."""
+
+    def __post_init__(self):
+        _at_least(self, learning_rate=0, stage1_learning_rate=0, weight_decay=0, max_grad_norm=0)
+        for name in ("beta1", "beta2", "warmup_ratio"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}.")
+
+
+@dataclass(kw_only=True)
+class TrainingConfig:
+    """The two stages: projection adapters or predictors alone, then everything but the router."""
+
+    output_dir: str | None = None
+    """Folder of the run, new or empty; null is runs/<name of the recipe>."""
+    stage1_steps: int = 0
+    """Optimizer steps in which only the coupling's own parameters train (projection adapters, predictors). For
+    innovation 0 will do: its predictors are fitted in closed form."""
+    num_steps: int | None = None
+    """Optimizer steps of stage 2; null goes by `num_epochs`."""
+    num_epochs: float = 1.0
+    """Passes over the training examples in stage 2, if `num_steps` is null."""
+    batch_size: int = 8
+    """Sequences per device in one forward pass."""
+    gradient_accumulation_steps: int = 1
+    """Forward passes per optimizer step."""
+    freeze_router: bool | None = None
+    """Leave the routers as pretrained. Null does so if the model has any (as the paper); true insists that it has."""
+    router_aux_loss_coef: float | None = None
+    """Weight of the load-balancing loss; null is 0 with frozen routers and else what the model's config says."""
+    calibration_batches: int = 4
+    """Batches of training data that `convert` sees: they set the grid and fit the predictors."""
+    activation_checkpointing: bool = False
+    """Recompute each layer from its stored input. Only with `reversible.coupling: null`; the others do it
+    themselves."""
+    log_steps: int = 1
+    """A line in metrics.jsonl every so many optimizer steps."""
+    save_steps: int | None = None
+    """A checkpoint to resume from every so many optimizer steps; null keeps none."""
+    resume: bool = False
+    """Go on from the newest checkpoint in `output_dir`."""
+    seed: int = 0
+    """Seed of the order of the data, of the random signs and of everything else random."""
+
+    def __post_init__(self):
+        _at_least(
+            self, stage1_steps=0, num_steps=0, batch_size=1, gradient_accumulation_steps=1, calibration_batches=0
+        )
+        _at_least(self, log_steps=1, save_steps=1, router_aux_loss_coef=0)
+        if self.num_epochs <= 0:
+            raise ValueError(f"num_epochs must be above 0, got {self.num_epochs}.")
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig:
+    """What is measured before and after training."""
+
+    batch_size: int = 8
+    """Sequences per forward pass."""
+    every_steps: int | None = None
+    """Held-out loss every so many optimizer steps, written to metrics.jsonl; null is before and after only."""
+    prompt: str | None = None
+    """A question answered before and after training; null asks none."""
+    max_new_tokens: int = 64
+    """Longest answer."""
+    compare_checkpointing: bool = False
+    """Before training, measure one forward and backward pass of the plain model with activation checkpointing and of
+    the reversible one, on the same batch: bytes kept for backward, and peak memory."""
+
+    def __post_init__(self):
+        _at_least(self, batch_size=1, every_steps=1, max_new_tokens=1)
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """A whole run."""
+
+    model: ModelConfig
+    reversible: RunReversibleConfig = field(default_factory=RunReversibleConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self):
+        if self.training.activation_checkpointing and self.reversible.coupling is not None:
+            raise ValueError(
+                "training.activation_checkpointing goes with reversible.coupling: null only; "
+                f"coupling {self.reversible.coupling!r} recomputes by itself. Drop one of the two."
+            )
+        if self.reversible.coupling is None and self.training.stage1_steps:
+            raise ValueError("training.stage1_steps has nothing to train with reversible.coupling: null. Set it to 0.")
+
+
+def _at_least(config: object, **least: float) -> None:
+    for name, bound in least.items():
+        value = getattr(config, name)
+        if value is not None and not value >= bound:
+            raise ValueError(f"{name} must be at least {bound}, got {value}.")
+
+
+@dataclass
+class Given:
+    """A value as the user wrote it, and where."""
+
+    words: list[str]
+    where: str
+
+
+def load_run_config(recipe: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a recipe and apply command-line overrides.
+
+    Args:
+        recipe: Path of a YAML file with the sections of `RunConfig`.
+        overrides: `["--section.key", "value", ...]`.
+
+    Raises:
+        InputError: The file is missing or is not YAML, a key is unknown, or a value has the wrong type or range.
+    """
+    recipe = Path(recipe)
+    given = read_recipe(recipe) | read_overrides(overrides or [])
+    words = [word for name, value in given.items() for word in (f"--{name}", *value.words)]
+    try:
+        config = from_words(RunConfig, words, "revffn train RECIPE")
+    except InputError as error:
+        raise InputError(place(str(error), given, recipe)) from None
+    if config.training.output_dir is None:
+        config.training.output_dir = str(Path("runs", recipe.stem))
+    return config
+
+
+def from_words(make: Callable[..., T], words: list[str], program: str) -> T:
+    """Call a dataclass or function with the arguments that command-line words say.
+
+    Raises:
+        InputError: The words do not fit.
+        SystemExit: They ask for help, which has been printed.
+    """
+    import tyro
+
+    markers = (tyro.conf.FlagConversionOff, tyro.conf.OmitSubcommandPrefixes)
+    message = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(message):
+            return tyro.cli(make, args=words, prog=program, config=markers, use_underscores=True)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise InputError(first_paragraph(message.getvalue())) from None
+
+
+def first_paragraph(box: str) -> str:
+    """What a framed message of the command-line library says, without frame, title and hints."""
+    lines = [line.strip(" │|") for line in box.splitlines() if not re.match(r"\s*[╭╰]", line)]
+    parts = [part.strip() for part in re.split(r"[-─]{10,}", " ".join(line for line in lines if line))]
+    # The title is part of a drawn frame; without one (a plain terminal) it is a paragraph of its own.
+    return parts[0 if "╭" in box else 1]
+
+
+def place(message: str, given: dict[str, Given], recipe: Path) -> str:
+    """Put file and line, or "command line", in front of the message about one of the given values."""
+    message = re.sub(r"^Error parsing (--)?(RunConfig: )?", "", message)
+    if message.startswith("Unrecognized options"):
+        # All names are known here, so these are values too many.
+        surplus = message.split()[-1]
+        for name, value in given.items():
+            if surplus in value.words[1:]:
+                return f"{value.where}: {name} takes one value, got {' '.join(value.words)!r}."
+    # Messages of `__post_init__` name the section and the field apart: "optimizer: beta1 must be ...".
+    text = re.sub(r"^(\w+): (\w+) ", r"\1.\2 ", message)
+    found = {name: re.search(rf"(^|[\s'-]){re.escape(name)}\b", text) for name in given}
+    # What was typed last is what the user is looking at; then what the message is about first.
+    named = sorted((given[name].where != COMMAND_LINE, match.start(), name) for name, match in found.items() if match)
+    if named:
+        return f"{given[named[0][2]].where}: {message}"
+    if "model.path" in message:
+        return f"{recipe}: the section model has no path. Add `path:` there, or --model.path on the command line."
+    return f"{recipe}: {message}"
+
+
+def read_overrides(words: list[str]) -> dict[str, Given]:
+    """`["--section.key", "value", ...]` to values by name."""
+    given: dict[str, Given] = {}
+    name = None
+    for word in words:
+        if word.startswith("--") and len(word) > 2:
+            name, equals, value = word[2:].partition("=")
+            name = name.replace("-", "_")
+            check_name(name, COMMAND_LINE)
+            given[name] = Given([normalize(value)] if equals else [], COMMAND_LINE)
+        elif name is None:
+            raise InputError(f"{COMMAND_LINE}: expected --section.key value, got {word!r}. See revffn train --help.")
+        else:
+            given[name].words.append(normalize(word))
+    return given
+
+
+def read_recipe(recipe: Path) -> dict[str, Given]:
+    """A YAML file to values by name, each with its line."""
+    try:
+        text = recipe.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{recipe}: no such recipe. The shipped ones are in recipes/.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{recipe}: cannot be read as a recipe ({error}). Give a YAML text file.") from None
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise InputError(f"{recipe}{line}: not valid YAML ({getattr(error, 'problem', None) or error}).") from None
+    given: dict[str, Given] = {}
+
+    def where(node: yaml.Node) -> str:
+        return f"{recipe} line {node.start_mark.line + 1}"
+
+    for section, body in mapping(root, f"{recipe}: a recipe is a mapping of the sections {', '.join(sections())}"):
+        check_name(section.value, where(section))
+        remedy = f"{where(section)}: {section.value} is a section, write its keys on indented lines below it"
+        for key, value in mapping(body, remedy):
+            name = f"{section.value}.{key.value}"
+            check_name(name, where(key))
+            if name in given:
+                raise InputError(f"{where(key)}: {name} is already set ({given[name].where}). Keep one of the two.")
+            leaves = value.value if isinstance(value, yaml.SequenceNode) else [value]
+            if not all(isinstance(leaf, yaml.ScalarNode) for leaf in leaves):
+                raise InputError(f"{where(key)}: {name} takes a value or a list of values, got a nested structure.")
+            given[name] = Given([normalize(leaf.value, leaf.tag) for leaf in leaves], where(key))
+    return given
+
+
+def mapping(node: yaml.Node | None, remedy: str) -> list[tuple[yaml.ScalarNode, yaml.Node]]:
+    if node is None or (isinstance(node, yaml.ScalarNode) and node.value == ""):
+        return []
+    if not isinstance(node, yaml.MappingNode) or not all(isinstance(key, yaml.ScalarNode) for key, _ in node.value):
+        raise InputError(f"{remedy}.")
+    return node.value
+
+
+def normalize(word: str, tag: str = "") -> str:
+    """YAML's spelling of null, true and false to Python's."""
+    if tag.endswith(":null"):
+        return "None"
+    if tag.endswith(":bool"):
+        return str(word.lower() in ("true", "yes", "on"))
+    if tag.endswith(":str"):
+        return word
+    return {"null": "None", "true": "True", "false": "False"}.get(word.lower(), word)
+
+
+def sections() -> dict[str, list[str]]:
+    """Every section of a recipe and its keys."""
+    hints = get_type_hints(RunConfig)
+    return {
+        f.name: [key.name for key in fields(hints[f.name])] for f in fields(RunConfig) if is_dataclass(hints[f.name])
+    }
+
+
+def check_name(name: str, where: str) -> None:
+    """Refuse an unknown section or section.key, with the nearest known one and what is accepted."""
+    section, dot, key = name.partition(".")
+    known = sections()
+    if section in known and (not dot or key in known[section]):
+        return
+    everything = [f"{s}.{k}" for s, keys in known.items() for k in keys]
+    same_key = [full for full in everything if full.endswith("." + (key or section))]
+    near = same_key or difflib.get_close_matches(name, everything if dot else [*known, *everything], n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    accepted = (
+        f"keys of {section}: {', '.join(known[section])}" if section in known else f"sections: {', '.join(known)}"
+    )
+    raise InputError(f"{where}: unknown key {name!r}.{hint} Accepted {accepted}.")

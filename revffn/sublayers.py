@@ -1,0 +1,240 @@
+"""A decoder layer's own sublayers, called one by one, and the small modules that a coupling adds to a layer.
+
+The sublayers are the Hugging Face modules, untouched. Expert parameters can be used by several tiles in one pass
+without autograd holding more than a sum and one new gradient (`TiledExperts`).
+"""
+
+# B = batch, T = tokens, D = hidden size, H = D / 2, E = experts
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from transformers import initialization
+
+from .config import ReversibleConfig
+
+RNG_SETTINGS = ("attention_dropout", "hidden_dropout", "resid_dropout", "router_jitter_noise")
+
+
+def first_tensor(output: Any) -> Tensor:
+    """Sublayers return the hidden states alone or first in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+# --- what a coupling adds to a layer ---------------------------------------------------------------------------------
+
+
+class Predictor(nn.Module):
+    """P_k of the innovation coupling: (B, T, D) -> (B, T, D), linear with bias, zero at first (R_k = identity).
+
+    Args:
+        hidden_size: D.
+        rank: None for a full matrix, else the rank of its factors (at least 1).
+    """
+
+    def __init__(self, hidden_size: int, rank: int | None):
+        super().__init__()
+        self.down = nn.Linear(hidden_size, rank, bias=False) if rank is not None else None
+        self.up = nn.Linear(hidden_size if rank is None else rank, hidden_size)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """transformers' initialisers leave alone what a checkpoint has already filled."""
+        initialization.zeros_(self.up.weight)
+        initialization.zeros_(self.up.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(x if self.down is None else self.down(x))
+
+
+class InnovationCoupling(nn.Module):
+    """The predictor of one layer, or nothing where the layer runs plainly or predicts by identity."""
+
+    def __init__(self, hidden_size: int, layer: int, config: ReversibleConfig):
+        super().__init__()
+        coupled = layer >= config.plain_layers
+        self.side_bits: int | None = config.side_bits_of(layer) if coupled else None
+        self.predictor = (
+            Predictor(hidden_size, config.predictor_rank) if coupled and config.predictor_rank != 0 else None
+        )
+
+
+class CrossBranchCoupling(nn.Module):
+    """Projection adapters of one layer (arXiv 2512.20920): up H -> D in front of a sublayer, down D -> H behind it.
+
+    They start as the two halves of the identity: the left stream is the first half of the hidden state, the right one
+    the second.
+    """
+
+    def __init__(self, hidden_size: int, layer: int, config: ReversibleConfig):
+        super().__init__()
+        half = hidden_size // 2
+        if hidden_size % 2:
+            raise ValueError(f"cross_branch splits the hidden state in two; hidden_size={hidden_size} is odd.")
+        self.query_stream = config.query_stream
+        self.query_up = nn.Linear(half, hidden_size, bias=False)
+        self.key_value_up = nn.Linear(half, hidden_size, bias=False)
+        self.attention_down = nn.Linear(hidden_size, half, bias=False)
+        self.mlp_up = nn.Linear(half, hidden_size, bias=False)
+        self.mlp_down = nn.Linear(hidden_size, half, bias=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        half = self.mlp_down.out_features
+        for module, offset in (
+            (self.query_up, 0),
+            (self.key_value_up, half),
+            (self.attention_down, 0),
+            (self.mlp_up, 0),
+            (self.mlp_down, half),
+        ):
+            start = torch.zeros_like(module.weight)
+            wide = start if module.out_features > module.in_features else start.T
+            wide[offset : offset + half].fill_diagonal_(1.0)
+            initialization.copy_(module.weight, start)
+
+
+class NoCoupling(nn.Module):
+    """`none`: nothing is added."""
+
+    def __init__(self, hidden_size: int, layer: int, config: ReversibleConfig):
+        super().__init__()
+
+
+COUPLINGS = {"innovation": InnovationCoupling, "cross_branch": CrossBranchCoupling, "none": NoCoupling}
+
+
+# --- a layer's residual updates --------------------------------------------------------------------------------------
+
+
+def attention(layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    return first_tensor(layer.self_attn(hidden_states=layer.input_layernorm(hidden), **kwargs))
+
+
+def feed_forward(layer: nn.Module, hidden: Tensor, sums: dict[str, GradientSum] | None = None) -> Tensor:
+    with summed(layer, sums or {}):
+        return first_tensor(layer.mlp(layer.post_attention_layernorm(hidden)))
+
+
+class GradientSum:
+    """The gradient of one expert parameter while the walk is in its layer: one buffer for all tiles and chunks."""
+
+    def __init__(self, num_uses: int):
+        self.num_uses, self.seen = num_uses, 0
+        self.total: Tensor | None = None
+
+
+class SumOverTiles(Function):
+    """Identity on a parameter, once per tile; backward adds the tiles' gradients up in place and passes the sum on
+    with the last.
+
+    Autograd alone would keep three tensors of the parameter's size (sum so far, new gradient, their sum) wherever it
+    may not add in place.
+    """
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, gradient_sum: GradientSum):
+        ctx.gradient_sum = gradient_sum
+        return weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        its = ctx.gradient_sum
+        its.total = grad if its.total is None else its.total.add_(grad)
+        its.seen += 1
+        if its.seen < its.num_uses:
+            return None, None
+        total, its.total, its.seen = its.total, None, 0
+        return total, None
+
+
+class TiledExperts(nn.Module):
+    """Mixed in front of a family's experts class: while a tile uses them, its fused parameters are read through
+    `SumOverTiles`.
+
+    The node is made when the parameter is read, not before: autograd then adds a gradient up before it makes the next
+    one.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        in_use = self.__dict__.get("in_use")
+        if in_use is None or name not in in_use[0]:
+            return value
+        sums, views = in_use
+        if name not in views:
+            views[name] = SumOverTiles.apply(value, sums[name])
+        return views[name]
+
+
+def expert_sums(layer: nn.Module, num_uses: int) -> dict[str, GradientSum]:
+    """A `GradientSum` for every fused expert parameter (E, ., .) that trains; none where the experts are used once."""
+    experts = getattr(layer.mlp, "experts", None)
+    if experts is None or num_uses == 1 or not torch.is_grad_enabled():
+        return {}
+    named = experts.named_parameters(recurse=False)
+    return {
+        name: GradientSum(num_uses) for name, parameter in named if parameter.dim() == 3 and parameter.requires_grad
+    }
+
+
+@contextlib.contextmanager
+def summed(layer: nn.Module, sums: dict[str, GradientSum]) -> Iterator[None]:
+    """While open, a tile uses the layer's experts."""
+    if not sums:
+        yield
+        return
+    layer.mlp.experts.in_use = (sums, {})
+    try:
+        yield
+    finally:
+        del layer.mlp.experts.in_use
+
+
+@contextlib.contextmanager
+def queries_from(module: nn.Module, hidden: Tensor) -> Iterator[None]:
+    """While open, the linear map `module` reads `hidden` instead of what it is called with.
+
+    Queries are the only part of an attention module that reads the hidden states through this map, so cross-branch
+    attention works for every attention kind (GQA, norms on queries and keys, MLA) without a forward of its own.
+    """
+    handle = module.register_forward_pre_hook(lambda _, args: (hidden, *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def cross_attention(layer: nn.Module, x_query: Tensor, x_key_value: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """P_down Attn(Q from N(P_up_q x_query), K and V from N(P_up_kv x_key_value)): (B, T, H) twice -> (B, T, H)."""
+    adapters, norm = layer.coupling, layer.input_layernorm
+    attn = layer.self_attn
+    query = norm(adapters.query_up(x_query))
+    key_value = norm(adapters.key_value_up(x_key_value))
+    name = next(n for n in layer.query_modules if getattr(attn, n, None) is not None)
+    with queries_from(getattr(attn, name), query):
+        out = first_tensor(attn(hidden_states=key_value, **kwargs))
+    return adapters.attention_down(out)
+
+
+def half_feed_forward(layer: nn.Module, y1: Tensor, sums: dict[str, GradientSum] | None = None) -> Tensor:
+    """P_down MoE(N(P_up y1)): (B, T, H) -> (B, T, H)."""
+    adapters = layer.coupling
+    return adapters.mlp_down(feed_forward(layer, adapters.mlp_up(y1), sums))
+
+
+def uses_rng(layer: nn.Module) -> bool:
+    config = layer.self_attn.config
+    return any(getattr(config, name, 0) for name in RNG_SETTINGS) or any(
+        isinstance(module, nn.Dropout) and module.p > 0 for module in layer.modules()
+    )

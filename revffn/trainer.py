@@ -1,0 +1,485 @@
+"""Supervised fine-tuning in the paper's two stages, on TRL's `SFTTrainer`.
+
+Stage 1 trains what the coupling added (projection adapters, predictors), stage 2 everything but the routers. For
+innovation the predictors are fitted in closed form when the model is converted, so stage 1 may be left out.
+
+Everything a user can get wrong is looked at before weights are loaded and before anything is written.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PrinterCallback,
+    TrainerCallback,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+from trl import SFTConfig, SFTTrainer
+
+from . import convert, coupling_parameters, is_reversible, reversible_report
+from .architectures import ARCHITECTURES, PREFIX, router_parameters
+from .data import batches, load_conversations, tokenize_all
+from .evaluation import answer, heldout_loss, peak_bytes, step_bytes
+from .recipe import InputError, RunConfig, load_run_config
+
+MODEL, METRICS, SUMMARY = "model", "metrics.jsonl", "run.json"
+# Read by transformers itself; the first one that a config has bounds the sequence length.
+LENGTH_LIMITS = ("max_position_embeddings", "n_positions")
+
+
+class RevFFNTrainer(SFTTrainer):
+    """`SFTTrainer` for reversible models (and plain ones).
+
+    Activation checkpointing is off for a reversible model, which rebuilds its activations already. Every log also has
+    `tokens_per_second` since the last one, `peak_bytes` of the process (allocated on a GPU, resident on a CPU) and,
+    for a reversible model, the counts of `reversible_report`.
+    """
+
+    def __init__(self, model: PreTrainedModel, args: SFTConfig, **kwargs: Any):
+        if is_reversible(model):
+            args.gradient_checkpointing = args.activation_checkpointing = False
+        self.last_log: tuple[float, float] | None = None
+        super().__init__(model, args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training and "loss" in logs:
+            now, tokens = time.perf_counter(), self._total_train_tokens
+            if self.last_log is not None:
+                logs["tokens_per_second"] = (tokens - self.last_log[1]) / (now - self.last_log[0])
+            self.last_log = now, tokens
+            logs["peak_bytes"] = peak_bytes()
+            if is_reversible(self.model):
+                report = reversible_report(self.model)
+                names = ("verified_states", "mismatched_states", "mismatched_states_total", "saturated")
+                logs |= {name: report[name] for name in names}
+        super().log(logs, start_time)
+
+
+class RunCallback(TrainerCallback):
+    """The progress bar, metrics.jsonl, and the held-out loss on the way."""
+
+    def __init__(self, stage: int, metrics: Path, evaluate: Any, every_steps: int | None):
+        self.stage, self.metrics, self.evaluate, self.every_steps = stage, metrics, evaluate, every_steps
+        self.bar: tqdm | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=f"stage {self.stage}", unit="step")
+            self.forget_after(state.global_step)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+        if self.every_steps and state.global_step % self.every_steps == 0 and state.global_step < state.max_steps:
+            self.write(state, {"heldout_loss": self.evaluate()["loss"]})
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" not in (logs or {}):
+            return
+        self.write(state, logs)
+        if self.bar is not None:
+            memory = f"{logs['peak_bytes'] / 2**30:.1f} GiB"
+            speed = f"{logs['tokens_per_second']:.0f}" if "tokens_per_second" in logs else "-"
+            self.bar.set_postfix_str(f"loss {logs['loss']:.3f}, {speed} tokens/s, {memory}")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.close()
+
+    def forget_after(self, step: int) -> None:
+        """Steps after the checkpoint that a run resumes from are made again."""
+        if not self.metrics.exists():
+            return
+        lines = [json.loads(line) for line in self.metrics.read_text().splitlines()]
+        kept = [line for line in lines if (line["stage"], line["step"]) <= (self.stage, step)]
+        self.metrics.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def write(self, state: Any, values: dict[str, Any]) -> None:
+        if state.is_world_process_zero:
+            with self.metrics.open("a") as file:
+                file.write(json.dumps({"stage": self.stage, "step": state.global_step, **values}) + "\n")
+
+
+@dataclass
+class Run:
+    """A checked run: what can be had without loading weights."""
+
+    config: RunConfig
+    output_dir: Path
+    hf_config: PreTrainedConfig
+    tokenizer: Any
+    training: list[dict[str, list[int]]]
+    """Tokenized, as `data.tokenize` returns them."""
+    heldout: list[dict[str, list[int]]]
+    checkpoint: Path | None
+    """Where to resume from."""
+
+
+def train_command(recipe: str | Path, overrides: list[str]) -> Path:
+    """Fine-tune as a recipe says; returns the run's folder."""
+    recipe = Path(recipe)
+    return train(load_run_config(recipe, overrides), recipe)
+
+
+def train(config: RunConfig, recipe: Path | None = None) -> Path:
+    """Fine-tune a pretrained model.
+
+    Args:
+        config: The run. `config.training.output_dir` receives `model/` (loadable with `from_pretrained` after
+            `import revffn`), `metrics.jsonl` (one JSON object per logged step) and `run.json` (settings, versions,
+            results).
+        recipe: Where `config` came from; data is looked for beside it too.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        InputError: The settings, the data or the model do not fit. Nothing has been written then.
+    """
+    run = check(config, recipe)
+    set_seed(config.training.seed)
+    print(f"Loading {run.checkpoint or config.model.path}", flush=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        run.checkpoint or config.model.path, dtype=getattr(torch, config.model.dtype)
+    )
+    if torch.cuda.is_available():
+        model.cuda()
+    results = Results(run, model)
+    if run.checkpoint is None:
+        results.measure("before", ask=True)
+        prepare(run, model, results)
+        run.output_dir.mkdir(parents=True, exist_ok=True)
+        results.write()
+    else:
+        results.read()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    stages = [2] if config.training.num_steps != 0 else []
+    if config.training.stage1_steps and not (run.checkpoint and run.checkpoint.parent.name == "stage2"):
+        stages.insert(0, 1)
+    for stage in stages:
+        train_stage(run, model, stage, trained, results)
+        if stage == 1:
+            results.measure("after_stage1")
+            results.write()
+    results.measure("after", ask=True)
+    model.save_pretrained(run.output_dir / MODEL)
+    run.tokenizer.save_pretrained(run.output_dir / MODEL)
+    results.write()
+    print(results.table(), flush=True)
+    return run.output_dir
+
+
+def check(config: RunConfig, recipe: Path | None = None) -> Run:
+    """Look at everything that can be wrong without loading weights or writing.
+
+    Raises:
+        InputError: One line with the remedy.
+    """
+    if config.training.output_dir is None:
+        raise InputError("training.output_dir is not set. Name the folder of the run.")
+    output_dir = Path(config.training.output_dir)
+    checkpoint = find_checkpoint(config, output_dir)
+    training, heldout = load_conversations(config.data, recipe)
+    hf_config = load_hf(AutoConfig, config.model.path)
+    check_model(config, hf_config)
+    tokenizer = load_hf(AutoTokenizer, config.model.path)
+    # transformers makes up a tokenizer of special tokens alone where a folder has none.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise InputError(f"{config.model.path}: no usable tokenizer in this folder. Copy the tokenizer's files there.")
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"{config.model.path}: the tokenizer has no chat template, so conversations cannot be written as "
+            "tokens. Put a chat_template.jinja into the model's folder (an instruction-tuned model of the same "
+            "family has one)."
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise InputError(f"{config.model.path}: the tokenizer has neither a padding nor an end token. Add one to it.")
+    rows = [tokenize_all(examples, tokenizer, config.data.max_length) for examples in (training, heldout)]
+    if not rows[0] or (heldout and not rows[1]):
+        raise InputError(
+            f"data.max_length={config.data.max_length} leaves no token of any response. Raise it above the prompts' "
+            "length."
+        )
+    return Run(config, output_dir, hf_config, tokenizer, *rows, checkpoint)
+
+
+def find_checkpoint(config: RunConfig, output_dir: Path) -> Path | None:
+    """The checkpoint to resume from, if asked; refuses a folder that holds something otherwise."""
+    if not config.training.resume:
+        if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+            raise InputError(
+                f"training.output_dir {output_dir} is not empty. Name another folder, delete this one, or set "
+                "training.resume: true."
+            )
+        return None
+    for stage in ("stage2", "stage1"):
+        found = get_last_checkpoint(output_dir / stage) if (output_dir / stage).is_dir() else None
+        if found:
+            return Path(found)
+    raise InputError(
+        f"training.resume: no checkpoint in {output_dir}. Runs keep them if training.save_steps is set; start "
+        "without resume."
+    )
+
+
+def load_hf(auto_class: Any, path: str) -> Any:
+    """`from_pretrained` with one line when it fails."""
+    try:
+        return auto_class.from_pretrained(path)
+    except Exception as error:  # OSError, ValueError, hub errors: to the user all mean that nothing usable is there
+        kind = {"AutoConfig": "model", "AutoTokenizer": "tokenizer"}[auto_class.__name__]
+        if not Path(path).is_dir():
+            raise InputError(
+                f"model.path {path!r}: no such folder, and no {kind} of that name can be had from the Hub. Correct "
+                "model.path."
+            ) from None
+        raise InputError(f"{path}: no usable {kind} in this folder ({' '.join(str(error).split())[:200]}).") from None
+
+
+def check_model(config: RunConfig, hf_config: PreTrainedConfig) -> None:
+    path, model_type = config.model.path, hf_config.model_type
+    if model_type.startswith(PREFIX):
+        raise InputError(f"{path}: the model is reversible already. Export it first: revffn export RUN {path}-plain.")
+    text_config = hf_config.get_text_config()
+    limit = next((getattr(text_config, name) for name in LENGTH_LIMITS if getattr(text_config, name, None)), None)
+    if limit and config.data.max_length > limit:
+        raise InputError(
+            f"data.max_length={config.data.max_length} is longer than {path} allows "
+            f"(max_position_embeddings={limit}). Set data.max_length to at most {limit}."
+        )
+    reversible = config.reversible.resolve()
+    if reversible is not None:
+        try:
+            # A rehearsal without weights: whatever `convert` would refuse later, it refuses now.
+            with torch.device("meta"):
+                convert(AutoModelForCausalLM.from_config(deepcopy(hf_config)), reversible)
+        except ValueError as error:
+            raise InputError(f"{path}: {error}") from None
+    if config.training.freeze_router and not has_routers(hf_config):
+        raise InputError(
+            f"training.freeze_router: true, but {path} (model_type={model_type!r}) is not a Mixture-of-Experts "
+            "model and has no router. Leave the key out."
+        )
+
+
+def has_routers(hf_config: PreTrainedConfig) -> bool:
+    row = ARCHITECTURES.get(hf_config.model_type.removeprefix(PREFIX))
+    if row is not None:
+        return row.router is not None
+    return any(getattr(hf_config.get_text_config(), name, None) for name in ("num_experts", "num_local_experts"))
+
+
+def prepare(run: Run, model: PreTrainedModel, results: Results) -> None:
+    """Convert the model in place, as the recipe says, and measure what that is worth."""
+    config = run.config
+    reversible = config.reversible.resolve()
+    sample = next(calibration(run, 1, model))
+    if config.evaluation.compare_checkpointing:
+        kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+        getattr(model, f"{kind}_checkpointing_enable")()
+        results.bytes["activation checkpointing"] = step_bytes(model, sample)
+        getattr(model, f"{kind}_checkpointing_disable")()
+    if reversible is None:
+        return
+    given = config.training.calibration_batches
+    convert(model, reversible, calibration=calibration(run, given, model) if given else None)
+    if config.evaluation.compare_checkpointing:
+        results.bytes[reversible.coupling] = step_bytes(model, sample)
+    if reversible.coupling == "cross_branch":
+        results.measure("converted")
+
+
+def calibration(run: Run, num_batches: int, model: PreTrainedModel) -> Iterator[dict[str, torch.Tensor]]:
+    """The first batches of the training data."""
+    size = run.config.training.batch_size
+    return batches(run.training[: num_batches * size], size, run.tokenizer.pad_token_id, model.device)
+
+
+def train_stage(run: Run, model: PreTrainedModel, stage: int, trained: set[str], results: Results) -> None:
+    """Stage 1: the coupling's parameters. Stage 2: everything in `trained` but the routers."""
+    config = run.config.training
+    frozen = set()
+    if config.freeze_router is not False and has_routers(run.hf_config) and stage == 2:
+        frozen = {id(parameter) for parameter in router_parameters(model)}
+    chosen = {name for name, _ in coupling_parameters(model)} & trained if stage == 1 else trained
+    if stage == 1 and not chosen:
+        raise InputError("training.stage1_steps: the coupling has nothing to train in stage 1. Set it to 0.")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in chosen and id(parameter) not in frozen)
+    aux_loss = config.router_aux_loss_coef
+    if aux_loss is None and (stage == 1 or frozen):
+        aux_loss = 0.0
+    arguments = sft_arguments(run, stage, aux_loss)
+    callback = RunCallback(stage, run.output_dir / METRICS, results.heldout, run.config.evaluation.every_steps)
+    trainer = RevFFNTrainer(
+        model,
+        arguments,
+        train_dataset=Dataset.from_list(run.training),
+        processing_class=run.tokenizer,
+        callbacks=[callback],
+    )
+    trainer.remove_callback(PrinterCallback)
+    resumed = run.checkpoint if run.checkpoint and run.checkpoint.parent.name == f"stage{stage}" else None
+    with default_forward(model):
+        trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    results.num_tokens[f"stage{stage}"] = int(trainer._total_train_tokens)
+
+
+@contextmanager
+def default_forward(model: PreTrainedModel) -> Iterator[None]:
+    """SFTTrainer puts a forward with a fused head on the instance; the next stage's trainer would wrap it once
+    more."""
+    try:
+        yield
+    finally:
+        model.__dict__.pop("forward", None)
+
+
+def sft_arguments(run: Run, stage: int, aux_loss: float | None) -> SFTConfig:
+    """A recipe in the words of TRL and transformers."""
+    training, optimizer, data = run.config.training, run.config.optimizer, run.config.data
+    steps = training.stage1_steps if stage == 1 else training.num_steps
+    # Renamed between transformers 5.17 and 5.23; the old name goes with version 6.
+    checkpointing = "activation_checkpointing"
+    if checkpointing not in SFTConfig.__dataclass_fields__:
+        checkpointing = "gradient_checkpointing"
+    return SFTConfig(
+        output_dir=str(run.output_dir / f"stage{stage}"),
+        max_steps=-1 if steps is None else steps,
+        num_train_epochs=training.num_epochs,
+        per_device_train_batch_size=training.batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        learning_rate=optimizer.stage1_learning_rate if stage == 1 else optimizer.learning_rate,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.beta1,
+        adam_beta2=optimizer.beta2,
+        warmup_steps=optimizer.warmup_ratio,
+        lr_scheduler_type=optimizer.schedule,
+        max_grad_norm=optimizer.max_grad_norm,
+        router_aux_loss_coef=aux_loss,
+        # Weights, gradients and computation are all in the model's dtype.
+        bf16=False,
+        max_length=data.max_length,
+        packing=data.packing,
+        seed=training.seed,
+        logging_steps=training.log_steps,
+        save_strategy="no" if training.save_steps is None else "steps",
+        save_steps=training.save_steps or 500,
+        save_total_limit=2,
+        disable_tqdm=True,
+        report_to="none",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        **{checkpointing: training.activation_checkpointing},
+    )
+
+
+class Results:
+    """What is measured around training: printed at the end and written to run.json."""
+
+    def __init__(self, run: Run, model: PreTrainedModel):
+        self.run, self.model = run, model
+        self.losses: dict[str, dict[str, float | int]] = {}
+        self.answers: dict[str, str] = {}
+        self.bytes: dict[str, dict[str, int]] = {}
+        self.num_tokens: dict[str, int] = {}
+        self.start = time.perf_counter()
+
+    def heldout(self) -> dict[str, float | int]:
+        evaluation = self.run.config.evaluation
+        return heldout_loss(self.model, self.run.heldout, evaluation.batch_size, self.run.tokenizer.pad_token_id)
+
+    def measure(self, when: str, ask: bool = False) -> None:
+        """Held-out loss, and the answer to the recipe's question."""
+        evaluation = self.run.config.evaluation
+        if self.run.heldout:
+            self.losses[when] = self.heldout()
+            print(
+                f"Held-out loss {when.replace('_', ' ')}: {self.losses[when]['loss']:.4f} nats per response token",
+                flush=True,
+            )
+        if ask and evaluation.prompt:
+            self.answers[when] = answer(self.model, self.run.tokenizer, evaluation.prompt, evaluation.max_new_tokens)
+
+    def summary(self) -> dict[str, Any]:
+        packages = ("revffn", "torch", "transformers", "trl", "datasets", "accelerate")
+        return {
+            "model_type": self.model.config.model_type,
+            "num_parameters": self.model.num_parameters(),
+            "config": asdict(self.run.config),
+            "versions": {name: installed(name) for name in packages},
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "resumed_from": str(self.run.checkpoint) if self.run.checkpoint else None,
+            "heldout": self.losses,
+            "answers": self.answers,
+            "step_bytes": self.bytes,
+            "peak_bytes": peak_bytes(),
+            "seconds": time.perf_counter() - self.start,
+            "num_tokens": self.num_tokens,
+            "reversible_report": reversible_report(self.model) if is_reversible(self.model) else None,
+        }
+
+    def write(self) -> None:
+        (self.run.output_dir / SUMMARY).write_text(json.dumps(self.summary(), indent=2) + "\n")
+
+    def read(self) -> None:
+        """Take over what the run had measured before it was interrupted."""
+        before = json.loads((self.run.output_dir / SUMMARY).read_text())
+        self.losses, self.answers, self.bytes = before["heldout"], before["answers"], before["step_bytes"]
+        self.num_tokens = before["num_tokens"]
+
+    def table(self) -> str:
+        """The results in a few lines for a terminal."""
+        summary = self.summary()
+        rows = [
+            (f"held-out loss {when.replace('_', ' ')}", f"{loss['loss']:.4f} nats")
+            for when, loss in self.losses.items()
+        ]
+        layers, sample = self.model.config.num_hidden_layers, next(calibration(self.run, 1, self.model))["input_ids"]
+        for name, step in self.bytes.items():
+            each = step["kept_bytes"] / layers / sample.numel()
+            rows.append((f"kept for backward, {name}", f"{each:,.0f} bytes per layer and token"))
+            rows.append(
+                (f"peak of one step, {name}", f"{step['peak_bytes'] / 2**20:,.0f} MiB beyond weights and gradients")
+            )
+        rows.append(("peak memory of the run", f"{summary['peak_bytes'] / 2**30:.2f} GiB"))
+        report = summary["reversible_report"]
+        if report:
+            rows.append(
+                (
+                    "rebuilt states, last step",
+                    f"{report['mismatched_states']} of {report['verified_states']} differ from forward's",
+                )
+            )
+        rows.append(("model", str(self.run.output_dir / MODEL)))
+        if self.answers:
+            rows.append(("question", self.run.config.evaluation.prompt))
+            rows += [(f"answer {when}", " ".join(text.split())) for when, text in self.answers.items()]
+        width = max(len(name) for name, _ in rows)
+        return "\n" + "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

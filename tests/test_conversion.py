@@ -1,0 +1,474 @@
+"""Plain model -> reversible model -> plain model: weights, configuration, logits, files; refusals change nothing; full size without weights."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from helpers import SETTINGS, coupled, run, tiny_batch, tiny_model
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2MoeConfig, Qwen3MoeConfig
+
+import revffn
+from revffn.architectures import ARCHITECTURES, router_parameters
+
+COUPLINGS = {
+    "innovation": dict(coupling="innovation", side_bits=[0, 1, 3, 2], predictor_rank=5),
+    "cross_left": dict(coupling="cross_branch", anchor_layers=[0, 1, 2, 3]),
+    "cross_right": dict(coupling="cross_branch", query_stream="right"),
+    "none": dict(coupling="none"),
+}
+CALIBRATION = [tiny_batch(4, 13, seed=7), tiny_batch(4, 13, seed=8, padded=True)]
+
+
+def assert_same_weights(model, other) -> None:
+    ours, theirs = model.state_dict(), other.state_dict()
+    assert list(ours) == list(theirs)
+    for name in ours:
+        assert ours[name].dtype == theirs[name].dtype and torch.equal(ours[name], theirs[name]), name
+
+
+def with_random_couplings(model):
+    """Adapters and predictors that have trained a little, so that the file must really hold them."""
+    with torch.no_grad():
+        for _, parameter in revffn.coupling_parameters(model):
+            parameter.add_(torch.randn_like(parameter) * 0.01)
+    return model
+
+
+# --- what convert changes, and what it does not ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("coupling", COUPLINGS)
+@pytest.mark.parametrize("model_type", SETTINGS)
+def test_convert_keeps_weights_and_adds_couplings(model_type, coupling):
+    original = tiny_model(model_type)
+    model = tiny_model(model_type)
+    parameters = dict(model.named_parameters())
+    converted = revffn.convert(model, revffn.ReversibleConfig(**COUPLINGS[coupling]))
+    assert converted is model and revffn.is_reversible(model) and not revffn.is_reversible(original)
+    assert model.config.model_type == f"revffn_{model_type}" == model.config.to_dict()["model_type"]
+    assert isinstance(model, type(original))
+    added = {name for name, _ in revffn.coupling_parameters(model)}
+    kept = {name: p for name, p in model.named_parameters() if name not in added}
+    assert list(kept) == list(parameters) and all(kept[name] is parameters[name] for name in kept)
+    for name, tensor in original.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+    assert bool(added) == (coupling != "none")
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_mode_and_frozen_parameters_stay(trained):
+    model = tiny_model().train(trained)
+    model.model.embed_tokens.requires_grad_(False)
+    revffn.convert(model)
+    assert all(module.training == trained for module in model.modules())
+    assert not model.model.embed_tokens.weight.requires_grad and model.lm_head.weight.requires_grad
+    assert all(p.requires_grad for _, p in revffn.coupling_parameters(model))
+
+
+@pytest.mark.parametrize("coupling", COUPLINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_couplings_have_the_models_dtype(coupling, dtype):
+    model = coupled("llama", dtype, **COUPLINGS[coupling])
+    assert {p.dtype for p in model.parameters()} == {dtype}
+
+
+def test_conversion_leaves_other_models_of_the_class_alone():
+    other = tiny_model().eval()
+    inputs = tiny_batch()
+    before = other(**inputs).logits
+    revffn.convert(tiny_model())
+    assert type(other).__name__ == "Qwen2MoeForCausalLM" and torch.equal(other(**inputs).logits, before)
+    assert type(AutoModelForCausalLM.from_config(other.config)) is type(other)
+
+
+def test_router_parameters():
+    for model_type, row in ARCHITECTURES.items():
+        found = router_parameters(revffn.convert(tiny_model(model_type)))
+        dense = {"qwen2_moe": 1, "deepseek_v2": 1, "deepseek_v3": 1, "glm4_moe": 1}.get(model_type, 0)
+        if row.router is None:
+            assert found == []
+        else:
+            routers = {p.shape for p in found if p.dim() == 2}
+            assert len([p for p in found if p.dim() == 2]) == 4 - dense and len(routers) == 1, model_type
+
+
+# --- refusals -----------------------------------------------------------------------------------------------------------------------
+
+
+def snapshot(model):
+    return (
+        type(model),
+        type(model.config),
+        model.config.to_json_string(),
+        [type(module) for module in model.modules()],
+        [(name, id(p)) for name, p in model.named_parameters()],
+        list(model.state_dict()),
+        model.training,
+    )
+
+
+@pytest.mark.parametrize(
+    "make, settings, message",
+    [
+        (lambda: AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_layer=2, n_embd=16, n_head=2)), {}, "gpt2.*qwen2_moe"),
+        (lambda: tiny_model(), dict(side_bits=[1, 2]), "side_bits has 2 entries.*4"),
+        (lambda: tiny_model(), dict(plain_layers=4), "plain_layers=4"),
+        (lambda: tiny_model("llama", hidden_size=33, num_attention_heads=3, num_key_value_heads=3, head_dim=8), dict(coupling="cross_branch"), "33"),
+        (lambda: tiny_model(), dict(coupling="cross_branch", anchor_layers=[7]), "anchor_layers"),
+    ],
+    ids=["unknown", "side bits", "plain layers", "odd", "anchor"],
+)  # fmt: skip
+def test_refused_before_anything_changes(make, settings, message):
+    model = make()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        revffn.convert(model, revffn.ReversibleConfig(**settings), calibration=CALIBRATION)
+    assert snapshot(model) == before
+
+
+def test_other_heads_are_refused():
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_config(tiny_model("llama").config)
+    with pytest.raises(ValueError, match="LlamaForCausalLM.*LlamaForSequenceClassification"):
+        revffn.convert(model)
+
+
+def test_already_reversible_is_refused():
+    model = coupled()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="reversible already"):
+        revffn.convert(model)
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize(
+    "batches, message",
+    [
+        ([], "no token"),
+        ([{"input_ids": torch.zeros(1, 4, dtype=torch.long), "attention_mask": torch.zeros(1, 4, dtype=torch.long)}], "no token"),
+    ],
+    ids=["empty", "all padding"],
+)  # fmt: skip
+def test_useless_calibration_is_refused(batches, message):
+    model = tiny_model().train()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        revffn.convert(model, calibration=batches)
+    assert snapshot(model) == before
+
+
+def test_calibration_that_is_not_finite_is_refused():
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.shared_expert.down_proj.weight[0, 0] = float("nan")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="not finite"):
+        revffn.convert(model, calibration=CALIBRATION)
+    assert snapshot(model) == before
+
+
+# --- files ------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("coupling", COUPLINGS)
+@pytest.mark.parametrize("model_type", SETTINGS)
+def test_save_and_load(model_type, coupling, tmp_path):
+    """Weights, settings, eval logits bit for bit, and the training loss under the same seed."""
+    model = with_random_couplings(coupled(model_type, **COUPLINGS[coupling]))
+    model.save_pretrained(tmp_path)
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True, dtype=torch.float32)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert type(loaded) is type(model) and revffn.is_reversible(loaded)
+    assert loaded.config.revffn == model.config.revffn
+    assert loaded.reversible_config == model.reversible_config
+    assert_same_weights(loaded, model)
+    inputs = tiny_batch(padded=True)
+    loaded.set_attn_implementation(model.config._attn_implementation)
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(**inputs).logits, model.eval()(**inputs).logits)
+    (loss, grads), (loaded_loss, loaded_grads) = run(model.train(), inputs), run(loaded.train(), inputs)
+    assert torch.equal(loss, loaded_loss)
+    assert all(torch.equal(grads[name], loaded_grads[name]) for name in grads)
+    assert revffn.reversible_report(loaded)["mismatched_states"] == 0
+
+
+@pytest.mark.parametrize("coupling", ["innovation", "none"])
+@pytest.mark.parametrize("model_type", SETTINGS)
+def test_export_is_the_original(model_type, coupling, tmp_path):
+    """Class, configuration, weights, logits; in memory and from its folder."""
+    original = tiny_model(model_type).eval()
+    model = coupled(model_type, **COUPLINGS[coupling]).eval()
+    exported = revffn.export(model)
+    assert type(exported) is type(original) and type(exported.config) is type(original.config)
+    assert "revffn" not in exported.config.to_json_string()
+    assert_same_weights(exported, original)
+    inputs = tiny_batch(padded=True)
+    with torch.no_grad():
+        expected = original(**inputs).logits
+        assert torch.equal(exported(**inputs).logits, expected)
+        exported.save_pretrained(tmp_path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+        loaded.set_attn_implementation(original.config._attn_implementation)
+        assert torch.equal(loaded.eval()(**inputs).logits, expected)
+        assert torch.equal(model(**inputs).logits, expected), "the reversible model must go on working"
+    assert_same_weights(loaded, original)
+    assert loaded.config.to_diff_dict() == {**original.config.to_diff_dict(), **{
+        name: loaded.config.to_diff_dict()[name] for name in ("architectures",) if name in loaded.config.to_diff_dict()
+    }}  # fmt: skip
+    assert torch.equal(
+        exported.generate(inputs["input_ids"], max_new_tokens=3, do_sample=False),
+        original.generate(inputs["input_ids"], max_new_tokens=3, do_sample=False),
+    )
+
+
+def test_export_after_training_shares_the_weights():
+    model = coupled()
+    run(model, tiny_batch())
+    exported = revffn.export(model)
+    assert exported.model.layers[1].mlp.experts.down_proj is model.model.layers[1].mlp.experts.down_proj
+    assert exported.training == model.training
+    again = revffn.convert(exported, revffn.ReversibleConfig(coupling="none"))
+    assert again.config.revffn["coupling"] == "none"
+
+
+def test_export_with_tied_embeddings(tmp_path):
+    model = coupled("llama", overrides=dict(tie_word_embeddings=True))
+    exported = revffn.export(model)
+    assert exported.lm_head.weight is exported.model.embed_tokens.weight
+    exported.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    model.save_pretrained(tmp_path / "reversible")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "reversible")
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("coupling", ["cross_left", "cross_right"])
+def test_cross_branch_cannot_be_exported(coupling):
+    with pytest.raises(ValueError, match="cannot be exported"):
+        revffn.export(coupled(**COUPLINGS[coupling]))
+    with pytest.raises(ValueError, match="plain model already"):
+        revffn.export(tiny_model())
+
+
+def test_exported_folder_needs_no_revffn(tmp_path):
+    """A Python that cannot import this library loads the folder and finds the same loss."""
+    model = coupled().eval()
+    revffn.export(model).save_pretrained(tmp_path)
+    inputs = tiny_batch()
+    torch.save(inputs, tmp_path / "inputs.pt")
+    code = f"""
+import sys
+sys.modules["revffn"] = None
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}).eval()
+print(type(model).__name__, model(**torch.load({str(tmp_path / "inputs.pt")!r})).loss.item())
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
+    name, loss = found.stdout.split()[-2:]
+    assert name == "Qwen2MoeForCausalLM"
+    assert float(loss) == pytest.approx(model(**inputs).loss.item(), abs=1e-6)
+
+
+def test_reversible_folder_is_not_mistaken_for_a_plain_one(tmp_path):
+    """Without this library the model type is unknown: nobody trains or serves it as something else by accident."""
+    coupled(coupling="cross_branch").save_pretrained(tmp_path)
+    code = f"""
+import sys
+sys.modules["revffn"] = None
+from transformers import AutoModelForCausalLM
+try:
+    AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})
+except ValueError as error:
+    print("refused", "revffn_qwen2_moe" in str(error))
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert found.stdout.split()[-2:] == ["refused", "True"], found.stderr
+
+
+# --- copies ---------------------------------------------------------------------------------------------------------------------------
+
+
+def pickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+def saved_whole(model):
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("coupling", COUPLINGS)
+@pytest.mark.parametrize("make_copy", [copy.deepcopy, pickled, saved_whole], ids=["deepcopy", "pickle", "torch.save"])
+def test_copies_train_alike(make_copy, coupling):
+    """Also after a step, when the report holds measurements, and with router logits, which transformers records by module."""
+    model, inputs = coupled(**COUPLINGS[coupling]), tiny_batch()
+    run(model, inputs)
+    other = make_copy(model)
+    (loss, grads), (other_loss, other_grads) = run(model, inputs), run(other, inputs)
+    assert torch.equal(loss, other_loss)
+    assert all(torch.equal(grads[name], other_grads[name]) for name in grads)
+    assert not {id(p) for p in model.parameters()} & {id(p) for p in other.parameters()}
+    other.eval()
+    assert len(other(**inputs, output_router_logits=True).router_logits) == 3
+    assert len(other(**inputs, output_hidden_states=True).hidden_states) == 5
+
+
+# --- calibration --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "deepseek_v3", "gpt_oss", "llama"])
+def test_calibration_measures_the_plain_model(model_type):
+    original = tiny_model(model_type).eval()
+    with torch.no_grad():
+        states = [s for b in CALIBRATION for s in original.model(b["input_ids"], b.get("attention_mask"), output_hidden_states=True).hidden_states[:-1]]
+    largest = max(s.abs().max().item() for s in states)
+    model = coupled(model_type)
+    found = revffn.convert(tiny_model(model_type), calibration=CALIBRATION).config.revffn_calibration
+    assert found["num_tokens"] == sum(int(b.get("attention_mask", b["input_ids"] * 0 + 1).sum()) for b in CALIBRATION)
+    assert found["largest_hidden_state"] >= largest * 0.999
+    assert sorted(found["explained"], key=int) == ["1", "2", "3"]
+    assert all(0 <= share <= 1 for share in found["explained"].values())
+    assert model.reversible_config.fraction_bits <= 24
+
+
+def test_calibration_leaves_mode_hooks_and_gradients_alone():
+    model = tiny_model().train()
+    revffn.convert(model, calibration=CALIBRATION)
+    assert model.training
+    for module in model.modules():
+        assert not module._forward_hooks and not module._forward_pre_hooks
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_padding_does_not_enter_the_fit():
+    padded = tiny_batch(4, 13, seed=8, padded=True)
+    other = {**padded, "input_ids": padded["input_ids"].clone()}
+    other["input_ids"][padded["attention_mask"] == 0] = 77
+    one, two = (revffn.convert(tiny_model(), calibration=[batch]) for batch in (padded, other))
+    for (name, a), (_, b) in zip(revffn.coupling_parameters(one), revffn.coupling_parameters(two), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+def explained(rank: int | None) -> list[float]:
+    config = revffn.ReversibleConfig(predictor_rank=rank)
+    calibration = [tiny_batch(8, 40, seed=seed) for seed in range(3)]
+    model = revffn.convert(tiny_model(), config, calibration=calibration)
+    return list(model.config.revffn_calibration["explained"].values())
+
+
+def test_higher_rank_explains_more():
+    shares = [explained(rank) for rank in (1, 4, 12, 32, None)]
+    for lower, higher in zip(shares, shares[1:], strict=False):
+        assert all(a <= b + 1e-3 for a, b in zip(lower, higher, strict=True))
+    assert all(a < b - 0.05 for a, b in zip(shares[0], shares[-1], strict=True))
+    assert shares[-2] == pytest.approx(shares[-1], abs=1e-3)
+
+
+def test_fit_is_the_least_squares_solution():
+    """Against `lstsq` on the same states: the ridge costs next to nothing."""
+    batches = [tiny_batch(8, 40, seed=seed) for seed in range(3)]
+    model = tiny_model().double().eval()
+    model.set_experts_implementation("eager")
+    with torch.no_grad():
+        per_batch = [model.model(b["input_ids"], output_hidden_states=True).hidden_states for b in batches]
+    x, past = (torch.cat([states[k].reshape(-1, 32) for states in per_batch]) for k in (2, 1))
+    ones = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], dim=1)
+    solution = torch.linalg.lstsq(ones, past - x).solution
+    best = 1 - (past - x - ones @ solution).square().sum() / (past - x).square().sum()
+    revffn.convert(model, calibration=batches)
+    predictor = model.model.layers[2].coupling.predictor
+    with torch.no_grad():
+        ours = 1 - (past - x - predictor(x)).square().sum() / (past - x).square().sum()
+    assert best - 1e-3 <= ours <= best + 1e-9
+    assert model.config.revffn_calibration["explained"]["2"] == pytest.approx(ours.item(), abs=1e-3)
+
+
+def test_fitted_predictors_bring_the_coupled_model_nearer_to_the_plain_one():
+    inputs = tiny_batch(8, 40, seed=11)
+    calibration = [tiny_batch(8, 40, seed=seed) for seed in range(6)]
+    with torch.no_grad():
+        plain = tiny_model().eval()(**inputs).logits
+        distances = []
+        for settings, batches in ((dict(), calibration), (dict(predictor_rank=0), None)):
+            model = revffn.convert(tiny_model(), revffn.ReversibleConfig(**settings), calibration=batches).train()
+            torch.manual_seed(5)
+            distances.append((model(**inputs).logits - plain).norm().item())
+    assert distances[0] < 0.8 * distances[1]
+
+
+def test_finer_gain_is_nearer_to_the_plain_model():
+    inputs = tiny_batch()
+    with torch.no_grad():
+        plain = tiny_model().eval()(**inputs).logits
+        distances = []
+        for m in range(5):
+            model = coupled(side_bits=m)
+            torch.manual_seed(5)
+            distances.append((model(**inputs).logits - plain).norm().item())
+    assert distances == sorted(distances, reverse=True)
+    assert distances[4] < 0.3 * distances[0]
+
+
+# --- without weights ------------------------------------------------------------------------------------------------------------------
+
+
+QWEN15 = dict()  # the defaults of Qwen2MoeConfig
+QWEN3 = dict(
+    num_hidden_layers=48, hidden_size=2048, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768,
+    num_attention_heads=32, num_key_value_heads=4, head_dim=128, vocab_size=151_936, intermediate_size=6144,
+)  # fmt: skip
+BIG = {
+    "Qwen1.5-MoE-A2.7B": (Qwen2MoeConfig, QWEN15, 14_315_784_192),
+    "Qwen3-30B-A3B": (Qwen3MoeConfig, QWEN3, 30_532_122_624),
+}
+
+
+@pytest.mark.parametrize("coupling", ["innovation", "cross_left", "none"])
+@pytest.mark.parametrize("place", ["meta", "fake"])
+@pytest.mark.parametrize("name", BIG)
+def test_full_size(name, place, coupling):
+    config_class, values, num_parameters = BIG[name]
+    settings = {"innovation": dict(), "cross_left": dict(coupling="cross_branch"), "none": dict(coupling="none")}[coupling]
+    started = time.monotonic()
+    with torch.device("meta") if place == "meta" else FakeTensorMode():
+        model = AutoModelForCausalLM.from_config(config_class(**values), dtype=torch.bfloat16)
+        assert sum(p.numel() for p in model.parameters()) == num_parameters
+        # Conversion outside a torch.device block must find the place by itself.
+    with FakeTensorMode(allow_non_fake_inputs=True) if place == "fake" else torch.device("cpu"):
+        revffn.convert(model, revffn.ReversibleConfig(**settings))
+    added = revffn.coupling_parameters(model)
+    D, L = model.config.hidden_size, model.config.num_hidden_layers
+    expected = {"innovation": (L - 1) * (D * D + D), "cross_left": L * 5 * D * D // 2, "none": 0}[coupling]
+    assert sum(p.numel() for _, p in added) == expected
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    if place == "meta":
+        assert {p.device.type for p in model.parameters()} == {"meta"}
+    if coupling != "cross_left":
+        assert sum(p.numel() for p in revffn.export(model).parameters()) == num_parameters
+    assert time.monotonic() - started < 20
+
+
+def test_meta_model_can_be_filled(tmp_path):
+    """convert on meta, then load a state dict: the way large models are built."""
+    model = coupled()
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(tiny_model().config, dtype=torch.float32)
+    revffn.convert(empty, model.reversible_config)
+    empty.load_state_dict(model.state_dict(), assign=True)
+    assert isinstance(empty.model.layers[1].coupling.predictor.up.weight, nn.Parameter)
+    assert_same_weights(empty, model)

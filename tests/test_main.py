@@ -1,0 +1,151 @@
+"""The command line: bad input is one line on stderr with a remedy, exit status 2, and nothing written; a good run
+works.
+
+Run: pytest tests/test_main.py
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from revffn.__main__ import COMMANDS, main
+
+
+def tree(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@pytest.fixture
+def refused(tmp_path, capsys, monkeypatch):
+    """`refused(words)`: the line that `revffn` refuses `words` with."""
+
+    def check(*words):
+        monkeypatch.chdir(tmp_path)
+        before = tree(tmp_path)
+        capsys.readouterr()
+        assert main([str(word) for word in words]) == 2
+        captured = capsys.readouterr()
+        assert tree(tmp_path) == before
+        assert captured.err.count("\n") == 1 and captured.err.startswith("revffn")
+        assert "Traceback" not in captured.err
+        return captured.err
+
+    return check
+
+
+BAD_DATA = {
+    "missing columns": ([{"question": "a", "answer": "b"}], "line 1: missing columns"),
+    "empty file": ([], "no records"),
+    "broken JSON line": (['{"instruction": "a", "response": "b"}', '{"instruction": '], "line 2: broken JSON"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_DATA)
+def test_bad_data(recipe_file, data_file, refused, name):
+    records, message = BAD_DATA[name]
+    recipe = recipe_file()
+    file = data_file(records, "bad.jsonl")
+    line = refused("train", recipe, "--data.path", file)
+    assert message in line and str(file) in line
+
+
+BAD_OVERRIDES = {
+    "no data file": ("--data.path nothing.jsonl", "no such file"),
+    "unknown key": ("--data.paths x", "unknown key 'data.paths'. Did you mean data.path?"),
+    "wrong type": ("--training.num_steps x", "training.num_steps"),
+    "too long": ("--data.max_length 257", "max_position_embeddings=256"),
+    "too short": ("--data.max_length 8", "leaves no token of any response"),
+    "no model": ("--model.path nowhere", "model.path 'nowhere': no such folder"),
+    "too few records": ("--data.num_examples 60", "64 records, but 68 are needed"),
+    "resume nothing": ("--training.resume true", "no checkpoint in"),
+    "bad side bits": ("--reversible.side_bits 1 2", "side_bits has 2 entries; the model has 4 decoder layers"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_OVERRIDES)
+def test_bad_settings(recipe_file, refused, name):
+    words, message = BAD_OVERRIDES[name]
+    assert message in refused("train", recipe_file(), *words.split())
+
+
+def test_freeze_router_without_a_router(recipe_file, refused):
+    line = refused("train", recipe_file(model_type="llama"), "--training.freeze_router", "true")
+    assert "not a Mixture-of-Experts model" in line
+
+
+def test_tokenizer_without_chat_template(recipe_file, refused, model_folder, tmp_path):
+    import shutil
+
+    folder = tmp_path / "no_template"
+    shutil.copytree(model_folder(), folder)
+    (folder / "chat_template.jinja").unlink()
+    line = refused("train", recipe_file(), "--model.path", folder)
+    assert "no chat template" in line and "chat_template.jinja" in line
+
+
+def test_unknown_architecture_and_missing_tokenizer(recipe_file, refused, tmp_path):
+    folder = tmp_path / "gpt2"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    assert "No reversible layout for model_type='gpt2'" in refused("train", recipe_file(), "--model.path", folder)
+    line = refused("train", recipe_file(), "--model.path", folder, "--reversible.coupling", "null")
+    assert "no usable tokenizer" in line
+
+
+def test_used_output_folder_and_reversible_model(recipe_file, refused, tmp_path):
+    recipe = recipe_file()
+    assert main(["train", str(recipe)]) == 0
+    assert "is not empty" in refused("train", recipe)
+    line = refused("train", recipe, "--model.path", tmp_path / "run" / "model", "--training.output_dir", "other")
+    assert "reversible already" in line and "revffn export" in line
+    assert "is not empty" in refused("export", tmp_path / "run", tmp_path / "run")
+
+
+def test_cross_branch_cannot_be_exported(recipe_file, refused, tmp_path):
+    words = [
+        "--reversible.coupling",
+        "cross_branch",
+        "--reversible.query_stream",
+        "right",
+        "--training.num_steps",
+        "0",
+    ]
+    assert main(["train", str(recipe_file()), *words]) == 0
+    assert "cross_branch model cannot be exported" in refused("export", tmp_path / "run", tmp_path / "out")
+
+
+def test_other_bad_command_lines(refused, tmp_path):
+    assert "no such recipe" in refused("train", "nothing.yaml")
+    assert "the recipe comes first" in refused("train", "--model.path", "x")
+    assert "unknown command 'trian'" in refused("trian")
+    assert "Usage: revffn export RUN OUT" in refused("export", "one")
+    assert "output" in refused("upcycle")
+    assert "--num_expert" in refused("upcycle", "--output", "out", "--num_expert", "4")
+    assert "steps must be" in refused("upcycle", "--output", "out", "--steps", "0")
+    assert "no model here" in refused("export", tmp_path / "nowhere", "out")
+
+
+def test_help_names_every_command(capsys):
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", ["train", "upcycle"])
+def test_help_of_a_command(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0 and "--" in capsys.readouterr().out
+
+
+def test_as_a_program(recipe_file, tmp_path):
+    """Outside of this process too: the exit status, one line and no traceback, in a folder of its own."""
+    recipe = recipe_file("optimiser: {}\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "revffn", "train", str(recipe)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and f"{recipe} line 12: unknown key 'optimiser'" in done.stderr
+    assert not (tmp_path / "run").exists()

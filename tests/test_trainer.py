@@ -1,0 +1,201 @@
+"""Runs on a tiny random Mixture-of-Experts model: what a run leaves behind, which parameters each stage moves, that
+resuming equals not having stopped, and that the loss is on the responses only.
+
+Run: pytest tests/test_trainer.py
+"""
+
+import json
+import shutil
+
+import pytest
+import torch
+from datasets import Dataset
+from helpers import tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig
+
+import revffn
+from revffn.data import batches
+from revffn.evaluation import heldout_loss, response_loss, step_bytes
+from revffn.recipe import load_run_config
+from revffn.trainer import RevFFNTrainer, check, train
+
+ASK = ("--evaluation.prompt", "Say red 2 times.", "--evaluation.max_new_tokens", "4")
+
+
+def run(recipe, *overrides):
+    return train(load_run_config(recipe, list(overrides)), recipe)
+
+
+def weights(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def moved(before, after):
+    return {name for name in before.keys() & after.keys() if not torch.equal(before[name], after[name])}
+
+
+COUPLINGS = {
+    "innovation": ["--reversible.coupling", "innovation"],
+    "cross_branch": ["--reversible.coupling", "cross_branch", "--reversible.query_stream", "right"],
+    "none": ["--reversible.coupling", "none"],
+    "plain": ["--reversible.coupling", "null", "--training.activation_checkpointing", "true"],
+}
+
+
+@pytest.mark.parametrize("coupling", COUPLINGS)
+def test_a_run_leaves_a_model_metrics_and_a_summary(recipe_file, coupling, capsys):
+    recipe = recipe_file("optimizer:\n  learning_rate: 3e-3\n")
+    folder = run(recipe, *COUPLINGS[coupling], *ASK, "--evaluation.every_steps", "2")
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert revffn.is_reversible(model) == (coupling != "plain")
+    steps = [line for line in metrics(folder) if "loss" in line]
+    assert [step["step"] for step in steps] == [1, 2, 3]
+    assert [line["step"] for line in metrics(folder) if "heldout_loss" in line] == [2]
+    assert all({"loss", "learning_rate", "grad_norm", "peak_bytes"} <= step.keys() for step in steps)
+    assert all(step["tokens_per_second"] > 0 for step in steps[1:])
+    if coupling != "plain":
+        assert all(step["mismatched_states"] == 0 for step in steps)
+    if coupling in ("innovation", "cross_branch"):
+        assert all(step["verified_states"] > 0 for step in steps)
+    summary = json.loads((folder / "run.json").read_text())
+    first = "converted" if coupling == "cross_branch" else "before"
+    assert summary["heldout"]["after"]["loss"] < summary["heldout"][first]["loss"]
+    assert summary["heldout"]["after"]["tokens"] > 0 and summary["versions"]["trl"]
+    assert set(summary["answers"]) == {"before", "after"}
+    out = capsys.readouterr().out
+    assert str(folder / "model") in out and "held-out loss after" in out
+    # The reported loss is that of the model on disk.
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    shutil.rmtree(folder / "model")  # `check` wants an empty or new folder
+    for file in folder.iterdir():
+        shutil.rmtree(file) if file.is_dir() else file.unlink()
+    rows = check(load_run_config(recipe), recipe).heldout
+    assert heldout_loss(model, rows, 3, tokenizer.pad_token_id)["loss"] == pytest.approx(
+        summary["heldout"]["after"]["loss"], rel=1e-5
+    )
+
+
+def test_innovation_exports_to_what_was_evaluated(recipe_file, tmp_path):
+    from revffn.__main__ import main
+
+    folder = run(recipe_file())
+    assert main(["export", str(folder), str(tmp_path / "plain")]) == 0
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert type(plain).__name__ == "Qwen2MoeForCausalLM"
+    assert (tmp_path / "plain" / "tokenizer_config.json").exists()
+    reversible = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+    inputs = torch.arange(3, 20)[None]
+    torch.testing.assert_close(plain.eval()(inputs).logits, reversible(inputs).logits, rtol=0, atol=0)
+
+
+def test_stage_2_moves_everything_but_the_routers(recipe_file, model_folder):
+    folder = run(recipe_file(), "--optimizer.learning_rate", "1e-2")
+    before, after = weights(model_folder()), weights(folder / "model")
+    still = before.keys() - moved(before, after)
+    assert still and all(name.endswith("mlp.gate.weight") for name in still)
+
+
+def test_routers_train_when_told_to(recipe_file, model_folder):
+    folder = run(recipe_file(), "--optimizer.learning_rate", "1e-2", "--training.freeze_router", "false")
+    before, after = weights(model_folder()), weights(folder / "model")
+    assert any(name.endswith("mlp.gate.weight") for name in moved(before, after))
+
+
+def test_stage_1_moves_the_coupling_only(recipe_file, model_folder):
+    recipe = recipe_file()
+    folder = run(recipe, *COUPLINGS["cross_branch"], "--training.stage1_steps", "2", "--training.num_steps", "0")
+    before, after = weights(model_folder()), weights(folder / "model")
+    assert not moved(before, after)
+    assert [line["stage"] for line in metrics(folder)] == [1, 1]
+    losses = json.loads((folder / "run.json").read_text())["heldout"]
+    assert losses["after_stage1"]["loss"] < losses["converted"]["loss"]
+
+
+@pytest.mark.parametrize("stage1_steps", [0, 4])
+def test_a_resumed_run_equals_one_that_did_not_stop(recipe_file, tmp_path, stage1_steps, monkeypatch):
+    """Stopped after 3 steps of 4 (of the last, or of the only stage), gone on from the checkpoint at 2."""
+    recipe = recipe_file("optimizer:\n  learning_rate: 1e-3\n")
+    same = ["--training.num_steps", "4", "--training.stage1_steps", str(stage1_steps), "--training.save_steps", "2"]
+    whole = run(recipe, *same, "--training.output_dir", str(tmp_path / "whole"))
+    halves = ["--training.output_dir", str(tmp_path / "halves")]
+
+    real = RevFFNTrainer.training_step
+
+    def stops(self, *args, **kwargs):
+        if self.state.global_step == 3 and self.args.output_dir.endswith("stage2"):
+            raise KeyboardInterrupt
+        return real(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RevFFNTrainer, "training_step", stops)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe, *same, *halves)
+    resumed = run(recipe, *same, *halves, "--training.resume", "true")
+    assert not moved(weights(whole / "model"), weights(resumed / "model"))
+    told = [[(line["stage"], line["step"], line["loss"]) for line in metrics(folder)] for folder in (whole, resumed)]
+    assert told[0] == told[1]
+    summaries = [json.loads((folder / "run.json").read_text()) for folder in (whole, resumed)]
+    assert summaries[0]["heldout"] == summaries[1]["heldout"]
+
+
+def test_packed_sequences_train_the_same_tokens(recipe_file):
+    folder = run(recipe_file(), "--data.packing", "true", "--training.num_steps", "2")
+    assert all(line["mismatched_states"] == 0 for line in metrics(folder))
+
+
+def test_a_dense_model_trains(recipe_file):
+    folder = run(recipe_file(model_type="llama"))
+    assert type(AutoModelForCausalLM.from_pretrained(folder / "model")).__name__ == "RevFFNLlamaForCausalLM"
+
+
+def test_checkpointing_is_measured_beside_the_coupling(recipe_file):
+    folder = run(recipe_file(), "--evaluation.compare_checkpointing", "true")
+    measured = json.loads((folder / "run.json").read_text())["step_bytes"]
+    assert measured["innovation"]["kept_bytes"] > 0
+    assert measured["activation checkpointing"]["peak_bytes"] > measured["activation checkpointing"]["kept_bytes"] > 0
+
+
+def test_the_trainer_alone_keeps_checkpointing_off(tokenizer, tmp_path):
+    model = revffn.convert(tiny_model(vocab_size=len(tokenizer)))
+    rows = [{"input_ids": list(range(3, 40)), "labels": list(range(3, 40))}] * 4
+    # SFTConfig turns activation checkpointing on by default.
+    args = SFTConfig(output_dir=str(tmp_path), bf16=False, max_steps=1, report_to="none", logging_steps=1)
+    assert args.gradient_checkpointing
+    trainer = RevFFNTrainer(model, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    trainer.train()
+    assert not trainer.args.gradient_checkpointing
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    assert trainer.state.log_history[0]["verified_states"] > 0
+
+
+def test_response_loss_is_cross_entropy_of_the_labels_only(tokenizer):
+    model = tiny_model(vocab_size=len(tokenizer)).eval()
+    row = {"input_ids": list(range(3, 30)), "labels": [-100] * 20 + list(range(23, 30))}
+    batch = next(batches([row, {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}], 2, 0))
+    total, tokens = response_loss(model, batch)
+    assert tokens == 9
+    theirs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]).loss
+    torch.testing.assert_close(total / tokens, theirs)
+
+
+def test_step_bytes_sees_what_a_layer_keeps_and_touches_nothing(tokenizer):
+    def measure(num_layers, checkpointing):
+        model = tiny_model("llama", num_hidden_layers=num_layers).eval()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        batch = {"input_ids": torch.arange(3, 35)[None], "attention_mask": torch.ones(1, 32, dtype=torch.long)}
+        batch["labels"] = batch["input_ids"]
+        state = torch.get_rng_state()
+        measured = step_bytes(model, batch)
+        assert torch.equal(state, torch.get_rng_state())
+        assert all(p.grad is None for p in model.parameters()) and model.training is False
+        return measured["kept_bytes"]
+
+    # Checkpointing keeps one input of 32 tokens x 32 channels in float32 per layer.
+    assert measure(6, True) - measure(4, True) == 2 * 32 * 32 * 4
+    assert measure(6, False) - measure(4, False) > 10 * 2 * 32 * 32 * 4
