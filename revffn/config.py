@@ -38,9 +38,9 @@ class ReversibleConfig:
     fixed-point iteration; `right` is inverted explicitly and exactly."""
     num_iterations: int = 10
     """Cross-branch, left: most attention evaluations per inversion."""
-    tolerance: float = 0.0
-    """Cross-branch, left: a token has converged when no element moves by more than this, in units of the stream. 0
-    asks for an exact fixed point on the integer grid."""
+    tolerance: float | None = None
+    """Cross-branch, left: a token has converged when no element moves by more than this, in units of the stream. None: by
+    more than the rounding of the model's dtype, relative to the token's largest element; 0: an exact fixed point."""
     num_canaries: int = 64
     """Cross-branch, left: tokens per layer whose true left stream is kept, to report the real reconstruction error."""
     anchor_layers: list[int] | None = None

@@ -188,6 +188,9 @@ def convert(
     layers = model.model.layers
     if isinstance(config.side_bits, list) and len(config.side_bits) != len(layers):
         raise ValueError(f"side_bits has {len(config.side_bits)} entries; the model has {len(layers)} decoder layers.")
+    wrong = [k for k in config.anchor_layers or () if not 0 <= k < len(layers)]
+    if wrong:
+        raise ValueError(f"anchor_layers {wrong} do not exist; the model's decoder layers are 0 to {len(layers) - 1}.")
     if config.coupling == "innovation" and config.plain_layers >= len(layers) and len(layers) > 1:
         raise ValueError(
             f"plain_layers={config.plain_layers} leaves none of the model's {len(layers)} layers to couple."

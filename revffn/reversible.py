@@ -13,7 +13,7 @@ step what the coupling asks for. docs/how_it_works.md tells why it is built this
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +55,8 @@ class Tile:
     position: int = 0
     """Number of steps between the embedding and `streams`."""
     checksums: list[Tensor] | Tensor | None = None
+    exact: Tensor | None = None
+    """cross_branch, backward: 0-dim bool, whether every state that the present streams came from was rebuilt exactly."""
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
     """Whose recomputed tensors are alive, by the part of the layer they belong to."""
 
@@ -87,8 +89,8 @@ class Walk:
         self.batch_size = 0
         # Largest magnitude a stream has had, in grid units (~x instead of -x: it does not overflow).
         self.largest: Tensor | None = None
-        # Filled while walking back: (name of the state, 0-dim bool tensor) pairs that still have to be looked at.
-        self.verdicts: list[tuple[str, Tensor]] = []
+        # Filled while walking back: (name of the state, differs, fatal), 0-dim bool tensors that still have to be looked at.
+        self.verdicts: list[tuple[str, Tensor, Tensor]] = []
 
     # --- tensors that many layers share (masks, rotary tables) are kept once, by Finish -----------------------------
 
@@ -159,35 +161,46 @@ class Walk:
         largest = torch.maximum(~low, high)
         self.largest = largest if self.largest is None else torch.maximum(self.largest, largest)
 
-    def verify(self, tile: Tile, index: int, stream: Tensor, name: str, exact: bool = True) -> None:
-        """Backward: compare a rebuilt state with the checksum that `remember` noted as number `index`."""
+    def verify(self, tile: Tile, index: int, stream: Tensor, name: str) -> Tensor | None:
+        """Backward: whether a rebuilt state differs from the checksum that `remember` noted as number `index`."""
         if self.config.verify == "off" or not is_concrete(stream):
-            return
-        self.note_verdict(name, checksum(stream) != tile.checksums[index], exact)
+            return None
+        return self.note_verdict(name, checksum(stream) != tile.checksums[index])
 
-    def note_verdict(self, name: str, differs: Tensor, exact: bool = True) -> None:
-        """`differs`: 0-dim bool. Looked at once per walk, except on a CPU, where looking costs nothing."""
-        self.verdicts.append((name, differs))
-        if exact and self.config.verify == "raise" and differs.device.type == "cpu" and bool(differs):
+    def verify_last(self, tile: Tile) -> None:
+        """The streams that autograd kept since forward."""
+        for i, stream in enumerate(tile.streams):
+            self.verify(tile, i - 2, stream, "output of the last layer" if i else "stream beside it")
+
+    def note_verdict(self, name: str, differs: Tensor, fatal: Tensor | None = None) -> Tensor:
+        """Count `differs` (0-dim bool) as a mismatch; `fatal`, by default the same, is what `verify="raise"` raises on.
+
+        Looked at once per walk, except on a CPU, where looking costs nothing.
+        """
+        fatal = differs if fatal is None else fatal
+        self.verdicts.append((name, differs, fatal))
+        if self.config.verify == "raise" and fatal.device.type == "cpu" and bool(fatal):
             self.close(aborted=True)
             raise mismatch([name])
+        return differs
 
     def close(self, aborted: bool = False) -> None:
-        """End of the backward walk: read the verdicts (one synchronisation), drop what is left, raise on a
-        mismatch."""
+        """End of the backward walk: read the verdicts (one synchronisation), drop what is left, raise on a mismatch."""
         verdicts, self.verdicts = self.verdicts, []
         for tile in self.tiles:
-            tile.streams, tile.checksums = [None, None], None
+            tile.streams, tile.checksums, tile.exact = [None, None], None, None
             for part in list(tile.evaluations):
                 tile.make_current(part, None)
         self.kept, self.signs = [], None
         wrong: list[str] = []
+        fatal: list[str] = []
         if verdicts:
-            flags = torch.stack([flag for _, flag in verdicts]).tolist()
-            wrong = [name for (name, _), flag in zip(verdicts, flags, strict=True) if flag]
+            flags = torch.stack([torch.stack((differs, serious)) for _, differs, serious in verdicts]).tolist()
+            wrong = [name for (name, *_), (flag, _) in zip(verdicts, flags, strict=True) if flag]
+            fatal = [name for (name, *_), (_, flag) in zip(verdicts, flags, strict=True) if flag]
         self.report.finish(len(verdicts), wrong, self.largest)
         if not aborted:
-            self.report.judge(self.config, wrong)
+            self.report.judge(self.config, fatal)
 
     def discard(self) -> None:
         """Forward failed half-way: untie the graph from this object."""
@@ -231,10 +244,10 @@ class Report:
     def judge(self, config: ReversibleConfig, mismatched: list[str]) -> None:
         """Act on the walk that ended: raise on a mismatch, or choose anchors for the next step (cross_branch,
         left)."""
+        if mismatched and config.verify == "raise":
+            raise mismatch(mismatched)
         if config.coupling == "cross_branch" and config.query_stream == "left":
             self.judge_fixed_point(config)
-        elif mismatched and config.verify == "raise":
-            raise mismatch(mismatched)
 
     def judge_fixed_point(self, config: ReversibleConfig) -> None:
         worst, where = 0.0, None
@@ -299,6 +312,7 @@ class Evaluation:
         self.routing: list[Tensor] = []
         self.rng: list[Tensor] = []
         self.differentiable: list[bool] = []
+        self.num_routing = 0
 
     def first(self, carriers: tuple[Tensor, ...], streams: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Run in forward, saving nothing but references to parameters."""
@@ -314,8 +328,14 @@ class Evaluation:
         ):
             return self.function(*carriers, *streams)
 
-    def again(self, *streams: Tensor, carriers: tuple[Tensor, ...] | None = None) -> tuple[Tensor, ...]:
-        """Run in backward on rebuilt streams; afterwards the nodes of forward find what they had saved."""
+    def again(
+        self, side: Sequence[Tensor], *streams: Tensor, carriers: tuple[Tensor, ...] | None = None
+    ) -> tuple[Tensor, ...]:
+        """Run in backward on rebuilt streams; afterwards the nodes of forward find what they had saved.
+
+        `side`: what `side_tensors` handed over.
+        """
+        routing, rng = list(side[: self.num_routing]), side[self.num_routing :]
         self.recomputed = []
         if carriers is None:
             # They only give the values that are read a graph, where they had one in forward.
@@ -325,9 +345,9 @@ class Evaluation:
             )
         with (
             torch.enable_grad(),
-            self.rng_state(),
+            self.rng_state(rng),
             self.autocast_state(),
-            ReplayRouting(self.routing) if self.routing else contextlib.nullcontext(),
+            ReplayRouting(routing) if routing else contextlib.nullcontext(),
             torch.autograd.graph.saved_tensors_hooks(self.record, never_asked),
         ):
             outputs = self.function(*carriers, *streams)
@@ -344,9 +364,6 @@ class Evaluation:
         self.num_routing = len(self.routing)
         self.routing, self.rng = [], []
         return tensors
-
-    def restore_side_tensors(self, tensors: tuple[Tensor, ...]) -> None:
-        self.routing, self.rng = list(tensors[: self.num_routing]), list(tensors[self.num_routing :])
 
     def drop(self, tensor: Tensor) -> Tensor | int:
         if isinstance(tensor, nn.Parameter):
@@ -388,15 +405,15 @@ class Evaluation:
         return torch.autocast(self.device.type, dtype=dtype, enabled=enabled, cache_enabled=False)
 
     @contextlib.contextmanager
-    def rng_state(self) -> Iterator[None]:
-        if not self.rng:
+    def rng_state(self, states: Sequence[Tensor]) -> Iterator[None]:
+        if not states:
             yield
             return
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
-            torch.set_rng_state(self.rng[0])
+            torch.set_rng_state(states[0])
             if devices:
-                torch.cuda.set_rng_state(self.rng[1], self.device)
+                torch.cuda.set_rng_state(states[1], self.device)
             yield
 
 
@@ -478,15 +495,17 @@ class Finish(Function):
     def backward(ctx, grad: Tensor):
         walk, tensors = ctx.walk, list(ctx.saved_tensors)
         n = len(walk.tiles)
+        walk.verdicts, walk.report.layers = [], {}
         for i, (tile, evaluation) in enumerate(zip(walk.tiles, ctx.evaluations, strict=True)):
             tile.streams, tile.position = tensors[2 * i : 2 * i + 2], ctx.positions[i]
             tile.checksums = tensors[2 * n + i] if ctx.verified else None
             tile.make_current("attention", evaluation)
-            evaluation.again(*[tile.streams[j] for j in ctx.reads])
+            tile.exact = None
+            walk.verify_last(tile)
+            evaluation.again((), *[tile.streams[j] for j in ctx.reads])
         if ctx.signed:
             walk.signs = tensors.pop()
         walk.kept = tensors[len(tensors) - ctx.num_kept :] if ctx.num_kept else []
-        walk.verdicts, walk.report.layers = [], {}
         torch.autograd.Variable._execution_engine.queue_callback(walk.close)
         return (None, None, None, *(grad[tile.rows] for tile in walk.tiles))
 

@@ -9,6 +9,7 @@ coupling's gradient.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .couplings import dequantize, innovation_forward, innovation_inverse, quantize
+from .couplings import checksum, dequantize, innovation_forward, innovation_inverse, quantize
 from .reversible import Evaluation, Read, Tile, Walk, carrier_like, is_concrete
 from .sublayers import GradientSum, attention, cross_attention, feed_forward, half_feed_forward, uses_rng
 
@@ -134,9 +135,8 @@ class InnovationStep(Function):
         tile = move.tile
         move.walk.expect(tile, move.k)
         move.bits = ctx.saved_tensors[: ctx.num_kept]
-        evaluation.restore_side_tensors(ctx.saved_tensors[ctx.num_kept :])
         tile.make_current("attention", evaluation)
-        move.attn, *predicted = evaluation.again(tile.streams[0])
+        move.attn, *predicted = evaluation.again(ctx.saved_tensors[ctx.num_kept :], tile.streams[0])
         move.predicted = predicted[0] if predicted else None
         move.num_left = len(move.chunks)
         return None if move.m is None else grad, grad, None, None, None
@@ -194,10 +194,9 @@ class FeedStep(Function):
     def backward(ctx, grad: Tensor):
         move, evaluation = ctx.move, ctx.evaluation
         rows = move.chunks[ctx.index]
-        evaluation.restore_side_tensors(ctx.saved_tensors)
         move.tile.make_current("feed_forward", evaluation)
         middle = move.middle_of(rows)
-        (mlp,) = evaluation.again(middle)
+        (mlp,) = evaluation.again(ctx.saved_tensors, middle)
         move.invert(ctx.index, middle, mlp)
         return grad, grad[:, rows].to(ctx.dtype), None, None, None
 
@@ -283,12 +282,12 @@ class AdditiveStep(Function):
         x = tile.streams[which]
         implicit = which in reads
         ctx.anchored = implicit and (k in walk.report.anchors or k in (walk.config.anchor_layers or ()))
-        ctx.canaries = canary_rows(x, walk.config.num_canaries) if implicit and not ctx.anchored else None
+        canaries = canary_rows(x, walk.config.num_canaries) if implicit and not ctx.anchored else None
         kept: tuple[Tensor, ...] = ()
         if ctx.anchored:
             kept = tuple(tile.streams)
-        elif ctx.canaries is not None:
-            kept = (x.reshape(-1, x.shape[-1])[ctx.canaries],)
+        elif canaries is not None:
+            kept = (canaries, *(stream.reshape(-1, stream.shape[-1])[canaries] for stream in tile.streams))
         ctx.num_kept = len(kept)
         y = x + quantize(update, walk.config.fraction_bits)
         tile.streams = [y if i == which else s for i, s in enumerate(tile.streams)]
@@ -303,24 +302,35 @@ class AdditiveStep(Function):
         walk, tile, k, which, reads, evaluation = ctx.walk, ctx.tile, ctx.k, ctx.which, ctx.reads, ctx.evaluation
         walk.expect(tile, 2 * k + which)
         kept, side = ctx.saved_tensors[: ctx.num_kept], ctx.saved_tensors[ctx.num_kept :]
-        evaluation.restore_side_tensors(side)
         tile.make_current(("attention", "feed_forward")[which], evaluation)
         y = tile.streams[which]
+        name = f"{('left', 'right')[which]} input of layer {k}"
+        # Checksums 0 and 1 are the two streams of the embedding; the input of a step was noted two before its output.
+        number = 2 * k + which
         if ctx.anchored:
             tile.streams = list(kept)
-            evaluation.again(*[tile.streams[i] for i in reads])
+            (update,) = evaluation.again(side, *[tile.streams[i] for i in reads])
+            differs = (kept[which] + quantize(update, walk.config.fraction_bits) != y).any()
+            if walk.config.verify != "off" and is_concrete(y):
+                walk.note_verdict(f"left output of layer {k}", differs, differs & exactness(tile, differs))
+            tile.exact = torch.ones_like(differs)
             walk.report.note_layer(k, anchored=1, iterations=1)
         elif which not in reads:
-            (update,) = evaluation.again(*[tile.streams[i] for i in reads])
+            (update,) = evaluation.again(side, *[tile.streams[i] for i in reads])
             tile.streams[which] = y - quantize(update, walk.config.fraction_bits)
+            if walk.config.verify != "off" and is_concrete(y):
+                differs = checksum(tile.streams[which]) != tile.checksums[number]
+                # What an exact state makes inexact is no drift: something changed.
+                walk.note_verdict(name, differs, differs & exactness(tile, differs))
+                tile.exact = exactness(tile, differs) & ~differs
         else:
-            tile.streams[which] = solve_fixed_point(walk, tile, k, y, evaluation)
+            tile.streams[which] = solve_fixed_point(walk, tile, k, y, evaluation, side)
             if kept:
-                note_canary_error(walk, k, tile.streams[which], kept[0], ctx.canaries)
-        exact = walk.config.query_stream == "right"
-        # Checksums 0 and 1 are the two streams of the embedding; the input of a step was noted two steps before its
-        # output.
-        walk.verify(tile, 2 * k + which, tile.streams[which], f"{('left', 'right')[which]} input of layer {k}", exact)
+                note_canary_error(walk, k, tile.streams, kept[1:], kept[0])
+            if walk.config.verify != "off" and is_concrete(y):
+                differs = checksum(tile.streams[which]) != tile.checksums[number]
+                walk.note_verdict(name, differs, torch.zeros_like(differs))
+                tile.exact = exactness(tile, differs) & ~differs
         tile.position = 2 * k + which
         return grad, grad.to(ctx.dtype), *(None,) * 6
 
@@ -332,13 +342,22 @@ def canary_rows(stream: Tensor, count: int) -> Tensor | None:
     return torch.linspace(0, num_tokens - 1, count, device=stream.device).long() if count else None
 
 
-def note_canary_error(walk: Walk, k: int, rebuilt: Tensor, true: Tensor, rows: Tensor) -> None:
-    error = (rebuilt.reshape(-1, rebuilt.shape[-1])[rows].double() - true.double()).abs().amax()
-    scale = true.double().square().mean().sqrt().clamp_min(1.0)
-    walk.report.note_layer(k, canary_error=error / scale)
+def exactness(tile: Tile, like: Tensor) -> Tensor:
+    return torch.ones_like(like) if tile.exact is None else tile.exact
 
 
-def solve_fixed_point(walk: Walk, tile: Tile, k: int, y: Tensor, evaluation: Evaluation) -> Tensor:
+def note_canary_error(walk: Walk, k: int, rebuilt: list[Tensor], true: tuple[Tensor, ...], rows: Tensor) -> None:
+    """The largest error of both streams at the canary tokens, relative to the streams' root mean square there."""
+    errors = []
+    for stream, values in zip(rebuilt, true, strict=True):
+        error = (stream.reshape(-1, stream.shape[-1])[rows].double() - values.double()).abs().amax()
+        errors.append(error / values.double().square().mean().sqrt().clamp_min(1.0))
+    walk.report.note_layer(k, canary_error=torch.stack(errors).amax())
+
+
+def solve_fixed_point(
+    walk: Walk, tile: Tile, k: int, y: Tensor, evaluation: Evaluation, side: Sequence[Tensor]
+) -> Tensor:
     """Solve x + F(x, other) = y for the left stream, on the grid, started at y.
 
     K and V come from the right stream, which is known, so every token is a problem of its own. On the grid an
@@ -346,11 +365,15 @@ def solve_fixed_point(walk: Walk, tile: Tile, k: int, y: Tensor, evaluation: Eva
     whose tensors backward uses.
     """
     config = walk.config
-    limit = config.tolerance * 2.0**config.fraction_bits
+    if config.tolerance is None:
+        # The rounding of what is read: an iteration that moves by less goes round in circles there.
+        limit = (y.abs().amax(-1) * torch.finfo(walk.dtype).eps).clamp_min(2.0)
+    else:
+        limit = config.tolerance * 2.0**config.fraction_bits
     x, other = y, tile.streams[1]
     iterations = 0
     for _ in range(config.num_iterations):
-        (update,) = evaluation.again(x, other)
+        (update,) = evaluation.again(side, x, other)
         iterations += 1
         following = y - quantize(update, config.fraction_bits)
         moved = (following - x).abs().amax(-1)
@@ -399,18 +422,21 @@ class StoredStep(Function):
     """`none`: identity on a layer's output, keeping the layer's input; in backward the layer runs again from it."""
 
     @staticmethod
-    def forward(ctx, output: Tensor, hidden: Tensor, evaluation: Evaluation):
-        ctx.evaluation = evaluation
-        ctx.save_for_backward(hidden, *evaluation.side_tensors())
+    def forward(ctx, output: Tensor, hidden: Tensor, walk: Walk, evaluation: Evaluation):
+        ctx.walk, ctx.evaluation, ctx.num_kept = walk, evaluation, len(walk.kept)
+        ctx.save_for_backward(hidden, *walk.kept, *evaluation.side_tensors())
         return output.view_as(output)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        hidden, *side = ctx.saved_tensors
-        ctx.evaluation.restore_side_tensors(side)
-        ctx.evaluation.again(hidden, carriers=(hidden.detach().requires_grad_(ctx.evaluation.differentiable[0]),))
-        return grad, None, None
+        hidden, *tensors = ctx.saved_tensors
+        evaluation, walk = ctx.evaluation, ctx.walk
+        walk.kept = tensors[: ctx.num_kept]
+        leaf = hidden.detach().requires_grad_(evaluation.differentiable[0])
+        evaluation.again(tensors[ctx.num_kept :], hidden, carriers=(leaf,))
+        walk.kept = []
+        return grad, None, None, None
 
 
 class Release(Function):

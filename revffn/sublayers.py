@@ -83,19 +83,20 @@ class CrossBranchCoupling(nn.Module):
         self.query_up = nn.Linear(half, hidden_size, bias=False)
         self.key_value_up = nn.Linear(half, hidden_size, bias=False)
         self.attention_down = nn.Linear(hidden_size, half, bias=False)
-        self.mlp_up = nn.Linear(half, hidden_size, bias=False)
-        self.mlp_down = nn.Linear(hidden_size, half, bias=False)
+        # Not `mlp_up`: transformers' checkpoint mapping for mixtral would rename it.
+        self.feed_up = nn.Linear(half, hidden_size, bias=False)
+        self.feed_down = nn.Linear(hidden_size, half, bias=False)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        half = self.mlp_down.out_features
+        half = self.feed_down.out_features
         for module, offset in (
             (self.query_up, 0),
             (self.key_value_up, half),
             (self.attention_down, 0),
-            (self.mlp_up, 0),
-            (self.mlp_down, half),
+            (self.feed_up, 0),
+            (self.feed_down, half),
         ):
             start = torch.zeros_like(module.weight)
             wide = start if module.out_features > module.in_features else start.T
@@ -230,7 +231,7 @@ def cross_attention(layer: nn.Module, x_query: Tensor, x_key_value: Tensor, kwar
 def half_feed_forward(layer: nn.Module, y1: Tensor, sums: dict[str, GradientSum] | None = None) -> Tensor:
     """P_down MoE(N(P_up y1)): (B, T, H) -> (B, T, H)."""
     adapters = layer.coupling
-    return adapters.mlp_down(feed_forward(layer, adapters.mlp_up(y1), sums))
+    return adapters.feed_down(feed_forward(layer, adapters.feed_up(y1), sums))
 
 
 def uses_rng(layer: nn.Module) -> bool:
