@@ -194,11 +194,15 @@ class Walk:
         self.kept, self.signs = [], None
         wrong: list[str] = []
         fatal: list[str] = []
+        largest = self.report.largest  # of a walk that is gone a second time
         if verdicts:
-            flags = torch.stack([torch.stack((differs, serious)) for _, differs, serious in verdicts]).tolist()
-            wrong = [name for (name, *_), (flag, _) in zip(verdicts, flags, strict=True) if flag]
-            fatal = [name for (name, *_), (_, flag) in zip(verdicts, flags, strict=True) if flag]
-        self.report.finish(len(verdicts), wrong, self.largest)
+            flags = [flag.to(torch.int32) for _, *pair in verdicts for flag in pair]
+            flags = torch.stack(flags if self.largest is None else [*flags, self.largest]).tolist()
+            largest = largest if self.largest is None else flags.pop()
+            wrong = [name for (name, *_), flag in zip(verdicts, flags[::2], strict=True) if flag]
+            fatal = [name for (name, *_), flag in zip(verdicts, flags[1::2], strict=True) if flag]
+        self.largest = None
+        self.report.finish(len(verdicts), wrong, largest)
         if not aborted:
             self.report.judge(self.config, fatal)
 
@@ -221,7 +225,7 @@ class Report:
 
     def __init__(self):
         self.num_verified, self.mismatched, self.walks, self.mismatched_total = 0, [], 0, 0
-        self.largest: Tensor | None = None
+        self.largest = 0
         self.layers: dict[int, dict[str, Any]] = {}
         self.anchors: set[int] = set()
 
@@ -236,7 +240,7 @@ class Report:
                     torch.maximum(noted[name], value) if isinstance(value, Tensor) else max(noted[name], value)
                 )
 
-    def finish(self, num_verified: int, mismatched: list[str], largest: Tensor | None) -> None:
+    def finish(self, num_verified: int, mismatched: list[str], largest: int) -> None:
         self.walks += 1
         self.num_verified, self.mismatched, self.largest = num_verified, mismatched, largest
         self.mismatched_total += len(mismatched)
@@ -268,15 +272,14 @@ class Report:
             )
 
     def as_dict(self) -> dict[str, Any]:
-        largest = int(self.largest) if self.largest is not None and is_concrete(self.largest) else 0
         return {
             "walks": self.walks,
             "verified_states": self.num_verified,
             "mismatched_states": len(self.mismatched),
             "mismatched_states_total": self.mismatched_total,
             "mismatched": list(self.mismatched),
-            "largest_grid_value": largest,
-            "saturated": largest >= SATURATION,
+            "largest_grid_value": self.largest,
+            "saturated": self.largest >= SATURATION,
             "anchor_layers": sorted(self.anchors),
             "layers": {
                 layer: {

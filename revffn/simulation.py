@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, masking_utils
 
 from .config import ReversibleConfig
 from .conversion import convert, default_dtype, is_reversible
@@ -499,13 +499,26 @@ def run_step(
     }
 
 
+@contextmanager
+def no_packing() -> Iterator[None]:
+    """Whether sequences are packed cannot be read off fake tensors; transformers then makes a (B, 1, T, T) mask that a real run
+    without packing does not have."""
+    original = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = original
+
+
 def one_step(
     model: PreTrainedModel, batch: int, tokens: int, counter: LiveBytes, hooks: Hooks, optimizer: Any
 ) -> None:
     """Forward, loss, backward, optimizer; what it makes dies with it."""
     counter.begin("forward")
     input_ids = torch.randint(0, model.config.get_text_config().vocab_size, (batch, tokens))
-    loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+    with no_packing():
+        loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
     counter.mark_stored()
     counter.begin("top")
     hooks.in_backward = True
