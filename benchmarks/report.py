@@ -1,4 +1,4 @@
-"""Result files -> the tables of README.md and docs/benchmarks.md.
+"""Result files -> the tables of README.md and docs/experiments.md.
 
     python benchmarks/report.py            # rewrites the text between the markers `<!-- table: NAME -->` and `<!-- end -->`
     python benchmarks/report.py --check    # changes nothing; exit status 1 if a document differs from the files
@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/experiments.md")
+DOCUMENTS = ("README.md", "docs/experiments.md")
 PARTS = (
     ("weights",),
     ("gradients",),
