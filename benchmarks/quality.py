@@ -1,11 +1,13 @@
-"""Held-out loss by step, one method after the other, on equal tokens: same model, data order, optimizer and learning rate.
+"""Held-out loss by step, one method after the other, on equal tokens: same model, data order, optimizer and learning
+rate.
 
-    python benchmarks/quality.py --model runs/smollm2-moe --steps 20 --output benchmarks/results/quality_smollm2-moe_dolly.json
+    python benchmarks/quality.py --model runs/smollm2-moe --steps 20 --output
+    benchmarks/results/quality_smollm2-moe_dolly.json
 
-Every method fine-tunes all parameters but the routers on dolly-15k with AdamW in float32. Two held-out losses in nats per response
-token are taken: `exported` (eval mode: the original architecture; for cross_branch its own function) and `trained` (the
-coupled function that was trained). The file is written after each method; methods that are in it already are not run
-again, so an interrupted run goes on where it stopped.
+Every method fine-tunes all parameters but the routers on dolly-15k with AdamW in float32. Two held-out losses in nats
+per response token are taken: `exported` (eval mode: the original architecture; for cross_branch its own function) and
+`trained` (the coupled function that was trained). The file is written after each method; methods that are in it
+already are not run again, so an interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -27,17 +29,18 @@ from revffn.data import batches, load_conversations, tokenize_all
 from revffn.evaluation import heldout_loss
 from revffn.recipe import DataConfig
 
+TRAINED = dict(train_predictor=True)
 METHODS: dict[str, dict] = {
     "none (plain SFT)": dict(coupling="none"),
-    "innovation m=2 random": dict(),
-    "innovation m=1 random": dict(side_bits=1),
-    "innovation m=2 fixed": dict(random_sign=False),
-    "innovation m=3 random": dict(side_bits=3),
-    "innovation m=1 fixed": dict(side_bits=1, random_sign=False),
-    "innovation m=3 fixed": dict(side_bits=3, random_sign=False),
+    "innovation m=2 random": TRAINED,
+    "innovation m=2 random, frozen predictor": dict(),
+    "innovation m=1 random": dict(side_bits=1, **TRAINED),
+    "innovation m=2 fixed": dict(random_sign=False, **TRAINED),
+    "innovation m=3 random": dict(side_bits=3, **TRAINED),
+    "innovation m=1 fixed": dict(side_bits=1, random_sign=False, **TRAINED),
+    "innovation m=3 fixed": dict(side_bits=3, random_sign=False, **TRAINED),
     "cross_branch right": dict(coupling="cross_branch", query_stream="right"),
     "cross_branch left": dict(coupling="cross_branch", verify="report"),
-    "innovation m=2 random, frozen predictor": dict(train_predictor=False),
     "innovation m=2 random, predictor rank 64": dict(predictor_rank=64),
     "innovation m=2 random, identity predictor": dict(predictor_rank=0),
 }
@@ -98,7 +101,10 @@ def run(name: str, arguments: argparse.Namespace, training: list, heldout: list,
 def table(results: dict) -> str:
     """Markdown: one row per method, held-out loss by step."""
     steps = [point["step"] for point in next(iter(results["methods"].values()))["curve"]]
-    lines = ["| method | held-out loss of | " + " | ".join(f"step {s}" for s in steps) + " |", "|---" * (len(steps) + 2) + "|"]
+    lines = [
+        "| method | held-out loss of | " + " | ".join(f"step {s}" for s in steps) + " |",
+        "|---" * (len(steps) + 2) + "|",
+    ]
     for name, result in results["methods"].items():
         for key in ("exported", "trained"):
             if key in result["curve"][0]:
@@ -124,12 +130,16 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     data = DataConfig(num_examples=2000, num_heldout=arguments.num_heldout, max_length=arguments.max_length)
     training, heldout = (tokenize_all(rows, tokenizer, data.max_length) for rows in load_conversations(data))
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items() if k not in ("methods", "output")}
+    settings = {
+        k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items() if k not in ("methods", "output")
+    }
     results = {"settings": settings, "methods": {}}
     if arguments.output.exists():
         results = json.loads(arguments.output.read_text())
         if results["settings"] != settings:
-            raise SystemExit(f"{arguments.output} was made with other settings: {results['settings']}. Name another file.")
+            raise SystemExit(
+                f"{arguments.output} was made with other settings: {results['settings']}. Name another file."
+            )
     for name in arguments.methods:
         if name in results["methods"]:
             continue

@@ -1,7 +1,8 @@
 """Result files -> the tables of README.md and docs/experiments.md.
 
-    python benchmarks/report.py            # rewrites the text between the markers `<!-- table: NAME -->` and `<!-- end -->`
-    python benchmarks/report.py --check    # changes nothing; exit status 1 if a document differs from the files
+python benchmarks/report.py            # rewrites the text between the markers `<!-- table: NAME -->` and `<!--
+end -->` python benchmarks/report.py --check    # changes nothing; exit status 1 if a document differs from the
+files
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ def memory() -> str:
         "|---" * 3 + "|---:" * (len(PARTS) + 1) + "|",
     ]
     results = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("simulate_*.json"))]
-    results.sort(key=lambda r: (r["settings"]["model"], r["settings"]["batch"] * r["settings"]["tokens"], r["peak_bytes"]))
+    results.sort(
+        key=lambda r: (r["settings"]["model"], r["settings"]["batch"] * r["settings"]["tokens"], r["peak_bytes"])
+    )
     for result in results:
         settings, parts = result["settings"], result["parts"]
         numbers = [gib(sum(parts.get(name, 0) for name in names)) for names in PARTS]

@@ -1,10 +1,12 @@
 """One full-size training step on fake tensors: the bytes alive at its peak, by part.
 
-    python benchmarks/simulate.py --model qwen1.5-moe-a2.7b --batch 16 --tokens 2048 --coupling innovation --side-bits 2 \
+    python benchmarks/simulate.py --model qwen1.5-moe-a2.7b --batch 16 --tokens 2048 --coupling innovation --side-bits
+    2 \
         --optimizer adafactor --json
 
-Needs no GPU, no weights and a minute or a few (the more tiles, the longer). Every parameter is updated, which is checked. With
-`--json` the last line of the output is one JSON object; `--out FILE` also writes it to a file. Plain transformers, as a
+Needs no GPU, no weights and a minute or a few (the more tiles, the longer). Every parameter is updated, which is
+checked. With `--json` the last line of the output is one JSON object; `--out FILE` also writes it to a file. Plain
+transformers, as a
 comparison: `--method checkpointing --optimizer sgd --full-logits --step-after-backward`.
 """
 
@@ -34,7 +36,9 @@ def main() -> None:
     parser.add_argument("--tile-tokens", type=int, default=2048, help="0: the whole batch at once")
     parser.add_argument("--optimizer", choices=("adafactor", "adamw", "adamw8bit", "sgd"), default="adafactor")
     parser.add_argument("--rounding", choices=("stochastic", "nearest", "master"), default="stochastic")
-    parser.add_argument("--step-after-backward", action="store_true", help="keep all gradients until backward has ended")
+    parser.add_argument(
+        "--step-after-backward", action="store_true", help="keep all gradients until backward has ended"
+    )
     parser.add_argument("--full-logits", action="store_true", help="no linear cross-entropy")
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     parser.add_argument("--out", type=Path, help="write the JSON to this file too")
@@ -61,7 +65,8 @@ def main() -> None:
     print("largest tensors at the peak:")
     for group in result["largest"]:
         print(
-            f"  {gib(group['bytes']):>12}  {group['count']} x {group['dtype']} {tuple(group['shape'])}, {group['part']}, "
+            f"  {gib(group['bytes']):>12}  {group['count']} x {group['dtype']} {tuple(group['shape'])}, "
+            f"{group['part']}, "
             f"made by {group['operation']}"
         )
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}

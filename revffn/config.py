@@ -31,16 +31,18 @@ class ReversibleConfig:
     predictor_rank: int | None = None
     """Innovation: rank of the linear map that predicts the previous state; None is full rank, 0 predicts by
     identity."""
-    train_predictor: bool = True
-    """Innovation: train the predictors with everything else. False freezes them as fitted."""
+    train_predictor: bool = False
+    """Innovation: train the predictors with everything else. False keeps them as fitted, which costs less and lost
+    nothing in docs/experiments.md."""
     query_stream: Literal["left", "right"] = "left"
     """Cross-branch: the stream that attention queries are made from. `left` is the paper's form, inverted by
     fixed-point iteration; `right` is inverted explicitly and exactly."""
     num_iterations: int = 10
     """Cross-branch, left: most attention evaluations per inversion."""
     tolerance: float | None = None
-    """Cross-branch, left: a token has converged when no element moves by more than this, in units of the stream. None: by
-    more than the rounding of the model's dtype, relative to the token's largest element; 0: an exact fixed point."""
+    """Cross-branch, left: a token has converged when no element moves by more than this, in units of the stream.
+    None: by more than the rounding of the model's dtype, relative to the token's largest element; 0: an exact fixed
+        point."""
     num_canaries: int = 64
     """Cross-branch, left: tokens per layer whose true left stream is kept, to report the real reconstruction error."""
     anchor_layers: list[int] | None = None

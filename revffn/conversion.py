@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.masking_utils import create_causal_mask
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .architectures import ARCHITECTURES, PREFIX, find_architecture, plain_model_type
 from .blocks import ReversibleLayer, ReversibleNorm
 from .config import ReversibleConfig
-from .reversible import Report, Walk
+from .reversible import Report, Walk, carrier_like
 from .sublayers import COUPLINGS, CrossBranchCoupling, Predictor, TiledExperts
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,8 @@ class ReversibleBackbone(PreTrainedModel):
             )
         # A cache would keep every layer's keys and values, which is what is being avoided.
         kwargs["use_cache"] = False
+        if plain_model_type(self.config.model_type) == "qwen2_moe":
+            self.leave_out_unused_mask(kwargs)
         walk = Walk(config, len(self.layers), self.reversible_report)
         self.norm.walk = None if config.coupling == "none" else walk
         try:
@@ -66,6 +69,29 @@ class ReversibleBackbone(PreTrainedModel):
             self.norm.walk = None
             walk.discard()
             raise
+
+    def leave_out_unused_mask(self, kwargs: dict[str, Any]) -> None:
+        """Qwen2MoeModel makes a sliding-window mask (B, 1, T, T) also when no layer uses one: 16 GiB at T =
+        131,072."""
+        given = kwargs.get("attention_mask")
+        if isinstance(given, dict) or "sliding_attention" in self.config.layer_types:
+            return
+        tokens = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
+        if tokens is None:
+            return
+        position_ids = kwargs.get("position_ids")
+        if position_ids is None:
+            position_ids = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        weight = self.embed_tokens.weight
+        mask = create_causal_mask(
+            config=self.config,
+            # Only its shape, dtype and device count.
+            inputs_embeds=carrier_like(torch.Size((*tokens.shape[:2], 1)), tokens.device, weight.dtype),
+            attention_mask=given,
+            past_key_values=None,
+            position_ids=position_ids,
+        )
+        kwargs["attention_mask"] = {"full_attention": mask}
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -267,8 +293,9 @@ def export(model: PreTrainedModel) -> PreTrainedModel:
         )
     if model.reversible_config.coupling == "cross_branch":
         raise ValueError(
-            "A cross_branch model cannot be exported: half-width streams and projection adapters compute another function than the "
-            "original architecture. Keep it with save_pretrained, or train with coupling='innovation'."
+            "A cross_branch model cannot be exported: half-width streams and projection adapters compute another "
+            "function "
+            "than the original architecture. Keep it with save_pretrained, or train with coupling='innovation'."
         )
     plain_type = plain_model_type(model.config.model_type)
     row = ARCHITECTURES[plain_type]

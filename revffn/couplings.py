@@ -131,7 +131,18 @@ def checksum(stream: Tensor) -> Tensor:
     modulo 2**64, so that the result does not depend on the order of summation.
     """
     D = stream.shape[-1]
-    channel = (torch.arange(D, dtype=torch.int32, device=stream.device) * 0x3C6EF35F) | 1
-    rows = (stream.reshape(-1, D) * channel).sum(-1, dtype=torch.int64)
-    token = (torch.arange(rows.shape[0], dtype=torch.int64, device=stream.device) * 0x5851F42D4C957F2D) | 1
+    channel = torch.arange(1, D + 1, dtype=torch.int32, device=stream.device) * 0x3C6EF35F
+    # Not proportional to the channel: small changes in two channels could cancel.
+    channel ^= channel >> 15
+    channel *= 0x2C1B3C6D
+    channel |= 1
+    # The high bits are folded into the low ones first: a product modulo 2**32 would lose most of what differs only
+    # there.
+    mixed = stream.reshape(-1, D) >> 16
+    mixed ^= stream.reshape(-1, D)
+    mixed *= channel
+    rows = mixed.sum(-1, dtype=torch.int64)
+    token = torch.arange(1, rows.shape[0] + 1, dtype=torch.int64, device=stream.device) * 0x5851F42D4C957F2D
+    token ^= token >> 31
+    token |= 1
     return (rows * token).sum()

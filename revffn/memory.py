@@ -1,13 +1,15 @@
 """Planner: the bytes of a training run, part by part, before it is started and without its weights.
 
-Parameters, gradients and optimizer state are counted on the model built on the meta device: exactly. What the code makes on top
-is measured: a model of full width and a few layers runs one step on fake tensors (`simulation.py`), and every phase of that step
-is extended to the real depth, batch and length,
+Parameters, gradients and optimizer state are counted on the model built on the meta device: exactly. What the code
+makes on top is measured: a model of full width and a few layers runs one step on fake tensors (`simulation.py`), and
+every phase of that step is extended to the real depth, batch and length,
 
-    peak = max over phases [ weights + optimizer + gradients alive + sum over layers of what they keep + the phase's own tensors ]
+    peak = max over phases [ weights + optimizer + gradients alive + sum over layers of what they keep + the phase's
+    own tensors ]
 
-which is linear in each of them within a phase (attention that makes its scores is quadratic in the length, and treated so). Two or
-three small steps of a second or two each do, whatever the size. tests/test_memory.py compares with full simulated steps.
+which is linear in each of them within a phase (attention that makes its scores is quadratic in the length, and
+treated so). Two or three small steps of a second or two each do, whatever the size. tests/test_memory.py compares
+with full simulated steps.
 
 Not counted are bytes outside tensors; `RESERVE_BYTES` stands for them.
 """
@@ -38,7 +40,8 @@ from .simulation import PARTS, LiveBytes, Method, RealOptimizer, build, run_step
 
 CONFIGS = Path(__file__).with_name("model_configs")
 RESERVE_BYTES = 2**30
-"""On a GPU: CUDA context and loaded kernels (about half a GiB), workspaces of the matrix libraries, what the allocator rounds up."""
+"""On a GPU: CUDA context and loaded kernels (about half a GiB), workspaces of the matrix libraries, what the
+allocator rounds up."""
 HOST_BYTES = 4 * 2**30
 """In host memory: Python with torch and the CUDA libraries, and the part of a weight file being read."""
 SMALL_STEP_TOKENS = 8192
@@ -84,12 +87,13 @@ def load_config(name: str, **overrides: Any) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(name, **overrides)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"No config for model {name!r}: it is not a folder with a config.json, nor to be had from the Hub. Known without "
+            f"No config for model {name!r}: it is not a folder with a config.json, nor to be had from the Hub. "
+            "Known without "
             f"either: {', '.join(known_models())}."
         ) from error
 
 
-# --- exact: what is counted on the meta device ----------------------------------------------------------------------------
+# --- exact: what is counted on the meta device -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -139,11 +143,12 @@ def count(model_and_method: tuple[PreTrainedConfig, Method]) -> Counts:
     )
 
 
-# --- measured: a few layers at full width --------------------------------------------------------------------------------
+# --- measured: a few layers at full width ----------------------------------------------------------------------------
 
 
 def num_special_layers(hf_config: PreTrainedConfig, method: Method) -> int:
-    """Leading decoder layers that differ from those above: dense ones of DeepSeek and GLM, plain ones of the coupling."""
+    """Leading decoder layers that differ from those above: dense ones of DeepSeek and GLM, plain ones of the
+    coupling."""
     dense = getattr(hf_config, "first_k_dense_replace", 0) or 0
     plain = method.reversible.plain_layers if method.reversible and method.reversible.coupling == "innovation" else 0
     return max(dense, plain, 1)
@@ -210,7 +215,11 @@ def _update_bytes(shape: tuple[int, ...], optimizer: str, rounding: str, dtype: 
         rule._state_of(parameter, rule.param_groups[0])
         parameter.grad = torch.empty_like(parameter)
         counter = LiveBytes()
-        for tensor in (parameter, parameter.grad, *(t for t in rule.state[parameter].values() if isinstance(t, Tensor))):
+        for tensor in (
+            parameter,
+            parameter.grad,
+            *(t for t in rule.state[parameter].values() if isinstance(t, Tensor)),
+        ):
             counter.add(tensor)
         counter.begin("update")
         before = counter.live_bytes
@@ -222,7 +231,8 @@ def _update_bytes(shape: tuple[int, ...], optimizer: str, rounding: str, dtype: 
 
 
 def update_bytes(shape: tuple[int, ...], method: Method) -> int:
-    """The most that one parameter's update allocates for a moment. Chunks are alike, so three of them are looked at."""
+    """The most that one parameter's update allocates for a moment. Chunks are alike, so three of them are looked
+    at."""
     if len(shape) > 1:
         chunk = 32 * 2**20 // 4
         per_row = math.prod(shape[1:])
@@ -250,13 +260,17 @@ def measure(model_and_method: tuple[PreTrainedConfig, Method], batch: int, token
     kept = {name: more_layers * size for name, size in step["stored_per_layer"][-3 if more_layers else -1].items()}
     if method.reversible is not None and method.reversible.anchor_layers:
         anchors = sum(layer >= small_config.num_hidden_layers for layer in method.reversible.anchor_layers)
-        kept["stored_activations"] = kept.get("stored_activations", 0) + anchors * batch * tokens * 4 * hf_config.hidden_size
+        kept["stored_activations"] = (
+            kept.get("stored_activations", 0) + anchors * batch * tokens * 4 * hf_config.hidden_size
+        )
     held = {} if method.optimizer_in_backward else {"gradients": full.trainable_bytes - small.trainable_bytes}
     phases = {}
     for phase, parts in step["phases"].items():
         where = phase.split(" ")[0]
         # Between top and bottom the layers below still keep theirs, and those above already hold gradients.
-        more = {"bottom": held, "optimizer": held, "middle": max(kept, held, key=lambda d: sum(d.values()))}.get(where, kept)
+        more = {"bottom": held, "optimizer": held, "middle": max(kept, held, key=lambda d: sum(d.values()))}.get(
+            where, kept
+        )
         parts = {name: size + more.get(name, 0) for name, size in parts.items()}
         phases[phase] = parts | {"weights": full.weight_bytes, "optimizer": full.optimizer_bytes}
     return phases
@@ -267,7 +281,7 @@ def parameter_shapes(hf_config: PreTrainedConfig, method: Method) -> list[torch.
         return [p.shape for p in build(hf_config, method).parameters() if p.requires_grad]
 
 
-# --- extended: any batch, any length -------------------------------------------------------------------------------------
+# --- extended: any batch, any length ---------------------------------------------------------------------------------
 
 
 def rows_per_tile(method: Method, tokens: int) -> int | None:
@@ -313,7 +327,8 @@ def extend(
     for phase in set.intersection(*(set(phases) for phases, _ in grid)):
         parts = {part: round(sum(weight * phases[phase][part] for phases, weight in grid)) for part in PARTS}
         total = max(0, sum(parts.values()))
-        # The peak may be at different moments of one phase; their sum is right, and what a part lacks the working set has.
+        # The peak may be at different moments of one phase; their sum is right, and what a part lacks the working set
+        # has.
         parts = {part: max(0, size) for part, size in parts.items()}
         parts["working_set"] = max(0, parts["working_set"] + total - sum(parts.values()))
         out[phase] = parts
@@ -324,7 +339,7 @@ def worst_phase(phases: Phases) -> str:
     return max(phases, key=lambda phase: sum(phases[phase].values()))
 
 
-# --- the plan --------------------------------------------------------------------------------------------------------------
+# --- the plan --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(kw_only=True)
@@ -373,8 +388,8 @@ class Predictor:
     """One way to train one model.
 
     Args:
-        change: Turns the measured phases of (batch, tokens) into those of a way that is not measured itself, and says how many
-            bytes go to the host.
+        change: Turns the measured phases of (batch, tokens) into those of a way that is not measured itself, and says
+            how many bytes go to the host.
     """
 
     def __init__(self, label: str, hf_config: PreTrainedConfig, method: Method, change: Change | None = None):
@@ -450,15 +465,18 @@ def largest(fits: Callable[[int], bool], first: int) -> int:
     return low
 
 
-# --- the alternatives ----------------------------------------------------------------------------------------------------
+# --- the alternatives ------------------------------------------------------------------------------------------------
 
 
-def to_host(layers_on_device: int, hf_config: PreTrainedConfig, method: Method, phases: Phases, batch: int, tokens: int):
+def to_host(
+    layers_on_device: int, hf_config: PreTrainedConfig, method: Method, phases: Phases, batch: int, tokens: int
+):
     """Stored layer inputs go to host memory, all but those of the layers being worked on."""
     each = batch * tokens * hf_config.hidden_size * method.dtype.itemsize
     moved = max(0, hf_config.num_hidden_layers - layers_on_device) * each
     return {
-        name: parts | {"stored_activations": max(parts["stored_activations"] - moved, min(parts["stored_activations"], each))}
+        name: parts
+        | {"stored_activations": max(parts["stored_activations"] - moved, min(parts["stored_activations"], each))}
         for name, parts in phases.items()
     }, moved
 
@@ -484,8 +502,8 @@ def every_n_layers(n: int, hf_config: PreTrainedConfig, plain: Method, phases: P
 
 
 def alternatives(hf_config: PreTrainedConfig, method: Method) -> list[Predictor]:
-    """Other ways to train the same model: this library's without rebuilding, and plain transformers with full logits, all
-    gradients held, and the same optimizer rule stepping after backward."""
+    """Other ways to train the same model: this library's without rebuilding, and plain transformers with full logits,
+    all gradients held, and the same optimizer rule stepping after backward."""
     common = dict(optimizer=method.optimizer, rounding=method.rounding, dtype=method.dtype)
     usual = dict(optimizer_in_backward=False, linear_cross_entropy=False, **common)
     plain, checkpointing = Method(name="plain", **usual), Method(name="checkpointing", **usual)
@@ -497,13 +515,22 @@ def alternatives(hf_config: PreTrainedConfig, method: Method) -> list[Predictor]
         stored = Method(reversible=ReversibleConfig(coupling="none", tile_tokens=tile), **common)
         ways += [
             Predictor("layer inputs stored (coupling none)", hf_config, stored),
-            Predictor("layer inputs in host memory (coupling none)", hf_config, stored, partial(to_host, 2, hf_config, stored)),
+            Predictor(
+                "layer inputs in host memory (coupling none)",
+                hf_config,
+                stored,
+                partial(to_host, 2, hf_config, stored),
+            ),
         ]
     return [
         *ways,
         Predictor("activation checkpointing", hf_config, checkpointing),
-        Predictor(f"checkpointing, every {n} layers", hf_config, checkpointing, partial(every_n_layers, n, hf_config, plain)),
-        Predictor("checkpointing, in host memory", hf_config, checkpointing, partial(to_host, 2, hf_config, checkpointing)),
+        Predictor(
+            f"checkpointing, every {n} layers", hf_config, checkpointing, partial(every_n_layers, n, hf_config, plain)
+        ),
+        Predictor(
+            "checkpointing, in host memory", hf_config, checkpointing, partial(to_host, 2, hf_config, checkpointing)
+        ),
         Predictor("plain", hf_config, plain),
         Predictor("LoRA of rank 16 on attention, checkpointing, AdamW", hf_config, lora),
     ]
@@ -543,7 +570,8 @@ def plan(
         raise ValueError(f"batch and tokens must be at least 1, got {batch} and {tokens}.")
     if method.name == "reversible" and hf_config.model_type not in ARCHITECTURES:
         raise ValueError(
-            f"No reversible layout for model_type={hf_config.model_type!r}. Known: {', '.join(sorted(ARCHITECTURES))}. "
+            f"No reversible layout for model_type={hf_config.model_type!r}. Known: "
+            f"{', '.join(sorted(ARCHITECTURES))}. "
             "Choose such a model, or the method checkpointing."
         )
     ways = [Predictor(label_of(method), hf_config, method)]

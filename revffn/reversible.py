@@ -56,7 +56,8 @@ class Tile:
     """Number of steps between the embedding and `streams`."""
     checksums: list[Tensor] | Tensor | None = None
     exact: Tensor | None = None
-    """cross_branch, backward: 0-dim bool, whether every state that the present streams came from was rebuilt exactly."""
+    """cross_branch, backward: 0-dim bool, whether every state that the present streams came from was rebuilt
+    exactly."""
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
     """Whose recomputed tensors are alive, by the part of the layer they belong to."""
 
@@ -89,7 +90,8 @@ class Walk:
         self.batch_size = 0
         # Largest magnitude a stream has had, in grid units (~x instead of -x: it does not overflow).
         self.largest: Tensor | None = None
-        # Filled while walking back: (name of the state, differs, fatal), 0-dim bool tensors that still have to be looked at.
+        # Filled while walking back: (name of the state, differs, fatal), 0-dim bool tensors that still have to be
+        # looked at.
         self.verdicts: list[tuple[str, Tensor, Tensor]] = []
 
     # --- tensors that many layers share (masks, rotary tables) are kept once, by Finish -----------------------------
@@ -100,11 +102,8 @@ class Walk:
         places = []
         for leaf in leaves:
             if isinstance(leaf, Tensor):
-                for place, known in enumerate(self.kept):
-                    if known is leaf:
-                        break
-                else:
-                    place = len(self.kept)
+                place = next((i for i, known in enumerate(self.kept) if known is leaf), len(self.kept))
+                if place == len(self.kept):
                     self.kept.append(leaf)
                 places.append((True, place))
             else:
@@ -173,7 +172,8 @@ class Walk:
             self.verify(tile, i - 2, stream, "output of the last layer" if i else "stream beside it")
 
     def note_verdict(self, name: str, differs: Tensor, fatal: Tensor | None = None) -> Tensor:
-        """Count `differs` (0-dim bool) as a mismatch; `fatal`, by default the same, is what `verify="raise"` raises on.
+        """Count `differs` (0-dim bool) as a mismatch; `fatal`, by default the same, is what `verify="raise"` raises
+        on.
 
         Looked at once per walk, except on a CPU, where looking costs nothing.
         """
@@ -185,7 +185,8 @@ class Walk:
         return differs
 
     def close(self, aborted: bool = False) -> None:
-        """End of the backward walk: read the verdicts (one synchronisation), drop what is left, raise on a mismatch."""
+        """End of the backward walk: read the verdicts (one synchronisation), drop what is left, raise on a
+        mismatch."""
         verdicts, self.verdicts = self.verdicts, []
         for tile in self.tiles:
             tile.streams, tile.checksums, tile.exact = [None, None], None, None
@@ -213,9 +214,12 @@ class Walk:
 
 def mismatch(names: list[str]) -> StateMismatchError:
     return StateMismatchError(
-        f"The rebuilt {names[0]} differs from the one in forward ({len(names)} state{'s' * (len(names) > 1)} in all). A "
-        "sublayer gave other bits in recomputation. Usual causes: a parameter or buffer changed between forward and backward; a "
-        "kernel with atomics (set the experts implementation to grouped_mm or batched_mm); other autocast, threads or shapes "
+        f"The rebuilt {names[0]} differs from the one in forward ({len(names)} state{'s' * (len(names) > 1)} in "
+        "all). A "
+        "sublayer gave other bits in recomputation. Usual causes: a parameter or buffer changed between forward "
+        "and backward; a "
+        "kernel with atomics (set the experts implementation to grouped_mm or batched_mm); other autocast, "
+        "threads or shapes "
         "in backward. ReversibleConfig(verify='report') counts mismatches instead of raising."
     )
 
@@ -266,7 +270,8 @@ class Report:
                 worst, where = error, layer
         if config.verify == "raise" and not worst <= config.max_drift:
             raise StateMismatchError(
-                f"The rebuilt input of layer {where} is off by {worst:.2g} of its root mean square (canary tokens; accepted: "
+                f"The rebuilt input of layer {where} is off by {worst:.2g} of its root mean square (canary "
+                "tokens; accepted: "
                 f"{config.max_drift}). The fixed point does not contract there. Set anchor_layers=[{where}], "
                 "query_stream='right', or max_drift."
             )
@@ -356,7 +361,8 @@ class Evaluation:
             outputs = self.function(*carriers, *streams)
         if len(self.recomputed) != len(self.saved):
             raise StateMismatchError(
-                f"A sublayer saved {len(self.saved)} tensors in forward and {len(self.recomputed)} in recomputation: its code "
+                f"A sublayer saved {len(self.saved)} tensors in forward and {len(self.recomputed)} in "
+                "recomputation: its code "
                 "path depends on something that changed in between (grad mode, global flags, a module's attributes)."
             )
         return tuple(out.detach() for out in outputs)
@@ -379,7 +385,8 @@ class Evaluation:
             return handle
         if self.recomputed is None or self.recomputed[handle] is None:
             raise StateMismatchError(
-                "Backward entered a reversible layer without passing through the model's last hidden state, or twice in one "
+                "Backward entered a reversible layer without passing through the model's last hidden state, or "
+                "twice in one "
                 "walk. Make the loss depend on the model's output; walk again only with retain_graph=True."
             )
         # Served once and forgotten: otherwise the whole layer's activations would live until its last node has run.

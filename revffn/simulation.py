@@ -1,9 +1,9 @@
 """One training step at full size without its memory: fake tensors run the real code, and every storage is counted.
 
-`FakeTensorMode` runs each operation on shapes alone, so the step of a model of any size takes a minute on a CPU and allocates
-nothing. `LiveBytes` sees every operation, notes when a storage is born and when it dies, and after the step says what was alive
-at the peak and what it was for. It counts tensors, as `torch.cuda.max_memory_allocated` does up to rounding; kernels'
-workspaces, the allocator's fragmentation and the CUDA context are not tensors.
+`FakeTensorMode` runs each operation on shapes alone, so the step of a model of any size takes a minute on a CPU and
+allocates nothing. `LiveBytes` sees every operation, notes when a storage is born and when it dies, and after the step
+says what was alive at the peak and what it was for. It counts tensors, as `torch.cuda.max_memory_allocated` does up to
+rounding; kernels' workspaces, the allocator's fragmentation and the CUDA context are not tensors.
 
 The operations are those of a CPU. A CUDA kernel that allocates other temporaries shows only on a GPU.
 """
@@ -49,11 +49,11 @@ PARTS = (
 )
 """What a live tensor can be for. In order of precedence:
 
-weights: parameters and buffers. optimizer: the optimizer's state. gradients: tensors that became a parameter's `.grad`, and
-tensors of a fused expert parameter's shape and dtype made in backward (a tile's share before it is added up). loss: everything
-else with a vocabulary dimension, which includes a head gradient that the loss makes in forward. streams: int32 tensors (b, T, D)
-or (b, T, D / 2), the streams and the fixed-point values on their way into them. stream_gradients: the same in float32, made in
-backward of a reversible model. side_bits_and_routing: uint8 and int16.
+weights: parameters and buffers. optimizer: the optimizer's state. gradients: tensors that became a parameter's
+`.grad`, and tensors of a fused expert parameter's shape and dtype made in backward (a tile's share before it is added
+up). loss: everything else with a vocabulary dimension, which includes a head gradient that the loss makes in forward.
+streams: int32 tensors (b, T, D) or (b, T, D / 2), the streams and the fixed-point values on their way into them.
+stream_gradients: the same in float32, made in backward of a reversible model. side_bits_and_routing: uint8 and int16.
 stored_activations: made in forward and alive when backward begins. working_set: the rest."""
 
 
@@ -72,8 +72,9 @@ class Storage:
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all storages that operations return, from their birth until their death.
 
-    A step has phases (`forward`, `loss`, ...), each with a peak of its own. What a storage was for may show only later (a tensor
-    turns out to be a gradient), so the counter keeps the storages that were alive at each phase's peak and sorts them at the end.
+    A step has phases (`forward`, `loss`, ...), each with a peak of its own. What a storage was for may show only
+    later (a tensor turns out to be a gradient), so the counter keeps the storages that were alive at each phase's
+    peak and sorts them at the end.
 
     Args:
         sort: (storage) -> name of its part.
@@ -185,12 +186,19 @@ class LiveBytes(TorchDispatchMode):
             total[key] += s.num_bytes
             number[key] += 1
         return [
-            {"bytes": size, "count": number[key], "part": key[0], "operation": key[1], "shape": key[2], "dtype": key[3]}
+            {
+                "bytes": size,
+                "count": number[key],
+                "part": key[0],
+                "operation": key[1],
+                "shape": key[2],
+                "dtype": key[3],
+            }
             for key, size in total.most_common(count)
         ]
 
 
-# --- what is trained, and how -------------------------------------------------------------------------------------------
+# --- what is trained, and how ----------------------------------------------------------------------------------------
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -264,7 +272,7 @@ def build(hf_config: PreTrainedConfig, method: Method) -> PreTrainedModel:
     return model.train()
 
 
-# --- the step -----------------------------------------------------------------------------------------------------------
+# --- the step --------------------------------------------------------------------------------------------------------
 
 
 def sorter(model: PreTrainedModel) -> Callable[[Storage], str]:
@@ -308,10 +316,10 @@ def position(index: int, number: int) -> str:
 class Hooks:
     """Follows a step: which phase it is in, which tensors are gradients, how often each parameter's was complete.
 
-    A phase of backward begins where a sublayer runs again, `<where> mlp of first tile, inner chunk`, and where a parameter's
-    gradient is complete, `<where> after <parameter>`. `where` is `top` in the last decoder layer and above, `bottom` in the
-    first ones (`num_special`) and in the embedding, `middle` between. So a phase does the same whatever the model's depth, and
-    whatever the number of tiles and chunks, and its peak is a linear function of them.
+    A phase of backward begins where a sublayer runs again, `<where> mlp of first tile, inner chunk`, and where a
+    parameter's gradient is complete, `<where> after <parameter>`. `where` is `top` in the last decoder layer and
+    above, `bottom` in the first ones (`num_special`) and in the embedding, `middle` between. So a phase does the same
+    whatever the model's depth, and whatever the number of tiles and chunks, and its peak is a linear function of them.
     """
 
     def __init__(self, model: PreTrainedModel, counter: LiveBytes, num_special: int = 1):
@@ -378,7 +386,8 @@ class Hooks:
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Reference cycles then stay, and a peak depends neither on when Python collects them nor hides that there are some."""
+    """Reference cycles then stay, and a peak depends neither on when Python collects them nor hides that there are
+    some."""
     gc.collect()
     enabled = gc.isenabled()
     gc.disable()
@@ -389,7 +398,9 @@ def no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def simulate_step(hf_config: PreTrainedConfig, batch: int, tokens: int, method: Method | None = None) -> dict[str, Any]:
+def simulate_step(
+    hf_config: PreTrainedConfig, batch: int, tokens: int, method: Method | None = None
+) -> dict[str, Any]:
     """Run one full training step on fake tensors, of any size, on a CPU.
 
     The optimizer's state is there from the beginning, as it is from the second step of a run on.
@@ -400,9 +411,10 @@ def simulate_step(hf_config: PreTrainedConfig, batch: int, tokens: int, method: 
         method: What is done; the default is this library's.
 
     Returns:
-        `peak_bytes` and `parts` (bytes per part, adding up to it), `largest` (groups of tensors alive then), `phases` (the same
-        for each phase of the step), `weight_bytes`, `optimizer_bytes`, `after_bytes` (alive after the step), `leaked_bytes`
-        (`after_bytes` less weights and optimizer), `num_parameters`, `num_trainable`, `num_updated` (parameter tensors), `seconds`.
+        `peak_bytes` and `parts` (bytes per part, adding up to it), `largest` (groups of tensors alive then), `phases`
+        (the same for each phase of the step), `weight_bytes`, `optimizer_bytes`, `after_bytes` (alive after the step),
+        `leaked_bytes` (`after_bytes` less weights and optimizer), `num_parameters`, `num_trainable`, `num_updated`
+        (parameter tensors), `seconds`.
 
     Raises:
         RuntimeError: A trainable parameter was not updated exactly once.
@@ -475,7 +487,8 @@ def run_step(
     wrong |= {name: "no update" for name, p in trainable.items() if p._version == versions[name]}
     if wrong:
         raise RuntimeError(
-            f"{len(wrong)} of {len(trainable)} parameters were not updated exactly once: {dict(list(wrong.items())[:5])}."
+            f"{len(wrong)} of {len(trainable)} parameters were not updated exactly once: "
+            f"{dict(list(wrong.items())[:5])}."
         )
     phases = [phase for phase in counter.at_peak if phase not in ("before", "after")]
     peaks = {phase: sum(counter.parts(phase).values()) for phase in phases}
@@ -501,8 +514,8 @@ def run_step(
 
 @contextmanager
 def no_packing() -> Iterator[None]:
-    """Whether sequences are packed cannot be read off fake tensors; transformers then makes a (B, 1, T, T) mask that a real run
-    without packing does not have."""
+    """Whether sequences are packed cannot be read off fake tensors; transformers then makes a (B, 1, T, T) mask that
+    a real run without packing does not have."""
     original = masking_utils.find_packed_sequence_indices
     masking_utils.find_packed_sequence_indices = lambda *_, **__: None
     try:

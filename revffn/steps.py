@@ -134,9 +134,10 @@ class InnovationStep(Function):
         move, evaluation = ctx.move, ctx.evaluation
         tile = move.tile
         move.walk.expect(tile, move.k)
-        move.bits = ctx.saved_tensors[: ctx.num_kept]
+        tensors = ctx.saved_tensors  # once: every access unpacks, which may be a copy from the host
+        move.bits = tensors[: ctx.num_kept]
         tile.make_current("attention", evaluation)
-        move.attn, *predicted = evaluation.again(ctx.saved_tensors[ctx.num_kept :], tile.streams[0])
+        move.attn, *predicted = evaluation.again(tensors[ctx.num_kept :], tile.streams[0])
         move.predicted = predicted[0] if predicted else None
         move.num_left = len(move.chunks)
         return None if move.m is None else grad, grad, None, None, None
@@ -301,7 +302,8 @@ class AdditiveStep(Function):
     def backward(ctx, grad: Tensor):
         walk, tile, k, which, reads, evaluation = ctx.walk, ctx.tile, ctx.k, ctx.which, ctx.reads, ctx.evaluation
         walk.expect(tile, 2 * k + which)
-        kept, side = ctx.saved_tensors[: ctx.num_kept], ctx.saved_tensors[ctx.num_kept :]
+        tensors = ctx.saved_tensors
+        kept, side = tensors[: ctx.num_kept], tensors[ctx.num_kept :]
         tile.make_current(("attention", "feed_forward")[which], evaluation)
         y = tile.streams[which]
         name = f"{('left', 'right')[which]} input of layer {k}"

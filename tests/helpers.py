@@ -21,9 +21,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import revffn
 from revffn.architectures import ARCHITECTURES
-from revffn.sublayers import attention, cross_attention, feed_forward, half_feed_forward
 from revffn.reversible import Tile
 from revffn.routing import RecordRouting, ReplayRouting
+from revffn.sublayers import attention, cross_attention, feed_forward, half_feed_forward
 
 # Worst error of ours beyond plain autograd's, relative to the largest gradient of the parameter.
 # (dtype, tolerance, observed, device, date)
@@ -51,8 +51,8 @@ SETTINGS: dict[str, dict] = {
     "deepseek_v2": dict(**MLA, topk_method="group_limited_greedy"),
     "deepseek_v3": dict(**MLA),
     "glm4_moe": dict(
-        n_routed_experts=8, num_experts_per_tok=2, n_shared_experts=1, first_k_dense_replace=1, moe_intermediate_size=16,
-        head_dim=8, n_group=1, topk_group=1,
+        n_routed_experts=8, num_experts_per_tok=2, n_shared_experts=1, first_k_dense_replace=1,
+        moe_intermediate_size=16, head_dim=8, n_group=1, topk_group=1,
     ),  # fmt: skip
     "gpt_oss": dict(
         num_local_experts=6, num_experts_per_tok=2, head_dim=8, sliding_window=5,
@@ -112,9 +112,16 @@ def tiny_batch(batch: int = 3, tokens: int = 11, seed: int = 1, padded: bool = F
     return inputs
 
 
-def coupled(model_type: str = "qwen2_moe", dtype: torch.dtype = torch.float32, calibrate: bool = True, overrides=None, **settings):
+def coupled(
+    model_type: str = "qwen2_moe",
+    dtype: torch.dtype = torch.float32,
+    calibrate: bool = True,
+    overrides=None,
+    **settings,
+):
     model = tiny_model(model_type, dtype, **(overrides or {}))
     calibration = [tiny_batch(4, 13, seed=7)] if calibrate else None
+    settings.setdefault("train_predictor", True)  # so that every gradient there can be is looked at
     return revffn.convert(model, revffn.ReversibleConfig(**settings), calibration=calibration).train()
 
 
@@ -280,7 +287,9 @@ def assert_as_good(ours: Tensor, plain: Tensor, truth: Tensor, dtype: torch.dtyp
     truth = truth.double()
     scale = truth.abs().max()
     ours_error, plain_error = ((x.double() - truth).abs().max() / scale for x in (ours, plain))
-    assert ours_error <= 4 * plain_error + TOLERANCE[dtype], f"{name}: {ours_error:.3e}, plain autograd {plain_error:.3e}"
+    assert ours_error <= 4 * plain_error + TOLERANCE[dtype], (
+        f"{name}: {ours_error:.3e}, plain autograd {plain_error:.3e}"
+    )
 
 
 # --- rebuilt states --------------------------------------------------------------------------------------------------

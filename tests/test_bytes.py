@@ -1,7 +1,8 @@
-"""Bytes kept for backward, counted by a saved-tensors hook and as live storage, here and at Qwen1.5-MoE's true size on fake tensors.
+"""Bytes kept for backward, counted by a saved-tensors hook and as live storage, here and at Qwen1.5-MoE's true size
+on fake tensors.
 
-Per extra layer and token nothing grows but what the coupling needs: m D / 8 bytes for innovation, nothing for cross_branch, the layer's input
-for none; each with the routing record of K bytes.
+Per extra layer and token nothing grows but what the coupling needs: m D / 8 bytes for innovation, nothing for
+cross_branch, the layer's input for none; each with the routing record of K bytes.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import pytest
 import torch
 from helpers import LiveBytes, coupled, gradients, saved_bytes, tiny_batch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
 import revffn
@@ -117,7 +119,8 @@ def test_an_anchor_keeps_both_streams():
 @pytest.mark.parametrize("settings", [dict(coupling="innovation"), RIGHT], ids=["innovation", "cross_right"])
 @pytest.mark.parametrize("tile_tokens", [16, 8])
 def test_tiles_keep_the_same(settings, tile_tokens):
-    """In tiles of one sequence, and in chunks of half a sequence, a layer keeps as much as at once (checksums per tile)."""
+    """In tiles of one sequence, and in chunks of half a sequence, a layer keeps as much as at once (checksums per
+    tile)."""
     shape = 4, 16
     growth = [
         bytes_saved(4, *shape, tile_tokens=t, **settings) - bytes_saved(2, *shape, tile_tokens=t, **settings)
@@ -210,7 +213,7 @@ def test_backward_holds_one_layer_at_a_time():
     assert peaks[1] - peaks[0] <= 8 * (packed(4 * 64 * D, 2) + CHECKSUM + 4 * SIGN + 64)
 
 
-# --- true size ----------------------------------------------------------------------------------------------------------------
+# --- true size -------------------------------------------------------------------------------------------------------
 
 FULL_D, FULL_K, TOKENS = 2048, 4, 2048
 FULL = {
@@ -264,6 +267,28 @@ def test_whole_model_at_true_size():
     measured = full_size(24, settings)
     assert measured["parameters"] == 14_315_784_192
     streams = 2 * 4 * TOKENS * FULL_D
-    head = TOKENS * FULL_D * 4 + TOKENS * FULL_D * 2  # the loss of this test: float32 and bf16 output of the final norm
+    head = (
+        TOKENS * FULL_D * 4 + TOKENS * FULL_D * 2
+    )  # the loss of this test: float32 and bf16 output of the final norm
     shared = 2 * TOKENS * 128 * 2 * 2  # rotary tables
     assert measured["saved"] <= 23 * growth + TOKENS * FULL_K + streams + head + shared + 64 * 1024
+
+
+def test_operations_within_five_percent_of_activation_checkpointing():
+    """Layers of true width (Qwen1.5-MoE), no head: the default coupling against transformers with checkpointing."""
+
+    def operations(convert: bool) -> int:
+        with FakeTensorMode():
+            model = AutoModelForCausalLM.from_config(
+                Qwen2MoeConfig(num_hidden_layers=4), dtype=torch.bfloat16, experts_implementation="grouped_mm"
+            ).train()
+            if convert:
+                revffn.convert(model)
+            else:
+                model.gradient_checkpointing_enable()
+            with FlopCounterMode(display=False) as counter:
+                hidden = model.model(input_ids=torch.randint(0, 1000, (1, 2048)), use_cache=False).last_hidden_state
+                hidden.float().sum().backward()
+        return counter.get_total_flops()
+
+    assert 1.0 <= operations(True) / operations(False) <= 1.05

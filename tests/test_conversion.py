@@ -1,4 +1,5 @@
-"""Plain model -> reversible model -> plain model: weights, configuration, logits, files; refusals change nothing; full size without weights."""
+"""Plain model -> reversible model -> plain model: weights, configuration, logits, files; refusals change nothing;
+full size without weights."""
 
 from __future__ import annotations
 
@@ -43,7 +44,7 @@ def with_random_couplings(model):
     return model
 
 
-# --- what convert changes, and what it does not ---------------------------------------------------------------------------------
+# --- what convert changes, and what it does not ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("coupling", COUPLINGS)
@@ -101,7 +102,7 @@ def test_router_parameters():
             assert len([p for p in found if p.dim() == 2]) == 4 - dense and len(routers) == 1, model_type
 
 
-# --- refusals -----------------------------------------------------------------------------------------------------------------------
+# --- refusals --------------------------------------------------------------------------------------------------------
 
 
 def snapshot(model):
@@ -119,10 +120,18 @@ def snapshot(model):
 @pytest.mark.parametrize(
     "make, settings, message",
     [
-        (lambda: AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_layer=2, n_embd=16, n_head=2)), {}, "gpt2.*qwen2_moe"),
+        (
+            lambda: AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_layer=2, n_embd=16, n_head=2)),
+            {},
+            "gpt2.*qwen2_moe",
+        ),
         (lambda: tiny_model(), dict(side_bits=[1, 2]), "side_bits has 2 entries.*4"),
         (lambda: tiny_model(), dict(plain_layers=4), "plain_layers=4"),
-        (lambda: tiny_model("llama", hidden_size=33, num_attention_heads=3, num_key_value_heads=3, head_dim=8), dict(coupling="cross_branch"), "33"),
+        (
+            lambda: tiny_model("llama", hidden_size=33, num_attention_heads=3, num_key_value_heads=3, head_dim=8),
+            dict(coupling="cross_branch"),
+            "33",
+        ),
         (lambda: tiny_model(), dict(coupling="cross_branch", anchor_layers=[7]), "anchor_layers"),
     ],
     ids=["unknown", "side bits", "plain layers", "odd", "anchor"],
@@ -155,7 +164,7 @@ def test_already_reversible_is_refused():
     "batches, message",
     [
         ([], "no token"),
-        ([{"input_ids": torch.zeros(1, 4, dtype=torch.long), "attention_mask": torch.zeros(1, 4, dtype=torch.long)}], "no token"),
+        ([dict.fromkeys(("input_ids", "attention_mask"), torch.zeros(1, 4, dtype=torch.long))], "no token"),
     ],
     ids=["empty", "all padding"],
 )  # fmt: skip
@@ -177,7 +186,7 @@ def test_calibration_that_is_not_finite_is_refused():
     assert snapshot(model) == before
 
 
-# --- files ------------------------------------------------------------------------------------------------------------------------------
+# --- files -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("coupling", COUPLINGS)
@@ -298,7 +307,7 @@ except ValueError as error:
     assert found.stdout.split()[-2:] == ["refused", "True"], found.stderr
 
 
-# --- copies ---------------------------------------------------------------------------------------------------------------------------
+# --- copies ----------------------------------------------------------------------------------------------------------
 
 
 def pickled(model):
@@ -315,7 +324,8 @@ def saved_whole(model):
 @pytest.mark.parametrize("coupling", COUPLINGS)
 @pytest.mark.parametrize("make_copy", [copy.deepcopy, pickled, saved_whole], ids=["deepcopy", "pickle", "torch.save"])
 def test_copies_train_alike(make_copy, coupling):
-    """Also after a step, when the report holds measurements, and with router logits, which transformers records by module."""
+    """Also after a step, when the report holds measurements, and with router logits, which transformers records by
+    module."""
     model, inputs = coupled(**COUPLINGS[coupling]), tiny_batch()
     run(model, inputs)
     other = make_copy(model)
@@ -328,14 +338,20 @@ def test_copies_train_alike(make_copy, coupling):
     assert len(other(**inputs, output_hidden_states=True).hidden_states) == 5
 
 
-# --- calibration --------------------------------------------------------------------------------------------------------------------
+# --- calibration -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model_type", ["qwen2_moe", "deepseek_v3", "gpt_oss", "llama"])
 def test_calibration_measures_the_plain_model(model_type):
     original = tiny_model(model_type).eval()
     with torch.no_grad():
-        states = [s for b in CALIBRATION for s in original.model(b["input_ids"], b.get("attention_mask"), output_hidden_states=True).hidden_states[:-1]]
+        states = [
+            s
+            for b in CALIBRATION
+            for s in original.model(b["input_ids"], b.get("attention_mask"), output_hidden_states=True).hidden_states[
+                :-1
+            ]
+        ]
     largest = max(s.abs().max().item() for s in states)
     model = coupled(model_type)
     found = revffn.convert(tiny_model(model_type), calibration=CALIBRATION).config.revffn_calibration
@@ -424,7 +440,7 @@ def test_finer_gain_is_nearer_to_the_plain_model():
     assert distances[4] < 0.3 * distances[0]
 
 
-# --- without weights ------------------------------------------------------------------------------------------------------------------
+# --- without weights -------------------------------------------------------------------------------------------------
 
 
 QWEN15 = dict()  # the defaults of Qwen2MoeConfig
@@ -443,7 +459,9 @@ BIG = {
 @pytest.mark.parametrize("name", BIG)
 def test_full_size(name, place, coupling):
     config_class, values, num_parameters = BIG[name]
-    settings = {"innovation": dict(), "cross_left": dict(coupling="cross_branch"), "none": dict(coupling="none")}[coupling]
+    settings = {"innovation": dict(), "cross_left": dict(coupling="cross_branch"), "none": dict(coupling="none")}[
+        coupling
+    ]
     started = time.monotonic()
     with torch.device("meta") if place == "meta" else FakeTensorMode():
         model = AutoModelForCausalLM.from_config(config_class(**values), dtype=torch.bfloat16)

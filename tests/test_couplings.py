@@ -31,7 +31,7 @@ def signs(batch: int) -> list[torch.Tensor | None]:
     return [None, mixed, -mixed]
 
 
-# --- innovation -----------------------------------------------------------------------------------------------------------------
+# --- innovation ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bits", [10, 24, 31], ids=lambda b: f"2^{b}")
@@ -105,7 +105,7 @@ def test_depth():
         assert torch.equal(prev, states[step])
 
 
-# --- packing ------------------------------------------------------------------------------------------------------------------------
+# --- packing ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (1, 1, 2), (1, 1, 3), (1, 1, 4), (1, 1, 7), (1, 1, 8), (1, 1, 9)], ids=str)
@@ -127,7 +127,7 @@ def test_packing_of_a_view(m):
     assert torch.equal(unpack_bits(pack_bits(values, m), m, values.shape), values)
 
 
-# --- the grid -----------------------------------------------------------------------------------------------------------------------
+# --- the grid --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -155,7 +155,7 @@ def test_dequantize_is_reproducible_beyond_float32():
     assert torch.equal(dequantize(stream, 14, torch.bfloat16), dequantize(stream.clone(), 14, torch.bfloat16))
 
 
-# --- checksum -----------------------------------------------------------------------------------------------------------------------
+# --- checksum --------------------------------------------------------------------------------------------------------
 
 
 def test_checksum_sees_every_single_bit():

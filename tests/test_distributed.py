@@ -24,12 +24,15 @@ COUPLINGS = {
     "cross_left": dict(coupling="cross_branch", query_stream="left", anchor_layers=[0, 1, 2, 3]),
     "none": dict(coupling="none"),
 }
-# Relative to the largest gradient of a parameter. Random signs would differ between processes, so that they are fixed here.
+# Relative to the largest gradient of a parameter. Random signs would differ between processes, so that they are fixed
+# here.
 TOLERANCE = 2e-6  # observed 0 (two summands), CPU, 2026-11
-MIXED_TOLERANCE = 1e-2  # against one process in bf16, whose sum of two gradients is rounded; observed 4e-3, CPU, 2026-11
+MIXED_TOLERANCE = (
+    1e-2  # against one process in bf16, whose sum of two gradients is rounded; observed 4e-3, CPU, 2026-11
+)
 
 
-# --- worker -----------------------------------------------------------------------------------------------------------------------
+# --- worker ----------------------------------------------------------------------------------------------------------
 
 
 def halves(batch: dict, rank: int) -> dict:
@@ -128,7 +131,7 @@ def worker(rendezvous: str, rank: int, cases: list[str]) -> None:
     dist.destroy_process_group()
 
 
-# --- tests ----------------------------------------------------------------------------------------------------------------------------
+# --- tests -----------------------------------------------------------------------------------------------------------
 
 CASES = [
     *(f"check-qwen2_moe-{coupling}-{mode}" for coupling in ("innovation", "cross_right") for mode in MODES),
@@ -149,7 +152,11 @@ def results(tmp_path_factory) -> dict[str, str]:
     """All cases in one pair of processes, since starting one takes longer than all of them."""
     rendezvous = tmp_path_factory.mktemp("gloo") / "rendezvous"
     tests = Path(__file__).parent
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)]),
+    }
     workers = [
         subprocess.Popen(
             [sys.executable, __file__, str(rendezvous), str(rank), *CASES],

@@ -1,7 +1,7 @@
 """Three-way gradients: float64 truth, plain autograd of the same coupled function, and the engine.
 
-Every architecture, coupling and dtype; every parameter. For the exact couplings every rebuilt state is compared bit for bit with a copy
-taken in forward, independently of the engine's own checksums.
+Every architecture, coupling and dtype; every parameter. For the exact couplings every rebuilt state is compared bit
+for bit with a copy taken in forward, independently of the engine's own checksums.
 """
 
 from __future__ import annotations
@@ -10,7 +10,17 @@ import copy
 
 import pytest
 import torch
-from helpers import SETTINGS, assert_as_good, captured_states, coupled, run, run_reference, three_way, tiny_batch, tiny_model
+from helpers import (
+    SETTINGS,
+    assert_as_good,
+    captured_states,
+    coupled,
+    run,
+    run_reference,
+    three_way,
+    tiny_batch,
+    tiny_model,
+)
 
 import revffn
 
@@ -33,7 +43,7 @@ def check_exact(model, inputs, **kwargs) -> dict:
     return report
 
 
-# --- every architecture ---------------------------------------------------------------------------------------------------
+# --- every architecture ----------------------------------------------------------------------------------------------
 
 
 @dtypes
@@ -46,7 +56,8 @@ def test_exact_couplings(model_type, coupling, dtype):
 @dtypes
 @pytest.mark.parametrize("model_type", SETTINGS)
 def test_fixed_point(model_type, dtype):
-    """cross_branch left without anchors, on a model whose attention contracts: tokens converge, and gradients are right."""
+    """cross_branch left without anchors, on a model whose attention contracts: tokens converge, and gradients are
+    right."""
     tolerance = 1e-6 if dtype == torch.float32 else 1e-3
     model = coupled(
         model_type,
@@ -84,7 +95,7 @@ def test_float64(coupling):
     three_way(model, tiny_batch(padded=True))
 
 
-# --- settings of the innovation coupling ------------------------------------------------------------------------------------
+# --- settings of the innovation coupling -----------------------------------------------------------------------------
 
 
 @dtypes
@@ -130,7 +141,7 @@ def test_trained_predictor_does_not_stay_the_identity(dtype):
         assert grads[name].abs().max() > 0, name
 
 
-# --- hard conditions for exactness --------------------------------------------------------------------------------------------
+# --- hard conditions for exactness -----------------------------------------------------------------------------------
 
 
 @dtypes
@@ -168,7 +179,8 @@ def test_residual_channel_of_30000(coupling, dtype):
 @dtypes
 @pytest.mark.parametrize("coupling", ["innovation", "cross_right"])
 def test_wrap_around(coupling, dtype):
-    """A grid far too fine: streams leave int32 in the middle layers, are rebuilt all the same, and the report says so."""
+    """A grid far too fine: streams leave int32 in the middle layers, are rebuilt all the same, and the report says
+    so."""
     model = coupled("qwen2_moe", dtype, calibrate=False, fraction_bits=24, **EXACT[coupling])
     with torch.no_grad():
         model.model.embed_tokens.weight[:, 5] = 120.0
@@ -196,7 +208,7 @@ def test_wrap_around_happens():
     assert (channel[0] > 0).all() and any((c < 0).any() for c in channel[1:])
 
 
-# --- inputs -----------------------------------------------------------------------------------------------------------------
+# --- inputs ----------------------------------------------------------------------------------------------------------
 
 
 @dtypes

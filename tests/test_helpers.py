@@ -24,11 +24,12 @@ from helpers import (
 import revffn
 from revffn import steps
 from revffn.architectures import routers
+from revffn.couplings import pack_bits
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 
-# --- gradients ------------------------------------------------------------------------------------------------------------------------
+# --- gradients -------------------------------------------------------------------------------------------------------
 
 
 @DTYPES
@@ -85,7 +86,12 @@ def test_three_way_sees_another_function():
     model, inputs = coupled(), tiny_batch()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            steps, "innovation_forward", lambda prev, cur, updated, predicted, sign, m: (updated, torch.zeros(1, dtype=torch.uint8))
+            steps,
+            "innovation_forward",
+            lambda prev, cur, updated, predicted, sign, m: (
+                updated,
+                pack_bits(torch.zeros_like(prev, dtype=torch.uint8), m),
+            ),
         )
         with pytest.raises((AssertionError, revffn.StateMismatchError)):
             three_way(model, inputs)
@@ -122,7 +128,11 @@ def test_truth_takes_the_experts_of_the_test_dtype():
     for dtype in (torch.bfloat16, torch.float64):
         other = copy.deepcopy(model)
         experts = other.model.layers[3].mlp.experts
-        experts.register_forward_pre_hook(lambda _, args, dtype=dtype: seen.setdefault(dtype, args[1].clone()))
+
+        def note(_, args, dtype=dtype):
+            seen.setdefault(dtype, args[1].clone())
+
+        experts.register_forward_pre_hook(note)
         run_reference(other.to(dtype) if dtype == torch.bfloat16 else _double(other), inputs)
     assert not torch.equal(seen[torch.bfloat16], seen[torch.float64]), "rounding does not decide anywhere"
     three_way(model, inputs)
@@ -134,7 +144,7 @@ def _double(model):
     return model
 
 
-# --- rebuilt states -------------------------------------------------------------------------------------------------------------------
+# --- rebuilt states --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("settings", [dict(), dict(coupling="cross_branch", query_stream="right")], ids=str)
@@ -173,7 +183,7 @@ def test_captured_states_see_a_walk_that_ends_early():
         states.assert_exact()
 
 
-# --- bytes ------------------------------------------------------------------------------------------------------------------------------
+# --- bytes -----------------------------------------------------------------------------------------------------------
 
 
 def leak_in(layer) -> None:

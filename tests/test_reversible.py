@@ -1,6 +1,7 @@
 """The engine seen from outside: it is ordinary autograd, it notices disturbed states, and it keeps nothing alive.
 
-Gradients are compared with plain autograd of the same function (`helpers.run_reference`); test_gradients.py has the three-way comparison.
+Gradients are compared with plain autograd of the same function (`helpers.run_reference`); test_gradients.py has the
+three-way comparison.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def plain_loss_backward(model, inputs, make_loss, seed=5):
     return gradients(model)
 
 
-# --- ordinary autograd --------------------------------------------------------------------------------------------------------
+# --- ordinary autograd -----------------------------------------------------------------------------------------------
 
 
 @couplings
@@ -288,7 +289,7 @@ def test_tiles_of_a_packed_batch():
     assert_close(ours, expected, 1e-4)
 
 
-# --- auxiliary loss and losses that miss the output -----------------------------------------------------------------------------
+# --- auxiliary loss and losses that miss the output ------------------------------------------------------------------
 
 
 @couplings
@@ -337,7 +338,7 @@ def test_output_hidden_states_is_refused():
         coupled()(**tiny_batch(), output_hidden_states=True)
 
 
-# --- frozen parameters ----------------------------------------------------------------------------------------------------------
+# --- frozen parameters -----------------------------------------------------------------------------------------------
 
 
 FROZEN = {
@@ -387,7 +388,7 @@ def test_frozen_embedding_in_bf16_with_input_gradient(coupling):
     assert_close(ours, plain, TOLERANCE[torch.bfloat16])
 
 
-# --- random numbers, autocast -----------------------------------------------------------------------------------------------------
+# --- random numbers, autocast ----------------------------------------------------------------------------------------
 
 
 @couplings
@@ -487,7 +488,7 @@ def test_weights_changed_between_two_forwards_in_one_autocast_block(coupling):
     assert_verified(model)
 
 
-# --- odd inputs ---------------------------------------------------------------------------------------------------------------------
+# --- odd inputs ------------------------------------------------------------------------------------------------------
 
 
 @couplings
@@ -508,7 +509,7 @@ def test_one_token_and_one_sequence(model_type, shape, coupling):
     assert_verified(model)
 
 
-# --- eval mode ----------------------------------------------------------------------------------------------------------------------
+# --- eval mode -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -529,7 +530,9 @@ def test_eval_is_the_original_model_bit_for_bit(model_type, coupling, dtype):
 def test_generate_with_cache(model_type, coupling):
     model = coupled(model_type, **COUPLINGS[coupling]).eval()
     prompt = tiny_batch(2, 6)["input_ids"]
-    options = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    options = dict(
+        max_new_tokens=6, min_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True
+    )
     cached = model.generate(prompt, use_cache=True, **options)
     plain = model.generate(prompt, use_cache=False, **options)
     assert cached.past_key_values is not None
@@ -579,7 +582,16 @@ def test_gradients_in_eval_mode(coupling):
         assert all(grad.isfinite().all() for grad in ours.values()) and len(ours) == len(list(model.parameters()))
 
 
-# --- detection --------------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_none_with_inputs_on_the_host(dtype):
+    inputs = tiny_batch(padded=True)
+    loss, expected = run(coupled(dtype=dtype, coupling="none"), inputs)
+    host_loss, ours = run(coupled(dtype=dtype, coupling="none", offload_inputs=True), inputs)
+    assert torch.equal(loss, host_loss)
+    assert_equal(ours, expected)
+
+
+# --- detection -------------------------------------------------------------------------------------------------------
 
 
 def disturb(model, name, amount=0.5):
@@ -692,6 +704,28 @@ def test_flipped_side_bit_raises():
     assert flipped == [3 * 11 * 32 * 2 // 8]
 
 
+@pytest.mark.parametrize("plain_layers", [1, 3])
+@couplings
+def test_every_saved_tensor_is_unpacked_once(coupling, plain_layers):
+    """An offloading hook fetches each tensor once a walk."""
+    model, inputs = coupled(plain_layers=plain_layers, **COUPLINGS[coupling]), tiny_batch()
+    packed, unpacked = [], []
+
+    def pack(tensor):
+        packed.append(tensor)
+        return len(packed) - 1, tensor
+
+    def unpack(handle):
+        unpacked.append(handle[0])
+        return handle[1]
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        loss = loss_of(model, inputs)
+    loss.backward()
+    twice = {place for place in unpacked if unpacked.count(place) > 1}
+    assert not twice, [(packed[place].dtype, tuple(packed[place].shape)) for place in twice]
+
+
 @exact_couplings
 def test_report_counts_instead_of_raising(coupling):
     model, inputs = coupled(verify="report", **COUPLINGS[coupling]), tiny_batch()
@@ -796,7 +830,7 @@ def test_gradient_checkpointing_is_ignored_with_a_warning(caplog):
     assert_equal(run(model, inputs)[1], expected)
 
 
-# --- the fixed point --------------------------------------------------------------------------------------------------------------------
+# --- the fixed point -------------------------------------------------------------------------------------------------
 
 
 def test_layer_that_does_not_contract_becomes_an_anchor():
@@ -841,7 +875,9 @@ def test_canary_error_is_the_true_error():
         patch.setattr(steps, "note_canary_error", note)
         torch.manual_seed(5)
         loss = model(**tiny_batch()).loss
-        truth.update({position // 2: streams for (_, position), streams in states.of_forward.items() if position % 2 == 0})
+        truth.update(
+            {position // 2: streams for (_, position), streams in states.of_forward.items() if position % 2 == 0}
+        )
         loss.backward()
     report = revffn.reversible_report(model)
     assert set(errors) == {0, 1, 2, 3} and max(errors.values()) > 0

@@ -6,8 +6,7 @@ import contextlib
 
 import pytest
 import torch
-from helpers import captured_states, coupled, plain_layers, run, run_reference, tiny_batch
-from torch.overrides import TorchFunctionMode
+from helpers import captured_states, coupled, run, run_reference, tiny_batch
 
 import revffn
 from revffn.architectures import routers
@@ -23,7 +22,10 @@ COUPLINGS = {
 
 @pytest.mark.parametrize(
     "num_experts, dtype",
-    [(1, torch.uint8), (60, torch.uint8), (256, torch.uint8), (257, torch.int16), (32768, torch.int16), (32769, torch.int32)],
+    [
+        (1, torch.uint8), (60, torch.uint8), (256, torch.uint8),
+        (257, torch.int16), (32768, torch.int16), (32769, torch.int32),
+    ],
 )  # fmt: skip
 def test_smallest_type(num_experts, dtype):
     assert index_dtype(num_experts) == dtype
@@ -36,7 +38,11 @@ def test_smallest_type(num_experts, dtype):
     assert top.indices.dtype == torch.long and (top.indices == num_experts - 1).all()
 
 
-@pytest.mark.parametrize("call", [lambda s: torch.topk(s, 3, dim=-1), lambda s: s.topk(3, sorted=False), lambda s: s.topk(k=3)[1:] and s.topk(k=3)])
+@pytest.mark.parametrize(
+    "call",
+    [lambda s: torch.topk(s, 3, dim=-1), lambda s: s.topk(3, sorted=False), lambda s: torch.topk(input=s, k=3)],
+    ids=["function", "method", "keywords"],
+)
 def test_recorded_call_returns_what_topk_returns(call):
     scores = torch.randn(5, 9, requires_grad=True)
     plain = call(scores)
@@ -67,21 +73,7 @@ def test_replay_of_a_call_that_was_not_recorded_raises():
         torch.randn(3, 4).topk(1)
 
 
-# --- in the engine ------------------------------------------------------------------------------------------------------------------
-
-
-class Choices(TorchFunctionMode):
-    """Every top-k in order: what was asked and what was answered."""
-
-    def __init__(self):
-        super().__init__()
-        self.indices = []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func in (torch.topk, torch.Tensor.topk):
-            self.indices.append(out.indices)
-        return out
+# --- in the engine ---------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -160,15 +152,17 @@ def flip_one_expert(tensor: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("coupling", COUPLINGS)
 def test_flipped_expert_is_noticed(coupling):
-    """One token's recorded expert is changed: the exact couplings raise; where nothing is rebuilt the gradients show it."""
+    """One token's recorded expert is changed: the exact couplings raise; where nothing is rebuilt the gradients show
+    it."""
     model, inputs = coupled(**COUPLINGS[coupling]), tiny_batch()
     _, expected = run(model, inputs)
     flipped = []
 
     def unpack(tensor):
-        if tensor.dtype == torch.uint8 and tensor.shape == (33, 2) and not flipped:
+        if tensor.dtype == torch.uint8 and tensor.shape == (33, 2):
             flipped.append(tensor)
-            return flip_one_expert(tensor)
+            if tensor is flipped[0]:
+                return flip_one_expert(tensor)
         return tensor
 
     torch.manual_seed(5)
@@ -191,17 +185,3 @@ def test_counters_do_not_move_twice():
     run(model, inputs)
     for name, buffer in model.named_buffers():
         assert torch.equal(buffer, before[name]), name
-
-
-def test_record_does_not_reach_the_models_own_topk():
-    """Outside the layers top-k is torch's: the load-balancing loss and a caller's own code are not recorded."""
-    model, inputs = coupled(overrides=dict(output_router_logits=True)), tiny_batch()
-    with Choices() as choices:
-        torch.manual_seed(5)
-        loss = model(**inputs).loss
-    num_in_forward = len(choices.indices)
-    with Choices() as choices:
-        loss.backward()
-    assert num_in_forward > len(choices.indices) == 0 or num_in_forward >= len(choices.indices)
-    with plain_layers(model, None):
-        assert torch.randn(4, 4).topk(2).values.shape == (4, 2)
