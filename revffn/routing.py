@@ -31,7 +31,7 @@ class RecordRouting(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func not in _TOPK:
             return func(*args, **(kwargs or {}))
-        scores = args[0]
+        scores = args[0] if args else kwargs["input"]
         with torch.no_grad():
             indices = func(*args, **(kwargs or {})).indices
         self.record.append(indices.to(index_dtype(scores.shape[-1])))
@@ -48,7 +48,7 @@ class ReplayRouting(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func not in _TOPK:
             return func(*args, **(kwargs or {}))
-        return _pick(args[0], next(self.remaining).long())
+        return _pick(args[0] if args else kwargs["input"], next(self.remaining).long())
 
 
 def _pick(scores: Tensor, indices: Tensor) -> torch.return_types.topk:

@@ -238,7 +238,7 @@ def full_size(num_layers: int, settings: dict) -> dict[str, int]:
                 loss = model.model(input_ids=input_ids).last_hidden_state.float().square().mean()
             live = counter.live
             loss.backward()
-            num_bytes = sum(p.grad.nbytes for p in model.model.parameters())
+            num_bytes = sum(p.grad.nbytes for p in model.model.parameters() if p.grad is not None)
             alive = counter.live - num_bytes
             del loss
             return {

@@ -72,7 +72,12 @@ def test_mode_and_frozen_parameters_stay(trained):
     revffn.convert(model)
     assert all(module.training == trained for module in model.modules())
     assert not model.model.embed_tokens.weight.requires_grad and model.lm_head.weight.requires_grad
-    assert all(p.requires_grad for _, p in revffn.coupling_parameters(model))
+    assert not any(p.requires_grad for _, p in revffn.coupling_parameters(model))  # predictors stay as fitted
+
+
+def test_predictors_train_if_asked():
+    model = revffn.convert(tiny_model(), revffn.ReversibleConfig(train_predictor=True))
+    assert all(p.requires_grad for _, p in revffn.coupling_parameters(model)) and revffn.coupling_parameters(model)
 
 
 @pytest.mark.parametrize("coupling", COUPLINGS)
