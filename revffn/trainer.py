@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
@@ -38,7 +38,7 @@ from . import convert, coupling_parameters, is_reversible, reversible_report
 from .architectures import ARCHITECTURES, PREFIX, router_parameters
 from .data import batches, load_conversations, tokenize_all
 from .evaluation import answer, heldout_loss, peak_bytes, step_bytes
-from .recipe import InputError, RunConfig, load_run_config
+from .recipe import InputError, RunConfig
 
 MODEL, METRICS, SUMMARY = "model", "metrics.jsonl", "run.json"
 # Read by transformers itself; the first one that a config has bounds the sequence length.
@@ -133,12 +133,6 @@ class Run:
     """Where to resume from."""
 
 
-def train_command(recipe: str | Path, overrides: list[str]) -> Path:
-    """Fine-tune as a recipe says; returns the run's folder."""
-    recipe = Path(recipe)
-    return train(load_run_config(recipe, overrides), recipe)
-
-
 def train(config: RunConfig, recipe: Path | None = None) -> Path:
     """Fine-tune a pretrained model.
 
@@ -155,6 +149,8 @@ def train(config: RunConfig, recipe: Path | None = None) -> Path:
         InputError: The settings, the data or the model do not fit. Nothing has been written then.
     """
     run = check(config, recipe)
+    # The trainer passes over the tokenized data several times; a bar each says nothing.
+    disable_progress_bars()
     set_seed(config.training.seed)
     print(f"Loading {run.checkpoint or config.model.path}", flush=True)
     model = AutoModelForCausalLM.from_pretrained(
@@ -272,9 +268,15 @@ def check_model(config: RunConfig, hf_config: PreTrainedConfig) -> None:
         try:
             # A rehearsal without weights: whatever `convert` would refuse later, it refuses now.
             with torch.device("meta"):
-                convert(AutoModelForCausalLM.from_config(deepcopy(hf_config)), reversible)
+                model = convert(AutoModelForCausalLM.from_config(deepcopy(hf_config)), reversible)
         except ValueError as error:
             raise InputError(f"{path}: {error}") from None
+        if config.training.stage1_steps and not any(p.requires_grad for _, p in coupling_parameters(model)):
+            raise InputError(
+                f"training.stage1_steps={config.training.stage1_steps}: nothing would train in stage 1, because "
+                f"coupling {reversible.coupling!r} has no trainable parameters. Set training.stage1_steps: 0, or "
+                "for innovation reversible.train_predictor: true."
+            )
     if config.training.freeze_router and not has_routers(hf_config):
         raise InputError(
             f"training.freeze_router: true, but {path} (model_type={model_type!r}) is not a Mixture-of-Experts "
@@ -322,8 +324,6 @@ def train_stage(run: Run, model: PreTrainedModel, stage: int, trained: set[str],
     if config.freeze_router is not False and has_routers(run.hf_config) and stage == 2:
         frozen = {id(parameter) for parameter in router_parameters(model)}
     chosen = {name for name, _ in coupling_parameters(model)} & trained if stage == 1 else trained
-    if stage == 1 and not chosen:
-        raise InputError("training.stage1_steps: the coupling has nothing to train in stage 1. Set it to 0.")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in chosen and id(parameter) not in frozen)
     aux_loss = config.router_aux_loss_coef

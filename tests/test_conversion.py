@@ -214,6 +214,9 @@ def test_save_and_load(model_type, coupling, tmp_path):
     assert torch.equal(loss, loaded_loss)
     assert all(torch.equal(grads[name], loaded_grads[name]) for name in grads)
     assert revffn.reversible_report(loaded)["mismatched_states"] == 0
+    if coupling in ("innovation", "none"):
+        with torch.no_grad():
+            assert torch.equal(revffn.export(loaded).eval()(**inputs).logits, model.eval()(**inputs).logits)
 
 
 @pytest.mark.parametrize("coupling", ["innovation", "none"])

@@ -21,10 +21,8 @@ from helpers import (
     tiny_batch,
 )
 
-import revffn
 from revffn import steps
 from revffn.architectures import routers
-from revffn.couplings import pack_bits
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
@@ -82,18 +80,17 @@ def test_three_way_sees_a_missing_gradient():
 
 
 def test_three_way_sees_another_function():
-    """Plain additions instead of the coupling: the loss is another one."""
-    model, inputs = coupled(), tiny_batch()
+    """The engine with every sign the other way round: exact in itself, and not the function that was asked for."""
+    model, inputs = coupled(random_sign=False), tiny_batch()
+    three_way(model, inputs)
+    minus = torch.tensor(-1, dtype=torch.int32)
+    forward, inverse = steps.innovation_forward, steps.innovation_inverse
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps, "innovation_forward", lambda a, b, c, p, sign, m: forward(a, b, c, p, minus, m))
         patch.setattr(
-            steps,
-            "innovation_forward",
-            lambda prev, cur, updated, predicted, sign, m: (
-                updated,
-                pack_bits(torch.zeros_like(prev, dtype=torch.uint8), m),
-            ),
+            steps, "innovation_inverse", lambda a, b, c, p, sign, bits, m: inverse(a, b, c, p, minus, bits, m)
         )
-        with pytest.raises((AssertionError, revffn.StateMismatchError)):
+        with pytest.raises(AssertionError, match="loss"):
             three_way(model, inputs)
 
 

@@ -60,6 +60,7 @@ BAD_OVERRIDES = {
     "no model": ("--model.path nowhere", "model.path 'nowhere': no such folder"),
     "too few records": ("--data.num_examples 60", "64 records, but 68 are needed"),
     "resume nothing": ("--training.resume true", "no checkpoint in"),
+    "nothing for stage 1": ("--training.stage1_steps 2", "nothing would train in stage 1"),
     "bad side bits": ("--reversible.side_bits 1 2", "side_bits has 2 entries; the model has 4 decoder layers"),
 }
 

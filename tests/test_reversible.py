@@ -509,6 +509,32 @@ def test_one_token_and_one_sequence(model_type, shape, coupling):
     assert_verified(model)
 
 
+@couplings
+def test_a_single_layer(coupling):
+    settings = dict(COUPLINGS[coupling])
+    if "anchor_layers" in settings:
+        settings["anchor_layers"] = [0]
+    model, inputs = coupled(overrides=dict(num_hidden_layers=1, mlp_only_layers=[]), **settings), tiny_batch()
+    loss, ours = run(model, inputs)
+    plain_loss, plain = run_reference(model, inputs)
+    assert torch.equal(loss, plain_loss)
+    assert_close(ours, plain)
+    assert_verified(model)
+
+
+@couplings
+def test_module_backward_hooks_fire_once(coupling):
+    """Full backward hooks on the decoder layers, which FSDP and profilers use."""
+    model, inputs = coupled(**COUPLINGS[coupling]), tiny_batch()
+    _, expected = run(model, inputs)
+    fired = []
+    for k, layer in enumerate(model.model.layers):
+        layer.register_full_backward_hook(lambda module, grad_in, grad_out, k=k: fired.append(k))
+    _, ours = run(model, inputs)
+    assert fired == [3, 2, 1, 0]
+    assert_equal(ours, expected)
+
+
 # --- eval mode -------------------------------------------------------------------------------------------------------
 
 
@@ -726,6 +752,37 @@ def test_every_saved_tensor_is_unpacked_once(coupling, plain_layers):
     assert not twice, [(packed[place].dtype, tuple(packed[place].shape)) for place in twice]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["self_attn.o_proj", "mlp.shared_expert.down_proj"])
+@couplings
+def test_a_value_that_is_not_finite_is_not_hidden(coupling, where, value):
+    """int32 knows no NaN: the loss must not come out finite, as if nothing had happened."""
+    model, inputs = coupled(**COUPLINGS[coupling]), tiny_batch()
+    with torch.no_grad():
+        model.model.layers[1].get_submodule(where).weight[0, 0] = value
+    try:
+        loss = loss_of(model, inputs)
+        loss.backward()
+    except (ValueError, RuntimeError, FloatingPointError) as error:
+        assert "finite" in str(error)
+    else:
+        assert not loss.isfinite()
+
+
+def test_inputs_on_the_host_go_there_once():
+    """offload_inputs moves each layer's input, and not the mask that all layers share, layer by layer."""
+    model, inputs = coupled(coupling="none"), tiny_batch(padded=True)
+    moved = []
+
+    def pack(tensor):
+        moved.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model(**inputs)
+    assert len([shape for shape in moved if shape == (3, 1, 11, 11)]) <= 1
+
+
 @exact_couplings
 def test_report_counts_instead_of_raising(coupling):
     model, inputs = coupled(verify="report", **COUPLINGS[coupling]), tiny_batch()
@@ -856,6 +913,20 @@ def test_drift_raises():
     model = coupled(coupling="cross_branch", num_iterations=1, max_drift=1e-6)
     with pytest.raises(revffn.StateMismatchError, match=r"layer \d.*anchor_layers"):
         loss_of(model, tiny_batch()).backward()
+
+
+def test_drift_of_any_forward_raises():
+    """Two forwards, one backward: the first has nothing to drift (T = 1), the second does."""
+    model = coupled(coupling="cross_branch", num_iterations=2, max_drift=1e-6)
+    short = model(input_ids=tiny_batch(2, 1)["input_ids"]).logits.square().mean()
+    long = loss_of(model, tiny_batch(2, 30))
+    with pytest.raises(revffn.StateMismatchError):
+        (long + short).backward()
+    model.zero_grad()
+    long = loss_of(model, tiny_batch(2, 30))
+    short = model(input_ids=tiny_batch(2, 1)["input_ids"]).logits.square().mean()
+    with pytest.raises(revffn.StateMismatchError):
+        (long + short).backward()
 
 
 def test_canary_error_is_the_true_error():

@@ -40,8 +40,13 @@ def test_smallest_type(num_experts, dtype):
 
 @pytest.mark.parametrize(
     "call",
-    [lambda s: torch.topk(s, 3, dim=-1), lambda s: s.topk(3, sorted=False), lambda s: torch.topk(input=s, k=3)],
-    ids=["function", "method", "keywords"],
+    [
+        lambda s: torch.topk(s, 3, dim=-1),
+        lambda s: s.topk(3, sorted=False),
+        lambda s: torch.topk(input=s, k=3),
+        lambda s: s.T.topk(k=3, dim=0),
+    ],
+    ids=["function", "method", "keywords", "other dimension"],
 )
 def test_recorded_call_returns_what_topk_returns(call):
     scores = torch.randn(5, 9, requires_grad=True)

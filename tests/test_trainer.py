@@ -121,6 +121,7 @@ def test_a_resumed_run_equals_one_that_did_not_stop(recipe_file, tmp_path, stage
     """Stopped after 3 steps of 4 (of the last, or of the only stage), gone on from the checkpoint at 2."""
     recipe = recipe_file("optimizer:\n  learning_rate: 1e-3\n")
     same = ["--training.num_steps", "4", "--training.stage1_steps", str(stage1_steps), "--training.save_steps", "2"]
+    same += ["--reversible.train_predictor", "true"]  # what stage 1 trains
     whole = run(recipe, *same, "--training.output_dir", str(tmp_path / "whole"))
     halves = ["--training.output_dir", str(tmp_path / "halves")]
 
