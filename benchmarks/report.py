@@ -39,7 +39,7 @@ def label(result: dict) -> str:
         method += f", m = {settings['side_bits']}" if method == "innovation" else " (layer inputs stored)"
     else:
         method = {"checkpointing": "transformers + activation checkpointing", "plain": "transformers"}[method]
-        method += " (before any optimizer step)" if settings["step_after_backward"] else ""
+        method += f" ({settings['optimizer']} after backward)" if settings["step_after_backward"] else ""
     return method
 
 

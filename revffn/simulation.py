@@ -22,8 +22,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
+from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -264,7 +266,9 @@ def build(hf_config: PreTrainedConfig, method: Method) -> PreTrainedModel:
     if method.name == "reversible":
         convert(model, method.reversible)
     elif method.name == "checkpointing":
-        model.gradient_checkpointing_enable()
+        # The name changed between transformers 5.17 and 5.23; the old one goes with version 6.
+        new = hasattr(model, "activation_checkpointing_enable")
+        (model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable)()
         if method.lora_rank is not None:
             model.enable_input_require_grads()
     if method.linear_cross_entropy:
@@ -385,6 +389,30 @@ class Hooks:
 
 
 @contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """While open, fake tensors take the paths that real ones take on a GPU where both differ in memory.
+
+    - transformers looks for packed sequences in the values of `position_ids`; of fake tensors it assumes the worst and makes
+      masks of T x T.
+    - PyTorch's fused attention on a CPU wants heads of one size, those on a GPU do not; multi-head latent attention has two,
+      and would get scores of T x T.
+    """
+    attention = F.scaled_dot_product_attention
+
+    def fused(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        missing = query.shape[-1] - value.shape[-1]
+        if missing <= 0:
+            return attention(query, key, value, *args, **kwargs)
+        return attention(query, key, F.pad(value, (0, missing)), *args, **kwargs)[..., : value.shape[-1]]
+
+    with (
+        patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None),
+        patch.object(F, "scaled_dot_product_attention", fused),
+    ):
+        yield
+
+
+@contextmanager
 def no_garbage_collection() -> Iterator[None]:
     """Reference cycles then stay, and a peak depends neither on when Python collects them nor hides that there are
     some."""
@@ -475,7 +503,7 @@ def run_step(
         hooks.handles.append(parameter.register_post_accumulate_grad_hook(hooks.on_stepped))
     versions = {name: p._version for name, p in trainable.items()}
     try:
-        with no_garbage_collection(), counter:
+        with as_on_a_gpu(), no_garbage_collection(), counter:
             one_step(model, batch, tokens, counter, hooks, optimizer)
             counter.begin("after")
             after_bytes = counter.live_bytes
