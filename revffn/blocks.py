@@ -145,7 +145,8 @@ def run_stored(layer: ReversibleLayer, walk: Walk, hidden_states: Tensor, kwargs
         evaluation = Evaluation(function, hidden.device, uses_rng(layer))
         (output,) = evaluation.first((Release.apply(hidden, evaluation),), (hidden,))
         with on_host if walk.config.offload_inputs else contextlib.nullcontext():
-            outputs.append(StoredStep.apply(output, hidden.detach(), walk, evaluation))
+            is_last = layer.layer_index == walk.num_layers - 1 and tile is walk.tiles[-1]
+            outputs.append(StoredStep.apply(output, hidden.detach(), walk, evaluation, is_last))
     if layer.layer_index == walk.num_layers - 1:
         walk.kept = []
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]

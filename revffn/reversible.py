@@ -90,6 +90,7 @@ class Walk:
         self.batch_size = 0
         # Largest magnitude a stream has had, in grid units (~x instead of -x: it does not overflow).
         self.largest: Tensor | None = None
+        self.finite: Tensor | None = None
         # Filled while walking back: (name of the state, differs, fatal), 0-dim bool tensors that still have to be
         # looked at.
         self.verdicts: list[tuple[str, Tensor, Tensor]] = []
@@ -120,6 +121,11 @@ class Walk:
         if len(self.tiles) > 1 and tensor.dim() > 1 and tensor.shape[0] == self.batch_size:
             return tensor[tile.rows]
         return tensor
+
+    def note_finite(self, update: Tensor) -> None:
+        """Forward: a cast to int32 hides what is not finite; `Finish` shows it again."""
+        finite = torch.isfinite(update).all()
+        self.finite = finite if self.finite is None else self.finite & finite
 
     # --- life of a walk --------------------------------------------------------------------------------------------
 
@@ -231,6 +237,7 @@ class Report:
         self.num_verified, self.mismatched, self.walks, self.mismatched_total = 0, [], 0, 0
         self.largest = 0
         self.layers: dict[int, dict[str, Any]] = {}
+        self.measured: dict[int, dict[str, Any]] = {}
         self.anchors: set[int] = set()
 
     def note_layer(self, layer: int, **values: Tensor | int) -> None:
@@ -247,6 +254,9 @@ class Report:
     def finish(self, num_verified: int, mismatched: list[str], largest: int) -> None:
         self.walks += 1
         self.num_verified, self.mismatched, self.largest = num_verified, mismatched, largest
+        # One backward may go through several walks: the first to end sees what all of them noted.
+        if self.layers:
+            self.measured, self.layers = self.layers, {}
         self.mismatched_total += len(mismatched)
 
     def judge(self, config: ReversibleConfig, mismatched: list[str]) -> None:
@@ -259,7 +269,7 @@ class Report:
 
     def judge_fixed_point(self, config: ReversibleConfig) -> None:
         worst, where = 0.0, None
-        for layer, values in self.layers.items():
+        for layer, values in self.measured.items():
             if not all(is_concrete(v) for v in values.values() if isinstance(v, Tensor)):
                 return
             measured = {name: float(v) for name, v in values.items()}
@@ -290,7 +300,7 @@ class Report:
                 layer: {
                     name: v.item() if isinstance(v, Tensor) and is_concrete(v) else v for name, v in values.items()
                 }
-                for layer, values in sorted(self.layers.items())
+                for layer, values in sorted(self.measured.items())
             },
         }
 
@@ -498,14 +508,16 @@ class Finish(Function):
         for tile in walk.tiles:
             tile.streams, tile.checksums = [None, None], None
         walk.kept, walk.signs, walk.carriers = [], None, []
-        return torch.cat(outputs) if len(outputs) > 1 else outputs[0].view_as(outputs[0])
+        out = torch.cat(outputs) if len(outputs) > 1 else outputs[0].view_as(outputs[0])
+        finite, walk.finite = walk.finite, None
+        return out if finite is None else torch.where(finite, out, float("nan"))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         walk, tensors = ctx.walk, list(ctx.saved_tensors)
         n = len(walk.tiles)
-        walk.verdicts, walk.report.layers = [], {}
+        walk.verdicts = []
         for i, (tile, evaluation) in enumerate(zip(walk.tiles, ctx.evaluations, strict=True)):
             tile.streams, tile.position = tensors[2 * i : 2 * i + 2], ctx.positions[i]
             tile.checksums = tensors[2 * n + i] if ctx.verified else None

@@ -9,6 +9,8 @@ indices: the scores keep their gradient, and no token changes its expert because
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -29,7 +31,7 @@ class RecordRouting(TorchFunctionMode):
         self.record = record
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func not in _TOPK:
+        if func not in _TOPK or not _along_last(*args, **(kwargs or {})):
             return func(*args, **(kwargs or {}))
         scores = args[0] if args else kwargs["input"]
         with torch.no_grad():
@@ -46,9 +48,14 @@ class ReplayRouting(TorchFunctionMode):
         self.remaining = iter(record)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func not in _TOPK:
+        if func not in _TOPK or not _along_last(*args, **(kwargs or {})):
             return func(*args, **(kwargs or {}))
         return _pick(args[0] if args else kwargs["input"], next(self.remaining).long())
+
+
+def _along_last(input: Tensor, k: int, dim: int = -1, *args: Any, **kwargs: Any) -> bool:
+    """Routers choose along the last dimension; any other top-k is not theirs."""
+    return dim in (-1, input.dim() - 1)
 
 
 def _pick(scores: Tensor, indices: Tensor) -> torch.return_types.topk:

@@ -186,6 +186,7 @@ class FeedStep(Function):
     @staticmethod
     def forward(ctx, middle: Tensor, mlp: Tensor, move: InnovationMove, index: int, evaluation: Evaluation):
         ctx.move, ctx.index, ctx.evaluation, ctx.dtype = move, index, evaluation, mlp.dtype
+        move.walk.note_finite(mlp)
         move.middle[:, move.chunks[index]] += quantize(mlp, move.fraction_bits)
         ctx.save_for_backward(*evaluation.side_tensors())
         return middle.view_as(middle)
@@ -256,6 +257,9 @@ def innovation_step(
     attn, *predicted = attend_evaluation.first((now,), (cur,))
     predicted = predicted[0] if predicted else None
     kept_past, middle = Attended.apply(past, now, attn, predicted, move)
+    walk.note_finite(attn.detach())
+    if predicted is not None:
+        walk.note_finite(predicted.detach())
     move.middle = cur + quantize(attn.detach(), fraction_bits)
     updated = middle
     for index, rows in enumerate(chunks):
@@ -290,6 +294,7 @@ class AdditiveStep(Function):
         elif canaries is not None:
             kept = (canaries, *(stream.reshape(-1, stream.shape[-1])[canaries] for stream in tile.streams))
         ctx.num_kept = len(kept)
+        walk.note_finite(update)
         y = x + quantize(update, walk.config.fraction_bits)
         tile.streams = [y if i == which else s for i, s in enumerate(tile.streams)]
         tile.position = 2 * k + which + 1
@@ -421,12 +426,16 @@ def cross_branch_step(
 
 
 class StoredStep(Function):
-    """`none`: identity on a layer's output, keeping the layer's input; in backward the layer runs again from it."""
+    """`none`: identity on a layer's output, keeping the layer's input; in backward the layer runs again from it.
+
+    `is_last`: the last layer's last tile, whose backward runs first, keeps what all layers share.
+    """
 
     @staticmethod
-    def forward(ctx, output: Tensor, hidden: Tensor, walk: Walk, evaluation: Evaluation):
-        ctx.walk, ctx.evaluation, ctx.num_kept = walk, evaluation, len(walk.kept)
-        ctx.save_for_backward(hidden, *walk.kept, *evaluation.side_tensors())
+    def forward(ctx, output: Tensor, hidden: Tensor, walk: Walk, evaluation: Evaluation, is_last: bool):
+        ctx.walk, ctx.evaluation, ctx.is_last = walk, evaluation, is_last
+        ctx.num_kept = len(walk.kept) if is_last else 0
+        ctx.save_for_backward(hidden, *walk.kept[: ctx.num_kept], *evaluation.side_tensors())
         return output.view_as(output)
 
     @staticmethod
@@ -434,11 +443,12 @@ class StoredStep(Function):
     def backward(ctx, grad: Tensor):
         hidden, *tensors = ctx.saved_tensors
         evaluation, walk = ctx.evaluation, ctx.walk
-        walk.kept = tensors[: ctx.num_kept]
+        if ctx.is_last:
+            walk.kept = tensors[: ctx.num_kept]
+            torch.autograd.Variable._execution_engine.queue_callback(walk.kept.clear)
         leaf = hidden.detach().requires_grad_(evaluation.differentiable[0])
         evaluation.again(tensors[ctx.num_kept :], hidden, carriers=(leaf,))
-        walk.kept = []
-        return grad, None, None, None
+        return grad, None, None, None, None
 
 
 class Release(Function):
