@@ -392,9 +392,11 @@ class Hooks:
 def as_on_a_gpu() -> Iterator[None]:
     """While open, fake tensors take the paths that real ones take on a GPU where both differ in memory.
 
-    - transformers looks for packed sequences in the values of `position_ids`; of fake tensors it assumes the worst and makes
+    - transformers looks for packed sequences in the values of `position_ids`; of fake tensors it assumes the worst
+    and makes
       masks of T x T.
-    - PyTorch's fused attention on a CPU wants heads of one size, those on a GPU do not; multi-head latent attention has two,
+    - PyTorch's fused attention on a CPU wants heads of one size, those on a GPU do not; multi-head latent attention
+    has two,
       and would get scores of T x T.
     """
     attention = F.scaled_dot_product_attention

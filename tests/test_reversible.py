@@ -923,6 +923,7 @@ def test_drift_of_any_forward_raises():
     with pytest.raises(revffn.StateMismatchError):
         (long + short).backward()
     model.zero_grad()
+    model.model.reversible_report.anchors.clear()  # chosen after the first backward; with them nothing drifts
     long = loss_of(model, tiny_batch(2, 30))
     short = model(input_ids=tiny_batch(2, 1)["input_ids"]).logits.square().mean()
     with pytest.raises(revffn.StateMismatchError):
