@@ -930,6 +930,32 @@ def test_drift_of_any_forward_raises():
         (long + short).backward()
 
 
+def test_drift_of_a_failed_backward_is_forgotten():
+    """A walk that ended in an exception must not be held against the next one."""
+    model, inputs = coupled(coupling="cross_branch", num_iterations=2, max_drift=1.0), tiny_batch()
+    loss_of(model, inputs).backward()
+    errors = [layer["canary_error"] for layer in revffn.reversible_report(model)["layers"].values()]
+    model.model.reversible_report.anchors.clear()
+    loss = loss_of(model, inputs)
+    with torch.no_grad():  # only the attention of the last layer: its drift is noted, then the walk goes on to fail
+        before = model.model.layers[3].self_attn.v_proj.weight.clone()
+        model.model.layers[3].self_attn.v_proj.weight.mul_(40)
+
+    def fail(module, args, output):
+        raise KeyError("on purpose")
+
+    handle = model.model.layers[1].mlp.register_forward_hook(fail)
+    with pytest.raises((KeyError, revffn.StateMismatchError)):
+        loss.backward()
+    handle.remove()
+    with torch.no_grad():
+        model.model.layers[3].self_attn.v_proj.weight.copy_(before)
+    model.model.reversible_report.anchors.clear()
+    loss_of(model, inputs).backward()
+    again = [layer["canary_error"] for layer in revffn.reversible_report(model)["layers"].values()]
+    assert again == errors
+
+
 def test_canary_error_is_the_true_error():
     """With a canary on every token the reported error is the largest error there is."""
     model = coupled(coupling="cross_branch", num_iterations=2, num_canaries=10_000, verify="report")
