@@ -1,18 +1,17 @@
 """One full-size training step on fake tensors: the bytes alive at its peak, by part.
 
-    python benchmarks/simulate.py --model qwen1.5-moe-a2.7b --batch 16 --tokens 2048 --coupling innovation --side-bits
-    2 \
-        --optimizer adafactor --json
+    python benchmarks/simulate.py --model qwen1.5-moe-a2.7b --batch 16 --tokens 2048 \\
+        --coupling innovation --side-bits 2 --optimizer adafactor --json
 
 Needs no GPU, no weights and a minute or a few (the more tiles, the longer). Every parameter is updated, which is
 checked. With `--json` the last line of the output is one JSON object; `--out FILE` also writes it to a file. Plain
-transformers, as a
-comparison: `--method checkpointing --optimizer sgd --full-logits --step-after-backward`.
+transformers, as a comparison: `--method checkpointing --optimizer sgd --full-logits --step-after-backward`.
 """
 
 import argparse
 import json
 import platform
+import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +21,28 @@ import torch
 from revffn import ReversibleConfig
 from revffn.memory import gib, load_config
 from revffn.simulation import METHODS, Method, simulate_step
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def git_state() -> dict:
+    """The commit that is run, and whether the package or the benchmarks' code differ from it."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(("git", *words), cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", "revffn", "benchmarks/*.py").splitlines()
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed), "changed": [line[3:] for line in changed]}
+    except (OSError, subprocess.CalledProcessError):
+        # An installed copy, or no git.
+        return {"commit": None, "dirty": None, "changed": []}
+
+
+def provenance() -> dict:
+    """What a result file says about the code that made it."""
+    packages = {name: version(name) for name in ("torch", "transformers")}
+    return {"git": git_state(), "versions": {"python": platform.python_version(), **packages}}
 
 
 def main() -> None:
@@ -44,6 +65,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the JSON to this file too")
     args = parser.parse_args()
 
+    at_start = provenance()
     hf_config = load_config(args.model, **({"num_hidden_layers": args.layers} if args.layers else {}))
     reversible = None
     if args.method == "reversible":
@@ -66,13 +88,11 @@ def main() -> None:
     for group in result["largest"]:
         print(
             f"  {gib(group['bytes']):>12}  {group['count']} x {group['dtype']} {tuple(group['shape'])}, "
-            f"{group['part']}, "
-            f"made by {group['operation']}"
+            f"{group['part']}, made by {group['operation']}"
         )
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    packages = {name: version(name) for name in ("torch", "transformers")}
     settings.pop("json"), settings.pop("out")
-    result |= {"settings": settings, "versions": {"python": platform.python_version(), **packages}}
+    result |= {"settings": settings, **at_start}
     line = json.dumps(result)
     if args.out is not None:
         args.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -94,6 +94,8 @@ class Walk:
         # Filled while walking back: (name of the state, differs, fatal), 0-dim bool tensors that still have to be
         # looked at.
         self.verdicts: list[tuple[str, Tensor, Tensor]] = []
+        # Measurements by layer, the same while walking back. They are this walk's: if it fails, they go with it.
+        self.noted: dict[int, dict[str, Any]] = {}
 
     # --- tensors that many layers share (masks, rotary tables) are kept once, by Finish -----------------------------
 
@@ -127,6 +129,17 @@ class Walk:
         finite = torch.isfinite(update).all()
         self.finite = finite if self.finite is None else self.finite & finite
 
+    def note_layer(self, layer: int, **values: Tensor | int) -> None:
+        """Backward: note measurements of one layer and tile; the worst tile counts."""
+        noted = self.noted.setdefault(layer, {})
+        for name, value in values.items():
+            if name not in noted:
+                noted[name] = value
+            elif isinstance(value, Tensor):
+                noted[name] = torch.maximum(noted[name], value)
+            else:
+                noted[name] = max(noted[name], value)
+
     # --- life of a walk --------------------------------------------------------------------------------------------
 
     def begin(self, hidden: Tensor) -> None:
@@ -153,8 +166,8 @@ class Walk:
             raise StateMismatchError(
                 f"Backward reached step {position} while the streams stand at "
                 f"{'no step' if tile.streams[1] is None else f'step {tile.position}'}. The loss must depend on the "
-                "model's "
-                "last hidden state, and a forward call's graph can be walked again only with retain_graph=True."
+                "model's last hidden state, and a forward call's graph can be walked again only with "
+                "retain_graph=True."
             )
 
     def remember(self, tile: Tile, stream: Tensor) -> None:
@@ -194,6 +207,7 @@ class Walk:
         """End of the backward walk: read the verdicts (one synchronisation), drop what is left, raise on a
         mismatch."""
         verdicts, self.verdicts = self.verdicts, []
+        noted, self.noted = self.noted, {}
         for tile in self.tiles:
             tile.streams, tile.checksums, tile.exact = [None, None], None, None
             for part in list(tile.evaluations):
@@ -209,7 +223,7 @@ class Walk:
             wrong = [name for (name, *_), flag in zip(verdicts, flags[::2], strict=True) if flag]
             fatal = [name for (name, *_), flag in zip(verdicts, flags[1::2], strict=True) if flag]
         self.largest = None
-        self.report.finish(len(verdicts), wrong, largest)
+        self.report.finish(len(verdicts), wrong, largest, noted)
         if not aborted:
             self.report.judge(self.config, fatal)
 
@@ -220,13 +234,10 @@ class Walk:
 
 def mismatch(names: list[str]) -> StateMismatchError:
     return StateMismatchError(
-        f"The rebuilt {names[0]} differs from the one in forward ({len(names)} state{'s' * (len(names) > 1)} in "
-        "all). A "
-        "sublayer gave other bits in recomputation. Usual causes: a parameter or buffer changed between forward "
-        "and backward; a "
-        "kernel with atomics (set the experts implementation to grouped_mm or batched_mm); other autocast, "
-        "threads or shapes "
-        "in backward. ReversibleConfig(verify='report') counts mismatches instead of raising."
+        f"The rebuilt {names[0]} differs from the one in forward ({len(names)} state{'s' * (len(names) > 1)} in all). "
+        "A sublayer gave other bits in recomputation. Usual causes: a parameter or buffer changed between forward and "
+        "backward; a kernel with atomics (set the experts implementation to grouped_mm or batched_mm); other autocast, "
+        "threads or shapes in backward. ReversibleConfig(verify='report') counts mismatches instead of raising."
     )
 
 
@@ -236,27 +247,15 @@ class Report:
     def __init__(self):
         self.num_verified, self.mismatched, self.walks, self.mismatched_total = 0, [], 0, 0
         self.largest = 0
-        self.layers: dict[int, dict[str, Any]] = {}
         self.measured: dict[int, dict[str, Any]] = {}
         self.anchors: set[int] = set()
 
-    def note_layer(self, layer: int, **values: Tensor | int) -> None:
-        """Note measurements of one layer and tile; the worst tile counts."""
-        noted = self.layers.setdefault(layer, {})
-        for name, value in values.items():
-            if name not in noted:
-                noted[name] = value
-            else:
-                noted[name] = (
-                    torch.maximum(noted[name], value) if isinstance(value, Tensor) else max(noted[name], value)
-                )
-
-    def finish(self, num_verified: int, mismatched: list[str], largest: int) -> None:
+    def finish(
+        self, num_verified: int, mismatched: list[str], largest: int, measured: dict[int, dict[str, Any]]
+    ) -> None:
         self.walks += 1
         self.num_verified, self.mismatched, self.largest = num_verified, mismatched, largest
-        # One backward may go through several walks: the first to end sees what all of them noted.
-        if self.layers:
-            self.measured, self.layers = self.layers, {}
+        self.measured = measured
         self.mismatched_total += len(mismatched)
 
     def judge(self, config: ReversibleConfig, mismatched: list[str]) -> None:
@@ -280,10 +279,9 @@ class Report:
                 worst, where = error, layer
         if config.verify == "raise" and not worst <= config.max_drift:
             raise StateMismatchError(
-                f"The rebuilt input of layer {where} is off by {worst:.2g} of its root mean square (canary "
-                "tokens; accepted: "
-                f"{config.max_drift}). The fixed point does not contract there. Set anchor_layers=[{where}], "
-                "query_stream='right', or max_drift."
+                f"The rebuilt input of layer {where} is off by {worst:.2g} of its root mean square (canary tokens; "
+                f"accepted: {config.max_drift}). The fixed point does not contract there. Set "
+                f"anchor_layers=[{where}], query_stream='right', or max_drift."
             )
 
     def as_dict(self) -> dict[str, Any]:
@@ -371,9 +369,9 @@ class Evaluation:
             outputs = self.function(*carriers, *streams)
         if len(self.recomputed) != len(self.saved):
             raise StateMismatchError(
-                f"A sublayer saved {len(self.saved)} tensors in forward and {len(self.recomputed)} in "
-                "recomputation: its code "
-                "path depends on something that changed in between (grad mode, global flags, a module's attributes)."
+                f"A sublayer saved {len(self.saved)} tensors in forward and {len(self.recomputed)} in recomputation: "
+                "its code path depends on something that changed in between (grad mode, global flags, a module's "
+                "attributes)."
             )
         return tuple(out.detach() for out in outputs)
 
@@ -395,9 +393,8 @@ class Evaluation:
             return handle
         if self.recomputed is None or self.recomputed[handle] is None:
             raise StateMismatchError(
-                "Backward entered a reversible layer without passing through the model's last hidden state, or "
-                "twice in one "
-                "walk. Make the loss depend on the model's output; walk again only with retain_graph=True."
+                "Backward entered a reversible layer without passing through the model's last hidden state, or twice "
+                "in one walk. Make the loss depend on the model's output; walk again only with retain_graph=True."
             )
         # Served once and forgotten: otherwise the whole layer's activations would live until its last node has run.
         tensor, self.recomputed[handle] = self.recomputed[handle], None
@@ -517,7 +514,7 @@ class Finish(Function):
     def backward(ctx, grad: Tensor):
         walk, tensors = ctx.walk, list(ctx.saved_tensors)
         n = len(walk.tiles)
-        walk.verdicts = []
+        walk.verdicts, walk.noted = [], {}
         for i, (tile, evaluation) in enumerate(zip(walk.tiles, ctx.evaluations, strict=True)):
             tile.streams, tile.position = tensors[2 * i : 2 * i + 2], ctx.positions[i]
             tile.checksums = tensors[2 * n + i] if ctx.verified else None

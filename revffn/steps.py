@@ -321,7 +321,7 @@ class AdditiveStep(Function):
             if walk.config.verify != "off" and is_concrete(y):
                 walk.note_verdict(f"left output of layer {k}", differs, differs & exactness(tile, differs))
             tile.exact = torch.ones_like(differs)
-            walk.report.note_layer(k, anchored=1, iterations=1)
+            walk.note_layer(k, anchored=1, iterations=1)
         elif which not in reads:
             (update,) = evaluation.again(side, *[tile.streams[i] for i in reads])
             tile.streams[which] = y - quantize(update, walk.config.fraction_bits)
@@ -359,7 +359,7 @@ def note_canary_error(walk: Walk, k: int, rebuilt: list[Tensor], true: tuple[Ten
     for stream, values in zip(rebuilt, true, strict=True):
         error = (stream.reshape(-1, stream.shape[-1])[rows].double() - values.double()).abs().amax()
         errors.append(error / values.double().square().mean().sqrt().clamp_min(1.0))
-    walk.report.note_layer(k, canary_error=torch.stack(errors).amax())
+    walk.note_layer(k, canary_error=torch.stack(errors).amax())
 
 
 def solve_fixed_point(
@@ -387,7 +387,7 @@ def solve_fixed_point(
         x = following
         if is_concrete(moved) and bool((moved <= limit).all()):
             break
-    walk.report.note_layer(k, iterations=iterations, unconverged=(moved > limit).double().mean())
+    walk.note_layer(k, iterations=iterations, unconverged=(moved > limit).double().mean())
     return x
 
 
