@@ -83,14 +83,10 @@ class ReversibleBackbone(PreTrainedModel):
         if position_ids is None:
             position_ids = torch.arange(tokens.shape[1], device=tokens.device)[None]
         weight = self.embed_tokens.weight
-        mask = create_causal_mask(
-            config=self.config,
-            # Only its shape, dtype and device count.
-            inputs_embeds=carrier_like(torch.Size((*tokens.shape[:2], 1)), tokens.device, weight.dtype),
-            attention_mask=given,
-            past_key_values=None,
-            position_ids=position_ids,
-        )
+        # Only shape, dtype and device of the embedding count.
+        embeddings = carrier_like(torch.Size((*tokens.shape[:2], 1)), tokens.device, weight.dtype)
+        # By position: the fourth parameter, the cache, has had several names.
+        mask = create_causal_mask(self.config, embeddings, given, None, position_ids)
         kwargs["attention_mask"] = {"full_attention": mask}
 
     def _init_weights(self, module: nn.Module) -> None:
