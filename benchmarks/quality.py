@@ -31,6 +31,7 @@ from revffn.evaluation import heldout_loss
 from revffn.optim import OptimizerInBackward, parameter_groups
 from revffn.recipe import DataConfig
 
+
 @dataclass(kw_only=True)
 class Method:
     """What differs from method to method; everything else is the same for all."""

@@ -1,8 +1,7 @@
-"""Result files -> the tables of README.md and docs/experiments.md.
+"""Result files -> the tables of README.md and docs/.
 
-python benchmarks/report.py            # rewrites the text between the markers `<!-- table: NAME -->` and `<!--
-end -->` python benchmarks/report.py --check    # changes nothing; exit status 1 if a document differs from the
-files
+python benchmarks/report.py            # rewrites the text between `<!-- table: NAME -->` and `<!-- end -->`
+python benchmarks/report.py --check    # changes nothing; exit status 1 if a document differs from the files
 """
 
 from __future__ import annotations
@@ -15,7 +14,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ("README.md", "docs/experiments.md")
+DOCUMENTS = ("README.md", "docs/experiments.md", "docs/memory.md")
+TERMS_OF = "qwen1.5-moe-a2.7b 16x2048 innovation m=2 adafactor stochastic"
 PARTS = (
     ("weights",),
     ("gradients",),
@@ -67,7 +67,43 @@ def quality() -> str:
     return "\n\n".join(table(json.loads(file.read_text())) for file in sorted(RESULTS.glob("quality_*.json")))
 
 
-TABLES = {"memory": memory, "quality": quality}
+def planner() -> str:
+    """The grid: predicted and simulated peaks, and the error of what lies above weights and optimizer state."""
+    heads = ("model", "tokens", "coupling", "optimizer", "predicted", "simulated", "error", "of what is not counted")
+    lines = ["| " + " | ".join(heads) + " |", "|---" * 4 + "|---:" * 4 + "|"]
+    results = json.loads((RESULTS / "planner_grid.json").read_text()).values()
+    for r in results:
+        settings = r["reversible"]
+        details = {"innovation": f", m = {settings.get('side_bits')}", "none": ""}
+        coupling = settings["coupling"] + details.get(settings["coupling"], f", {settings.get('query_stream')}")
+        coupling += "" if settings.get("tile_tokens", 1) else ", one tile"
+        rule = r["optimizer"] + ("" if r["rounding"] == "stochastic" else f", {r['rounding']}")
+        peaks = [gib(r[kind]["peak_bytes"]) for kind in ("predicted", "simulated")]
+        errors = [f"{r[name]:+.3%}" for name in ("relative_error", "relative_error_above_fixed")]
+        cells = (r["model"], f"{r['batch']}×{r['tokens']}", coupling, rule, *peaks, *errors)
+        lines.append("| " + " | ".join(cells) + " |")
+    worst = max(abs(r["relative_error"]) for r in results)
+    above = max(abs(r["relative_error_above_fixed"]) for r in results)
+    lines += [
+        "",
+        f"{len(results)} cases; the largest error is {worst:.3%} of the peak, {above:.3%} of what is not counted.",
+    ]
+    return "\n".join(lines)
+
+
+def terms() -> str:
+    """One case of the grid, part by part."""
+    result = json.loads((RESULTS / "planner_grid.json").read_text())[TERMS_OF]
+    predicted, simulated = (result[kind]["parts"] for kind in ("predicted", "simulated"))
+    lines = ["| part | predicted, MiB | simulated, MiB |", "|---|---:|---:|"]
+    for name in simulated:
+        numbers = (f"{parts[name] / 2**20:,.2f}" for parts in (predicted, simulated))
+        lines.append(f"| {name.replace('_', ' ')} | " + " | ".join(numbers) + " |")
+    peaks = (f"**{result[kind]['peak_bytes'] / 2**20:,.2f}**" for kind in ("predicted", "simulated"))
+    return "\n".join([*lines, "| **peak** | " + " | ".join(peaks) + " |"])
+
+
+TABLES = {"memory": memory, "quality": quality, "planner": planner, "terms": terms}
 
 
 def main() -> int:

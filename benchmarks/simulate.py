@@ -29,7 +29,7 @@ def git_state() -> dict:
     """The commit that is run, and whether the package or the benchmarks' code differ from it."""
 
     def git(*words: str) -> str:
-        return subprocess.run(("git", *words), cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(("git", *words), cwd=ROOT, capture_output=True, text=True, check=True).stdout.rstrip()
 
     try:
         changed = git("status", "--porcelain", "--", "revffn", "benchmarks/*.py").splitlines()

@@ -23,11 +23,12 @@ def train(words: list[str]) -> None:
     config = recipe.load_run_config(words[0], words[1:])
     # After the recipe, because the imports take seconds.
     from . import StateMismatchError
+    from .optim import NonFiniteGradientError
     from .trainer import train
 
     try:
         train(config, Path(words[0]))
-    except StateMismatchError as error:
+    except (StateMismatchError, NonFiniteGradientError) as error:
         sys.exit(f"revffn train: stopped, because training on would use wrong gradients. {error}")
 
 
@@ -81,13 +82,22 @@ def plan(words: list[str]) -> None:
     """Say before a run what it takes: revffn plan --model NAME --batch B --tokens T [--gpu 80GiB]"""
     from . import recipe
 
-    config = recipe.from_words(recipe.PlanConfig, words, "revffn plan")
-    from .memory import plan_table
+    given = []
+    for word, following in zip(words, [*words[1:], "--"], strict=True):
+        # Alone, a switch means yes.
+        negated = word == "--no-alternatives"
+        given.append("--alternatives" if negated else word)
+        if negated or (word in ("--alternatives", "--check", "--json") and following.startswith("--")):
+            given.append(str(not negated))
+    config = recipe.from_words(recipe.PlanConfig, given, "revffn plan")
+    from .planner import plan_command
 
     try:
-        print(plan_table(config))
-    except ValueError as error:
+        problem = plan_command(config)
+    except (ValueError, ImportError) as error:
         raise recipe.InputError(str(error)) from None
+    if problem is not None:
+        sys.exit(f"revffn plan: {problem}")
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {"train": train, "upcycle": upcycle, "export": export, "plan": plan}

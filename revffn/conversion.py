@@ -102,6 +102,13 @@ class ReversibleForCausalLM(PreTrainedModel):
         super().__init__(config, *args, **kwargs)
         attach(self, ReversibleConfig.from_dict(config.revffn))
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        loaded = super().from_pretrained(*args, **kwargs)
+        # Loading replaces parameters, and with them what said that they do not train.
+        freeze_predictors(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
+
     @property
     def reversible_config(self) -> ReversibleConfig:
         return self.model.reversible_config
@@ -259,8 +266,15 @@ def attach(model: PreTrainedModel, config: ReversibleConfig) -> None:
         with torch.device(weight.device), default_dtype(weight.dtype):
             layer.coupling = COUPLINGS[config.coupling](model.config.hidden_size, index, config)
         layer.coupling.train(layer.training)
-        if config.coupling == "innovation" and not config.train_predictor:
-            layer.coupling.requires_grad_(False)
+    freeze_predictors(model)
+
+
+def freeze_predictors(model: PreTrainedModel) -> None:
+    """Unless they are to be trained."""
+    config = model.reversible_config
+    if config.coupling == "innovation" and not config.train_predictor:
+        for _, parameter in coupling_parameters(model):
+            parameter.requires_grad_(False)
 
 
 @contextlib.contextmanager

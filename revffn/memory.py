@@ -1,4 +1,4 @@
-"""Planner: the bytes of a training run, part by part, before it is started and without its weights.
+"""What a training step takes: the bytes of a run, part by part, before it is started and without its weights.
 
 Parameters, gradients and optimizer state are counted on the model built on the meta device: exactly. What the code
 makes on top is measured: a model of full width and a few layers runs one step on fake tensors (`simulation.py`), and
@@ -8,10 +8,10 @@ every phase of that step is extended to the real depth, batch and length,
     own tensors ]
 
 which is linear in each of them within a phase (attention that makes its scores is quadratic in the length, and
-treated so). Two or three small steps of a second or two each do, whatever the size. tests/test_memory.py compares
-with full simulated steps.
+treated so). Two or three small steps of a few seconds each do, whatever the size. docs/memory.md goes through the
+terms, benchmarks/planner.py compares with full simulated steps.
 
-Not counted are bytes outside tensors; `RESERVE_BYTES` stands for them.
+Not counted are bytes outside tensors; `RESERVE_BYTES` stands for them. `planner.py` asks the questions.
 """
 
 # B = batch, T = tokens, L = decoder layers
@@ -24,7 +24,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from .architectures import ARCHITECTURES
-from .config import ReversibleConfig
 from .optim import OptimizerInBackward
 from .simulation import PARTS, LiveBytes, Method, RealOptimizer, build, run_step
 
@@ -87,9 +85,8 @@ def load_config(name: str, **overrides: Any) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(name, **overrides)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"No config for model {name!r}: it is not a folder with a config.json, nor to be had from the Hub. "
-            "Known without "
-            f"either: {', '.join(known_models())}."
+            f"No config for model {name!r}: it is not a folder with a config.json, nor to be had from the Hub. Known "
+            f"without either: {', '.join(known_models())}."
         ) from error
 
 
@@ -106,6 +103,8 @@ class Counts:
     """Parameters and buffers."""
     trainable_bytes: int
     optimizer_bytes: int
+    makes_scores: bool
+    """The attention makes its scores (attention sinks have no fused kernel): T x T per head."""
 
 
 def cached(function: Callable) -> Callable:
@@ -131,7 +130,8 @@ def count(model_and_method: tuple[PreTrainedConfig, Method]) -> Counts:
     hf_config, method = model_and_method
     with torch.device("meta"):
         model = build(hf_config, method)
-        optimizer = RealOptimizer(model, method)
+    # Its states follow the parameters' device; what it computes of its own (8-bit codes) has to be real.
+    optimizer = RealOptimizer(model, method)
     parameters = list(model.parameters())
     trainable = [p for p in parameters if p.requires_grad]
     return Counts(
@@ -140,6 +140,8 @@ def count(model_and_method: tuple[PreTrainedConfig, Method]) -> Counts:
         sum(t.nbytes for t in (*parameters, *model.buffers())),
         sum(p.nbytes for p in trainable),
         sum(t.nbytes for t in optimizer.state_tensors()),
+        # Known only now: a config leaves the choice to the model.
+        model.config._attn_implementation == "eager",
     )
 
 
@@ -147,8 +149,7 @@ def count(model_and_method: tuple[PreTrainedConfig, Method]) -> Counts:
 
 
 def num_special_layers(hf_config: PreTrainedConfig, method: Method) -> int:
-    """Leading decoder layers that differ from those above: dense ones of DeepSeek and GLM, plain ones of the
-    coupling."""
+    """Leading decoder layers unlike those above: dense ones of DeepSeek and GLM, plain ones of the coupling."""
     dense = getattr(hf_config, "first_k_dense_replace", 0) or 0
     plain = method.reversible.plain_layers if method.reversible and method.reversible.coupling == "innovation" else 0
     return max(dense, plain, 1)
@@ -231,8 +232,7 @@ def _update_bytes(shape: tuple[int, ...], optimizer: str, rounding: str, dtype: 
 
 
 def update_bytes(shape: tuple[int, ...], method: Method) -> int:
-    """The most that one parameter's update allocates for a moment. Chunks are alike, so three of them are looked
-    at."""
+    """The most that one parameter's update allocates for a moment; chunks are alike, so three are looked at."""
     if len(shape) > 1:
         chunk = 32 * 2**20 // 4
         per_row = math.prod(shape[1:])
@@ -305,8 +305,14 @@ def sample_tokens(hf_config: PreTrainedConfig, method: Method, tokens: int) -> l
     unit = 3 * (tile or SMALL_STEP_TOKENS)
     if tokens <= 2 * unit or (tile is None and not method.linear_cross_entropy):
         return [tokens]
-    quadratic = hf_config._attn_implementation == "eager"
-    return [unit, 2 * unit] + [3 * unit] * quadratic
+    return [unit, 2 * unit] + [3 * unit] * is_quadratic(hf_config, method)
+
+
+def is_quadratic(hf_config: PreTrainedConfig, method: Method) -> bool:
+    """Does a step make something of the square of the length?"""
+    # transformers may make a mask for a sliding window whether or not a layer reads it; a reversible walk does not.
+    mask = method.name != "reversible" and getattr(hf_config, "sliding_window", None) is not None
+    return mask or count(hf_config, method).makes_scores
 
 
 def interpolate(points: list[int], x: int) -> list[float]:
@@ -327,8 +333,8 @@ def extend(
     for phase in set.intersection(*(set(phases) for phases, _ in grid)):
         parts = {part: round(sum(weight * phases[phase][part] for phases, weight in grid)) for part in PARTS}
         total = max(0, sum(parts.values()))
-        # The peak may be at different moments of one phase; their sum is right, and what a part lacks the working set
-        # has.
+        # The peaks of one phase may be at different moments. The sum of their parts is right; what one part lacks, the
+        # working set has.
         parts = {part: max(0, size) for part, size in parts.items()}
         parts["working_set"] = max(0, parts["working_set"] + total - sum(parts.values()))
         out[phase] = parts
@@ -403,6 +409,11 @@ class Predictor:
         lengths = sample_tokens(self.hf_config, self.method, tokens)
         return self.finish(extend(self.hf_config, self.method, batches, lengths, batch, tokens), batch, tokens)
 
+    def least(self) -> int:
+        """Bytes that no batch is too small for, known without measuring anything."""
+        counts = count(self.hf_config, self.method)
+        return counts.weight_bytes + counts.optimizer_bytes
+
     def peak(self, batch: int, tokens: int) -> int:
         phases, _ = self.phases(batch, tokens)
         return sum(phases[worst_phase(phases)].values())
@@ -425,6 +436,8 @@ class Predictor:
 
     def largest_batch(self, tokens: int, budget: int) -> int:
         """Largest B whose peak is within `budget`, 0 if none."""
+        if self.least() > budget:
+            return 0
         first = sample_batches(self.method, 2**40, tokens)
         if len(first) == 1:
             first = [2, 4]
@@ -440,10 +453,11 @@ class Predictor:
 
     def longest_sequence(self, budget: int) -> int:
         """Largest T of a single sequence whose peak is within `budget`, 0 if none."""
+        if self.least() > budget:
+            return 0
         points = sample_tokens(self.hf_config, self.method, 2**40)
         if len(points) == 1:
-            quadratic = self.hf_config._attn_implementation == "eager"
-            points = [4096, 8192] + [12288] * quadratic
+            points = [4096, 8192] + [12288] * is_quadratic(self.hf_config, self.method)
 
         def fits(tokens: int) -> bool:
             phases, _ = self.finish(extend(self.hf_config, self.method, [1], points, 1, tokens), 1, tokens)
@@ -463,160 +477,3 @@ def largest(fits: Callable[[int], bool], first: int) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
-
-
-# --- the alternatives ------------------------------------------------------------------------------------------------
-
-
-def to_host(
-    layers_on_device: int, hf_config: PreTrainedConfig, method: Method, phases: Phases, batch: int, tokens: int
-):
-    """Stored layer inputs go to host memory, all but those of the layers being worked on."""
-    each = batch * tokens * hf_config.hidden_size * method.dtype.itemsize
-    moved = max(0, hf_config.num_hidden_layers - layers_on_device) * each
-    return {
-        name: parts
-        | {"stored_activations": max(parts["stored_activations"] - moved, min(parts["stored_activations"], each))}
-        for name, parts in phases.items()
-    }, moved
-
-
-def every_n_layers(n: int, hf_config: PreTrainedConfig, plain: Method, phases: Phases, batch: int, tokens: int):
-    """Checkpoints of every n-th layer input: fewer of them, and n layers' activations while a group is walked back."""
-    L = hf_config.num_hidden_layers
-    each = batch * tokens * hf_config.hidden_size * plain.dtype.itemsize
-    shallow_config, shallow_method = shallow(hf_config, plain)
-    phases_of_depth = []
-    for num_layers in (shallow_config.num_hidden_layers - 1, shallow_config.num_hidden_layers):
-        config = copy.deepcopy(shallow_config)
-        config.num_hidden_layers = num_layers
-        phases_of_depth.append(measure(config, shallow_method, batch, tokens)["loss"]["stored_activations"])
-    one_layer = phases_of_depth[1] - phases_of_depth[0]
-    fewer = (L - math.ceil(L / n)) * each
-    out = {}
-    for name, parts in phases.items():
-        group = (n - 1) * one_layer if name.split(" ")[0] in ("top", "middle", "bottom") else 0
-        stored = max(parts["stored_activations"] - fewer, min(parts["stored_activations"], each))
-        out[name] = parts | {"stored_activations": stored, "working_set": parts["working_set"] + group}
-    return out, 0
-
-
-def alternatives(hf_config: PreTrainedConfig, method: Method) -> list[Predictor]:
-    """Other ways to train the same model: this library's without rebuilding, and plain transformers with full logits,
-    all gradients held, and the same optimizer rule stepping after backward."""
-    common = dict(optimizer=method.optimizer, rounding=method.rounding, dtype=method.dtype)
-    usual = dict(optimizer_in_backward=False, linear_cross_entropy=False, **common)
-    plain, checkpointing = Method(name="plain", **usual), Method(name="checkpointing", **usual)
-    lora = replace(checkpointing, optimizer="adamw", rounding="nearest", lora_rank=16)
-    n = round(math.sqrt(hf_config.num_hidden_layers))
-    ways = []
-    if hf_config.model_type in ARCHITECTURES:
-        tile = method.reversible.tile_tokens if method.reversible else 2048
-        stored = Method(reversible=ReversibleConfig(coupling="none", tile_tokens=tile), **common)
-        ways += [
-            Predictor("layer inputs stored (coupling none)", hf_config, stored),
-            Predictor(
-                "layer inputs in host memory (coupling none)",
-                hf_config,
-                stored,
-                partial(to_host, 2, hf_config, stored),
-            ),
-        ]
-    return [
-        *ways,
-        Predictor("activation checkpointing", hf_config, checkpointing),
-        Predictor(
-            f"checkpointing, every {n} layers", hf_config, checkpointing, partial(every_n_layers, n, hf_config, plain)
-        ),
-        Predictor(
-            "checkpointing, in host memory", hf_config, checkpointing, partial(to_host, 2, hf_config, checkpointing)
-        ),
-        Predictor("plain", hf_config, plain),
-        Predictor("LoRA of rank 16 on attention, checkpointing, AdamW", hf_config, lora),
-    ]
-
-
-def label_of(method: Method) -> str:
-    if method.name != "reversible":
-        return method.name
-    settings = method.reversible
-    bits = f", {settings.side_bits} side bits" if settings.coupling == "innovation" else ""
-    return f"{settings.coupling}{bits}, {method.optimizer}"
-
-
-def plan(
-    hf_config: PreTrainedConfig,
-    batch: int,
-    tokens: int,
-    method: Method | None = None,
-    *,
-    gpu_bytes: int | None = None,
-    with_alternatives: bool = True,
-) -> Plan:
-    """Predict the memory of training, from a config alone.
-
-    Args:
-        hf_config: The model's.
-        batch, tokens: B sequences of T tokens each per step.
-        method: How; the default is this library's.
-        gpu_bytes: Memory of the device; the largest batch and the longest sequence that fit it are then looked for.
-        with_alternatives: Plan the other ways too.
-
-    Raises:
-        ValueError: B or T below 1, or a model that the method does not know.
-    """
-    method = method or Method()
-    if batch < 1 or tokens < 1:
-        raise ValueError(f"batch and tokens must be at least 1, got {batch} and {tokens}.")
-    if method.name == "reversible" and hf_config.model_type not in ARCHITECTURES:
-        raise ValueError(
-            f"No reversible layout for model_type={hf_config.model_type!r}. Known: "
-            f"{', '.join(sorted(ARCHITECTURES))}. "
-            "Choose such a model, or the method checkpointing."
-        )
-    ways = [Predictor(label_of(method), hf_config, method)]
-    if with_alternatives:
-        ways += alternatives(hf_config, method)
-    plans = []
-    for way in ways:
-        plans.append(way.plan(batch, tokens))
-        if gpu_bytes is not None:
-            budget = gpu_bytes - RESERVE_BYTES
-            plans[-1].largest_batch = way.largest_batch(tokens, budget)
-            plans[-1].longest_sequence = way.longest_sequence(budget)
-    plans[0].alternatives = plans[1:]
-    return plans[0]
-
-
-def plan_table(question: Any) -> str:
-    """Answer a `recipe.PlanConfig`: a table for a terminal, or JSON.
-
-    Raises:
-        ValueError: See `plan`, `load_config` and `parse_bytes`.
-    """
-    reversible = ReversibleConfig(
-        coupling=question.coupling, side_bits=question.side_bits, tile_tokens=question.tile_tokens
-    )
-    answer = plan(
-        load_config(question.model),
-        question.batch,
-        question.tokens,
-        Method(reversible=reversible, optimizer=question.optimizer),
-        gpu_bytes=None if question.gpu is None else parse_bytes(question.gpu),
-        with_alternatives=question.alternatives,
-    )
-    if question.json:
-        return json.dumps(answer.as_dict(), indent=2)
-    lines = [
-        f"{question.model}, {question.batch} x {question.tokens} tokens",
-        f"{answer.num_parameters / 1e9:.3f} B parameters with what the coupling adds",
-        f"{answer.label}: {gib(answer.peak_bytes)} of tensors at the peak",
-        *(f"  {name.replace('_', ' '):<24}{gib(size):>12}" for name, size in answer.parts.items() if size),
-        f"  {'outside tensors, on a GPU':<24}{gib(answer.reserve_bytes):>11}",
-    ]
-    for way in (answer, *answer.alternatives):
-        fits = ""
-        if way.largest_batch is not None:
-            fits = f"  {question.gpu}: batch {way.largest_batch}, or 1 x {way.longest_sequence} tokens"
-        lines.append(f"{gib(way.total_bytes):>12}  {way.label}{fits}")
-    return "\n".join(lines)

@@ -36,8 +36,7 @@ class ModelConfig:
     path: str
     """Folder of a pretrained Hugging Face model with its tokenizer, or its name on the Hub."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Precision of weights, gradients and computation. Beware of bfloat16 with learning rates below about 1e-4:
-    AdamW's updates can be smaller than a bfloat16 weight resolves."""
+    """Precision of weights, gradients and computation. See optimizer.rounding for updates of bfloat16 weights."""
 
 
 @dataclass(kw_only=True)
@@ -48,6 +47,9 @@ class RunReversibleConfig(ReversibleConfig):
     """`innovation` keeps the pretrained function and exports to it; `cross_branch` is the RevFFN paper's; `none` is
     the plain model with each layer's input stored by this library's engine; null is the plain Hugging Face model,
     untouched."""
+    tile_tokens: int | None = 2048
+    """Run each layer over tiles of at most this many tokens (whole sequences, at least one): the working set is then
+    one tile's. Null: the whole batch at once."""
 
     def __post_init__(self):
         if self.coupling is not None:
@@ -73,14 +75,26 @@ class PlanConfig:
     """See `ReversibleConfig`."""
     side_bits: int = 2
     """See `ReversibleConfig`."""
-    tile_tokens: int = 2048
+    query_stream: Literal["left", "right"] = "left"
     """See `ReversibleConfig`."""
+    tile_tokens: int = 2048
+    """See `ReversibleConfig`; 0 is the whole batch at once."""
     optimizer: Literal["adafactor", "adamw", "adamw8bit", "sgd"] = "adafactor"
-    """In backward, with linear cross-entropy and bfloat16 weights."""
+    """In backward, with linear cross-entropy."""
+    rounding: Literal["stochastic", "nearest", "master"] = "stochastic"
+    """Of bfloat16 weights; `master` keeps float32 copies."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of weights, gradients and computation."""
     gpu: str | None = None
-    """Memory of the device, like 24GiB: the largest batch and the longest sequence that fit are looked for."""
+    """Memory of the device, like 24GiB: the largest batch and the longest sequence that fit are looked for, and what
+    would make the run fit if it does not."""
     alternatives: bool = True
-    """Plan the other ways of training too: takes longer."""
+    """Plan the other ways of training too: takes longer. `--no-alternatives` leaves them out."""
+    check: bool = False
+    """Also run the full step on fake tensors, and compare: takes a minute or several, and exits with status 1 if the
+    prediction is off by more than 3 %."""
+    plot: str | None = None
+    """Draw a bar for each way of training into this file (needs matplotlib)."""
     json: bool = False
     """Print one JSON object instead of a table."""
 
@@ -112,8 +126,17 @@ class DataConfig:
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
-    """AdamW, with a linear warm-up."""
+    """The optimizer of revffn/optim.py, with a linear warm-up."""
 
+    name: Literal["adafactor", "adamw", "adamw8bit", "sgd"] = "adafactor"
+    """adafactor: second moments as row and column means, per expert. adamw: two moments in float32. adamw8bit: the
+    same in 8 bits, needs torchao. sgd: no state without momentum."""
+    in_backward: bool | None = None
+    """Step each parameter as soon as its gradient is complete and free the gradient. Null does so unless
+    training.gradient_accumulation_steps is above 1: gradients have to stay then."""
+    rounding: Literal["stochastic", "nearest", "master"] = "stochastic"
+    """How bfloat16 weights take an update smaller than they resolve. `nearest` loses it, `master` keeps float32 copies
+    of all weights."""
     learning_rate: float = 1e-5
     """Peak learning rate of stage 2."""
     stage1_learning_rate: float = 1e-3
@@ -121,21 +144,37 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     """Decoupled weight decay; norms and biases have none."""
     beta1: float = 0.9
-    """AdamW's decay rate of the first moment."""
+    """adamw's decay rate of the first moment."""
     beta2: float = 0.95
-    """AdamW's decay rate of the second moment."""
+    """adamw's decay rate of the second moment."""
+    momentum: float = 0.0
+    """Of sgd, and of adafactor (an average of updates in bfloat16); 0 keeps none."""
     warmup_ratio: float = 0.05
     """Share of each stage's steps in which the learning rate rises from 0."""
     schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
     """How the learning rate goes on after the warm-up."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm; 0 does not clip."""
+    """Gradients are scaled down to this norm; 0 does not clip. In backward the norm of all gradients is not known yet,
+    and the last step's stands in for it; see revffn/optim.py."""
 
     def __post_init__(self):
         _at_least(self, learning_rate=0, stage1_learning_rate=0, weight_decay=0, max_grad_norm=0)
-        for name in ("beta1", "beta2", "warmup_ratio"):
+        for name in ("beta1", "beta2", "momentum", "warmup_ratio"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}.")
+
+
+@dataclass(kw_only=True)
+class MemoryConfig:
+    """What a run may take. It is predicted before weights are loaded, and compared with what it took at the end."""
+
+    limit: str | None = None
+    """Memory of the device, like 24GiB. A run that is predicted to take more is refused. Null is all that the GPU has,
+    or the host without a GPU."""
+    force: bool = False
+    """Start although the prediction does not fit. `--force` on the command line is short for it."""
+    linear_cross_entropy: bool = True
+    """Compute the loss in chunks of tokens, never the full logits. False leaves the loss to TRL."""
 
 
 @dataclass(kw_only=True)
@@ -152,9 +191,10 @@ class TrainingConfig:
     num_epochs: float = 1.0
     """Passes over the training examples in stage 2, if `num_steps` is null."""
     batch_size: int = 8
-    """Sequences per device in one forward pass."""
+    """Sequences per device in one forward pass. Make this the real batch: it is walked in tiles of
+    reversible.tile_tokens, which bound the memory."""
     gradient_accumulation_steps: int = 1
-    """Forward passes per optimizer step."""
+    """Forward passes per optimizer step. Above 1 all gradients are kept until the step."""
     freeze_router: bool | None = None
     """Leave the routers as pretrained. Null does so if the model has any (as the paper); true insists that it has."""
     router_aux_loss_coef: float | None = None
@@ -210,6 +250,7 @@ class RunConfig:
     reversible: RunReversibleConfig = field(default_factory=RunReversibleConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
@@ -221,6 +262,15 @@ class RunConfig:
             )
         if self.reversible.coupling is None and self.training.stage1_steps:
             raise ValueError("training.stage1_steps has nothing to train with reversible.coupling: null. Set it to 0.")
+        steps = self.training.gradient_accumulation_steps
+        if self.optimizer.in_backward is None:
+            self.optimizer.in_backward = steps == 1
+        elif self.optimizer.in_backward and steps > 1:
+            raise ValueError(
+                f"optimizer.in_backward frees each gradient at once, but gradient_accumulation_steps={steps} adds "
+                "several up. Put the whole batch into training.batch_size, which is walked in tiles, or set "
+                "optimizer.in_backward: false."
+            )
 
 
 def _at_least(config: object, **least: float) -> None:
@@ -314,7 +364,9 @@ def read_overrides(words: list[str]) -> dict[str, Given]:
     given: dict[str, Given] = {}
     name = None
     for word in words:
-        if word.startswith("--") and len(word) > 2:
+        if word == "--force":
+            name, given["memory.force"] = None, Given(["True"], COMMAND_LINE)
+        elif word.startswith("--") and len(word) > 2:
             name, equals, value = word[2:].partition("=")
             name = name.replace("-", "_")
             check_name(name, COMMAND_LINE)

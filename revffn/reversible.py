@@ -236,8 +236,9 @@ def mismatch(names: list[str]) -> StateMismatchError:
     return StateMismatchError(
         f"The rebuilt {names[0]} differs from the one in forward ({len(names)} state{'s' * (len(names) > 1)} in all). "
         "A sublayer gave other bits in recomputation. Usual causes: a parameter or buffer changed between forward and "
-        "backward; a kernel with atomics (set the experts implementation to grouped_mm or batched_mm); other autocast, "
-        "threads or shapes in backward. ReversibleConfig(verify='report') counts mismatches instead of raising."
+        "backward; a kernel with atomics (set the experts implementation to grouped_mm or batched_mm); other "
+        "autocast, threads or shapes in backward. ReversibleConfig(verify='report') counts mismatches instead of "
+        "raising."
     )
 
 

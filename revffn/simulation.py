@@ -31,6 +31,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, masking_utils
+from transformers.integrations import moe
 
 from .config import ReversibleConfig
 from .conversion import convert, default_dtype, is_reversible
@@ -393,11 +394,10 @@ def as_on_a_gpu() -> Iterator[None]:
     """While open, fake tensors take the paths that real ones take on a GPU where both differ in memory.
 
     - transformers looks for packed sequences in the values of `position_ids`; of fake tensors it assumes the worst
-    and makes
-      masks of T x T.
+      and makes masks of T x T.
     - PyTorch's fused attention on a CPU wants heads of one size, those on a GPU do not; multi-head latent attention
-    has two,
-      and would get scores of T x T.
+      has two, and would get scores of T x T.
+    - grouped_mm on fake tensors knows bf16 only; transformers has a product of its own for other dtypes.
     """
     attention = F.scaled_dot_product_attention
 
@@ -407,7 +407,13 @@ def as_on_a_gpu() -> Iterator[None]:
             return attention(query, key, value, *args, **kwargs)
         return attention(query, key, F.pad(value, (0, missing)), *args, **kwargs)[..., : value.shape[-1]]
 
+    can_use_grouped_mm = moe._can_use_grouped_mm
+
+    def in_bf16(input: Tensor, *args: Any, **kwargs: Any) -> bool:
+        return input.dtype == torch.bfloat16 and can_use_grouped_mm(input, *args, **kwargs)
+
     with (
+        patch.object(moe, "_can_use_grouped_mm", in_bf16),
         patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None),
         patch.object(F, "scaled_dot_product_attention", fused),
     ):
@@ -542,26 +548,13 @@ def run_step(
     }
 
 
-@contextmanager
-def no_packing() -> Iterator[None]:
-    """Whether sequences are packed cannot be read off fake tensors; transformers then makes a (B, 1, T, T) mask that
-    a real run without packing does not have."""
-    original = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda *_, **__: None
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = original
-
-
 def one_step(
     model: PreTrainedModel, batch: int, tokens: int, counter: LiveBytes, hooks: Hooks, optimizer: Any
 ) -> None:
     """Forward, loss, backward, optimizer; what it makes dies with it."""
     counter.begin("forward")
     input_ids = torch.randint(0, model.config.get_text_config().vocab_size, (batch, tokens))
-    with no_packing():
-        loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+    loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
     counter.mark_stored()
     counter.begin("top")
     hooks.in_backward = True

@@ -9,6 +9,7 @@ Everything a user can get wrong is looked at before weights are loaded and befor
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, disable_progress_bars
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
@@ -38,7 +40,12 @@ from . import convert, coupling_parameters, is_reversible, reversible_report
 from .architectures import ARCHITECTURES, PREFIX, router_parameters
 from .data import batches, load_conversations, tokenize_all
 from .evaluation import answer, heldout_loss, peak_bytes, step_bytes
+from .losses import MODEL_TYPES, use_linear_cross_entropy
+from .memory import Plan, gib, parse_bytes
+from .optim import OptimizerInBackward, parameter_groups
+from .planner import plan, what_would_fit
 from .recipe import InputError, RunConfig
+from .simulation import LiveBytes, Method
 
 MODEL, METRICS, SUMMARY = "model", "metrics.jsonl", "run.json"
 # Read by transformers itself; the first one that a config has bounds the sequence length.
@@ -48,16 +55,91 @@ LENGTH_LIMITS = ("max_position_embeddings", "n_positions")
 class RevFFNTrainer(SFTTrainer):
     """`SFTTrainer` for reversible models (and plain ones).
 
-    Activation checkpointing is off for a reversible model, which rebuilds its activations already. Every log also has
-    `tokens_per_second` since the last one, `peak_bytes` of the process (allocated on a GPU, resident on a CPU) and,
-    for a reversible model, the counts of `reversible_report`.
+    Activation checkpointing is off for a reversible model, which rebuilds its activations already. With an
+    `OptimizerInBackward` given as `optimizers=(optimizer, None)`, `max_grad_norm` is left to it and `grad_norm` is the
+    one it measured. Every log also has `tokens_per_second` since the last one, `peak_bytes` of the process (allocated
+    on a GPU, resident on a CPU) and, for a reversible model, the counts of `reversible_report`.
+
+    Args:
+        linear_cross_entropy: The model makes its own loss (see `losses.use_linear_cross_entropy`); TRL's token
+            accuracy and entropy are not logged then.
+        measure_step: Count live tensors during one step; on a CPU, where nobody else does. `measured` has them then.
+        loaded_from: A checkpoint that `model` has been loaded from already; resuming from it does not read it again.
     """
 
-    def __init__(self, model: PreTrainedModel, args: SFTConfig, **kwargs: Any):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: SFTConfig,
+        *,
+        linear_cross_entropy: bool = False,
+        measure_step: bool = False,
+        loaded_from: str | Path | None = None,
+        **kwargs: Any,
+    ):
         if is_reversible(model):
             args.gradient_checkpointing = args.activation_checkpointing = False
         self.last_log: tuple[float, float] | None = None
+        self.linear_cross_entropy, self.measure_step = linear_cross_entropy, measure_step
+        self.loaded_from = loaded_from
+        self.measured: tuple[tuple[int, ...], int] | None = None
+        """Shape (B, T) of the step that was measured, and the bytes of tensors at its peak."""
+        self.in_backward: OptimizerInBackward | None = None
+        optimizer = kwargs.get("optimizers", (None, None))[0]
+        if isinstance(optimizer, OptimizerInBackward) and optimizer.param_groups[0]["in_backward"]:
+            # Clipping after backward would find no gradients.
+            self.in_backward, args.max_grad_norm = optimizer, 0.0
+        if linear_cross_entropy:
+            use_linear_cross_entropy(model)
         super().__init__(model, args, **kwargs)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        # With a load-balancing loss TRL decides how the two are weighed.
+        if not self.linear_cross_entropy or return_outputs or self.aux_loss_enabled or not self.model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = model(**inputs, use_cache=False, num_items_in_batch=num_items_in_batch).loss
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # DDP averages what is a share of the sum already
+        tokens = (
+            inputs["attention_mask"].sum()
+            if "attention_mask" in inputs
+            else inputs["input_ids"].new_tensor(inputs["input_ids"].numel())
+        )
+        self._total_train_tokens += int(self.accelerator.gather_for_metrics(tokens).sum())
+        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        return loss
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        # The second step has the optimizer's state from the beginning, as all later ones do.
+        if not self.measure_step or self.state.global_step != min(1, self.state.max_steps - 1):
+            return super().training_step(model, inputs, *args, **kwargs)
+        counter = LiveBytes()
+        optimizer_state = self.optimizer.state.values()
+        state = (value for values in optimizer_state for value in values.values() if isinstance(value, Tensor))
+        for tensor in (*self.model.parameters(), *self.model.buffers(), *state):
+            counter.add(tensor)
+        counter.begin("step")
+        shape = tuple(inputs["input_ids"].shape)
+        with counter:
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        if self.measured is None or counter.peak_bytes_of_phase > self.measured[1]:
+            self.measured = shape, counter.peak_bytes_of_phase
+        return loss
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """`Trainer` reads weights by the names in the file, which are not those of fused experts: it would warn, and
+        leave the experts as they are. `from_pretrained` converts them."""
+        if str(resume_from_checkpoint) == str(self.loaded_from):
+            return
+        saved = AutoModelForCausalLM.from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
+        self.model.load_state_dict(saved.state_dict())
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._save_checkpoint(*args, **kwargs)
+        if self.in_backward is not None:
+            self.in_backward.last_checkpoint = get_last_checkpoint(self.args.output_dir)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training and "loss" in logs:
@@ -66,6 +148,8 @@ class RevFFNTrainer(SFTTrainer):
                 logs["tokens_per_second"] = (tokens - self.last_log[1]) / (now - self.last_log[0])
             self.last_log = now, tokens
             logs["peak_bytes"] = peak_bytes()
+            if self.in_backward is not None:
+                logs["grad_norm"] = self.in_backward.grad_norm
             if is_reversible(self.model):
                 report = reversible_report(self.model)
                 names = ("verified_states", "mismatched_states", "mismatched_states_total", "saturated")
@@ -131,6 +215,8 @@ class Run:
     heldout: list[dict[str, list[int]]]
     checkpoint: Path | None
     """Where to resume from."""
+    plan: Plan | None
+    """What the largest step of stage 2 is predicted to take; None for a model that the planner does not know."""
 
 
 def train(config: RunConfig, recipe: Path | None = None) -> Path:
@@ -216,7 +302,7 @@ def check(config: RunConfig, recipe: Path | None = None) -> Run:
             f"data.max_length={config.data.max_length} leaves no token of any response. Raise it above the prompts' "
             "length."
         )
-    return Run(config, output_dir, hf_config, tokenizer, *rows, checkpoint)
+    return Run(config, output_dir, hf_config, tokenizer, *rows, checkpoint, check_memory(config, hf_config, rows[0]))
 
 
 def find_checkpoint(config: RunConfig, output_dir: Path) -> Path | None:
@@ -284,6 +370,62 @@ def check_model(config: RunConfig, hf_config: PreTrainedConfig) -> None:
         )
 
 
+def method_of(config: RunConfig) -> Method:
+    """A recipe in the planner's words."""
+    reversible = config.reversible.resolve()
+    plain = "checkpointing" if config.training.activation_checkpointing else "plain"
+    return Method(
+        name=plain if reversible is None else "reversible",
+        reversible=reversible,
+        optimizer=config.optimizer.name,
+        rounding=config.optimizer.rounding,
+        optimizer_in_backward=config.optimizer.in_backward,
+        linear_cross_entropy=config.memory.linear_cross_entropy,
+        dtype=getattr(torch, config.model.dtype),
+    )
+
+
+def check_memory(config: RunConfig, hf_config: PreTrainedConfig, rows: list[dict[str, list[int]]]) -> Plan | None:
+    """Predict the largest step, and refuse a run that cannot fit.
+
+    Raises:
+        InputError: The prediction is above the limit, or `memory.limit` cannot be read. The message says what would
+            fit.
+    """
+    try:
+        limit = None if config.memory.limit is None else parse_bytes(config.memory.limit)
+    except ValueError as error:
+        raise InputError(f"memory.limit: {error}") from None
+    if hf_config.model_type not in ARCHITECTURES:
+        return None
+    batch, method = config.training.batch_size, method_of(config)
+    longest = max(len(row["input_ids"]) for row in rows)
+    tokens = config.data.max_length if config.data.packing else min(longest, config.data.max_length)
+    try:
+        answer = plan(hf_config, batch, tokens, method, with_alternatives=False)
+    except ImportError as error:
+        raise InputError(f"optimizer.name: {error}") from None
+    if limit is None:
+        limit = device_bytes()
+    reserve = answer.reserve_bytes if torch.cuda.is_available() else 0
+    if answer.peak_bytes + reserve <= limit or config.memory.force:
+        return answer
+    found = what_would_fit(hf_config, batch, tokens, method, gpu_bytes=limit - reserve + answer.reserve_bytes)
+    remedy = "; or ".join(map(str, found)) or "nothing tried does: the weights and what goes with them are too large"
+    raise InputError(
+        f"{config.model.path}: a step of {batch} x {tokens} tokens is predicted to take "
+        f"{gib(answer.peak_bytes + reserve)}, more than the {gib(limit)} there are. What would fit: {remedy}. "
+        "memory.limit says how much there is; --force starts all the same."
+    )
+
+
+def device_bytes() -> int:
+    """All memory of the GPU, or of the host without one."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def has_routers(hf_config: PreTrainedConfig) -> bool:
     row = ARCHITECTURES.get(hf_config.model_type.removeprefix(PREFIX))
     if row is not None:
@@ -331,18 +473,47 @@ def train_stage(run: Run, model: PreTrainedModel, stage: int, trained: set[str],
         aux_loss = 0.0
     arguments = sft_arguments(run, stage, aux_loss)
     callback = RunCallback(stage, run.output_dir / METRICS, results.heldout, run.config.evaluation.every_steps)
-    trainer = RevFFNTrainer(
-        model,
-        arguments,
-        train_dataset=Dataset.from_list(run.training),
-        processing_class=run.tokenizer,
-        callbacks=[callback],
-    )
-    trainer.remove_callback(PrinterCallback)
     resumed = run.checkpoint if run.checkpoint and run.checkpoint.parent.name == f"stage{stage}" else None
+    optimizer = make_optimizer(run.config, model)
+    optimizer.last_checkpoint = str(resumed) if resumed else None
+    known = model.config.model_type.removeprefix(PREFIX) in MODEL_TYPES
     with default_forward(model):
+        trainer = RevFFNTrainer(
+            model,
+            arguments,
+            linear_cross_entropy=run.config.memory.linear_cross_entropy and known,
+            measure_step=stage == 2 and not torch.cuda.is_available(),
+            loaded_from=run.checkpoint,
+            optimizers=(optimizer, None),
+            train_dataset=Dataset.from_list(run.training),
+            processing_class=run.tokenizer,
+            callbacks=[callback],
+        )
+        trainer.remove_callback(PrinterCallback)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    optimizer.detach()
     results.num_tokens[f"stage{stage}"] = int(trainer._total_train_tokens)
+    if stage == 2:
+        results.note_memory(trainer)
+
+
+def make_optimizer(config: RunConfig, model: PreTrainedModel) -> OptimizerInBackward:
+    """Of the parameters that train now."""
+    optimizer = config.optimizer
+    return OptimizerInBackward(
+        parameter_groups(model, optimizer.weight_decay),
+        rule=optimizer.name,
+        lr=optimizer.learning_rate,
+        betas=(optimizer.beta1, optimizer.beta2),
+        momentum=optimizer.momentum,
+        # After backward the trainer clips, by the norm of this very step.
+        max_grad_norm=(optimizer.max_grad_norm or None) if optimizer.in_backward else None,
+        rounding=optimizer.rounding,
+        seed=config.training.seed,
+        in_backward=optimizer.in_backward,
+    )
 
 
 @contextmanager
@@ -370,9 +541,6 @@ def sft_arguments(run: Run, stage: int, aux_loss: float | None) -> SFTConfig:
         per_device_train_batch_size=training.batch_size,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         learning_rate=optimizer.stage1_learning_rate if stage == 1 else optimizer.learning_rate,
-        weight_decay=optimizer.weight_decay,
-        adam_beta1=optimizer.beta1,
-        adam_beta2=optimizer.beta2,
         warmup_steps=optimizer.warmup_ratio,
         lr_scheduler_type=optimizer.schedule,
         max_grad_norm=optimizer.max_grad_norm,
@@ -402,6 +570,7 @@ class Results:
         self.answers: dict[str, str] = {}
         self.bytes: dict[str, dict[str, int]] = {}
         self.num_tokens: dict[str, int] = {}
+        self.memory: dict[str, Any] = {}
         self.start = time.perf_counter()
 
     def heldout(self) -> dict[str, float | int]:
@@ -420,6 +589,27 @@ class Results:
         if ask and evaluation.prompt:
             self.answers[when] = answer(self.model, self.run.tokenizer, evaluation.prompt, evaluation.max_new_tokens)
 
+    def note_memory(self, trainer: RevFFNTrainer) -> None:
+        """Predicted against measured: of one step on a CPU, of the largest on a GPU."""
+        if self.run.plan is None:
+            return
+        predicted = self.run.plan
+        if trainer.measured is not None:
+            (batch, tokens), measured = trainer.measured
+            config = self.run.config
+            predicted = plan(self.run.hf_config, batch, tokens, method_of(config), with_alternatives=False)
+        elif torch.cuda.is_available():
+            measured = torch.cuda.max_memory_allocated()
+        else:
+            return
+        self.memory = {
+            "batch": predicted.batch,
+            "tokens": predicted.tokens,
+            "predicted_bytes": predicted.peak_bytes,
+            "predicted_parts": predicted.parts,
+            "measured_bytes": measured,
+        }
+
     def summary(self) -> dict[str, Any]:
         packages = ("revffn", "torch", "transformers", "trl", "datasets", "accelerate")
         return {
@@ -432,6 +622,7 @@ class Results:
             "heldout": self.losses,
             "answers": self.answers,
             "step_bytes": self.bytes,
+            "memory": self.memory,
             "peak_bytes": peak_bytes(),
             "seconds": time.perf_counter() - self.start,
             "num_tokens": self.num_tokens,
@@ -445,7 +636,7 @@ class Results:
         """Take over what the run had measured before it was interrupted."""
         before = json.loads((self.run.output_dir / SUMMARY).read_text())
         self.losses, self.answers, self.bytes = before["heldout"], before["answers"], before["step_bytes"]
-        self.num_tokens = before["num_tokens"]
+        self.num_tokens, self.memory = before["num_tokens"], before["memory"]
 
     def table(self) -> str:
         """The results in a few lines for a terminal."""
@@ -461,6 +652,10 @@ class Results:
             rows.append(
                 (f"peak of one step, {name}", f"{step['peak_bytes'] / 2**20:,.0f} MiB beyond weights and gradients")
             )
+        if self.memory:
+            shape = f"a step of {self.memory['batch']} x {self.memory['tokens']} tokens"
+            rows.append(("tensors at the peak, predicted", f"{gib(self.memory['predicted_bytes'])} for {shape}"))
+            rows.append(("tensors at the peak, measured", gib(self.memory["measured_bytes"])))
         rows.append(("peak memory of the run", f"{summary['peak_bytes'] / 2**30:.2f} GiB"))
         report = summary["reversible_report"]
         if report:

@@ -219,6 +219,16 @@ def test_save_and_load(model_type, coupling, tmp_path):
             assert torch.equal(revffn.export(loaded).eval()(**inputs).logits, model.eval()(**inputs).logits)
 
 
+@pytest.mark.parametrize("train_predictor", [False, True])
+def test_frozen_predictors_stay_frozen_when_loaded(train_predictor, tmp_path):
+    coupled(train_predictor=train_predictor).save_pretrained(tmp_path)
+    for model in (
+        AutoModelForCausalLM.from_pretrained(tmp_path),
+        AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)[0],
+    ):
+        assert {p.requires_grad for _, p in revffn.coupling_parameters(model)} == {train_predictor}
+
+
 @pytest.mark.parametrize("coupling", ["innovation", "none"])
 @pytest.mark.parametrize("model_type", SETTINGS)
 def test_export_is_the_original(model_type, coupling, tmp_path):

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig
 
 import revffn
+from revffn.__main__ import main
 from revffn.data import batches
 from revffn.evaluation import heldout_loss, response_loss, step_bytes
 from revffn.recipe import load_run_config
@@ -81,8 +82,6 @@ def test_a_run_leaves_a_model_metrics_and_a_summary(recipe_file, coupling, capsy
 
 
 def test_innovation_exports_to_what_was_evaluated(recipe_file, tmp_path):
-    from revffn.__main__ import main
-
     folder = run(recipe_file())
     assert main(["export", str(folder), str(tmp_path / "plain")]) == 0
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
@@ -116,12 +115,13 @@ def test_stage_1_moves_the_coupling_only(recipe_file, model_folder):
     assert losses["after_stage1"]["loss"] < losses["converted"]["loss"]
 
 
-@pytest.mark.parametrize("stage1_steps", [0, 4])
-def test_a_resumed_run_equals_one_that_did_not_stop(recipe_file, tmp_path, stage1_steps, monkeypatch):
+@pytest.mark.parametrize("dtype, stage1_steps", [("float32", 0), ("bfloat16", 4)])  # stage 1 trains predictors
+def test_a_resumed_run_equals_one_that_did_not_stop(recipe_file, tmp_path, dtype, stage1_steps, monkeypatch):
     """Stopped after 3 steps of 4 (of the last, or of the only stage), gone on from the checkpoint at 2."""
     recipe = recipe_file("optimizer:\n  learning_rate: 1e-3\n")
     same = ["--training.num_steps", "4", "--training.stage1_steps", str(stage1_steps), "--training.save_steps", "2"]
-    same += ["--reversible.train_predictor", "true"]  # what stage 1 trains
+    same += ["--reversible.train_predictor", str(stage1_steps > 0)]
+    same += ["--model.dtype", dtype]  # bf16 weights are rounded stochastically
     whole = run(recipe, *same, "--training.output_dir", str(tmp_path / "whole"))
     halves = ["--training.output_dir", str(tmp_path / "halves")]
 
@@ -142,6 +142,101 @@ def test_a_resumed_run_equals_one_that_did_not_stop(recipe_file, tmp_path, stage
     assert told[0] == told[1]
     summaries = [json.loads((folder / "run.json").read_text()) for folder in (whole, resumed)]
     assert summaries[0]["heldout"] == summaries[1]["heldout"]
+
+
+OPTIMIZERS = {
+    "adafactor": [],
+    "adafactor, momentum": ["--optimizer.momentum", "0.9"],
+    "adamw": ["--optimizer.name", "adamw"],
+    "sgd": ["--optimizer.name", "sgd", "--optimizer.learning_rate", "0.3"],
+    "bf16": ["--model.dtype", "bfloat16"],
+    "bf16, master": ["--model.dtype", "bfloat16", "--optimizer.rounding", "master"],
+    "after backward": ["--optimizer.in_backward", "false"],
+    "accumulated": ["--training.gradient_accumulation_steps", "2"],
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_learns(recipe_file, optimizer):
+    folder = run(recipe_file("optimizer:\n  learning_rate: 3e-3\n"), *OPTIMIZERS[optimizer])
+    losses = json.loads((folder / "run.json").read_text())["heldout"]
+    assert losses["after"]["loss"] < losses["before"]["loss"]
+    steps = metrics(folder)
+    assert all(step["grad_norm"] > 0 for step in steps) and len(steps) == 3
+
+
+def test_stepping_in_backward_changes_nothing_but_the_clipping(recipe_file, tmp_path):
+    """Without clipping: the same weights and the same norms, bit for bit."""
+    same = ["--optimizer.max_grad_norm", "0", "--optimizer.learning_rate", "1e-2"]
+    folders = [
+        run(recipe_file(), *same, "--optimizer.in_backward", setting, "--training.output_dir", str(tmp_path / setting))
+        for setting in ("true", "false")
+    ]
+    assert not moved(*(weights(folder / "model") for folder in folders))
+    norms = [[step["grad_norm"] for step in metrics(folder)] for folder in folders]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("packing", ["false", "true"])
+def test_the_model_s_own_loss_is_that_of_trl(recipe_file, tmp_path, packing):
+    """Linear cross-entropy against TRL's fused head: the same losses and token counts."""
+    folders = [
+        run(
+            recipe_file(), "--memory.linear_cross_entropy", setting, "--data.packing", packing,
+            "--training.num_steps", "2", "--training.output_dir", str(tmp_path / setting),
+        )
+        for setting in ("true", "false")
+    ]  # fmt: skip
+    for ours, theirs in zip(*map(metrics, folders), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert ours["num_tokens"] == theirs["num_tokens"]
+    assert "entropy" in theirs and "entropy" not in ours
+
+
+def test_prediction_and_measurement_of_a_step(recipe_file):
+    """The planner against tensors counted in a real step: within five percent at this tiny size."""
+    folder = run(recipe_file(), "--reversible.tile_tokens", "64")
+    memory = json.loads((folder / "run.json").read_text())["memory"]
+    assert memory["predicted_bytes"] == sum(memory["predicted_parts"].values())
+    assert memory["predicted_bytes"] == pytest.approx(memory["measured_bytes"], rel=0.05)
+    # The checker can fail: a batch twice as large is not what was measured.
+    assert memory["batch"] == 4
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(recipe_file, tmp_path, monkeypatch):
+    """After a checkpoint: the message names it, no model is written, and the run goes on from it when asked."""
+    recipe = recipe_file()
+    words = ["train", str(recipe), "--training.num_steps", "4", "--training.save_steps", "2"]
+    real = RevFFNTrainer.compute_loss
+
+    def broken(self, model, *args, **kwargs):
+        loss = real(self, model, *args, **kwargs)
+        return loss * float("nan") if self.state.global_step == 3 else loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RevFFNTrainer, "compute_loss", broken)
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+    assert "is not finite" in str(stop.value.code) and "No weight has changed" in str(stop.value.code)
+    assert not (tmp_path / "run" / "model").exists()
+
+    handles = []
+
+    def poison(self, *args, **kwargs):
+        """Only the gradient of the first layer's norm: everything above it has stepped by then."""
+        if self.state.global_step == 3 and not handles:
+            weight = self.model.model.layers[0].input_layernorm.weight
+            handles.append(weight.register_hook(lambda grad: grad * float("nan")))
+        return real(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RevFFNTrainer, "compute_loss", poison)
+        with pytest.raises(SystemExit) as stop:
+            main([*words, "--training.resume", "true"])
+    message = str(stop.value.code)
+    assert "had already stepped" in message and str(tmp_path / "run" / "stage2" / "checkpoint-2") in message
+    assert not (tmp_path / "run" / "model").exists()
+    assert main([*words, "--training.resume", "true"]) == 0
 
 
 def test_packed_sequences_train_the_same_tokens(recipe_file):
@@ -172,6 +267,25 @@ def test_the_trainer_alone_keeps_checkpointing_off(tokenizer, tmp_path):
     assert not trainer.args.gradient_checkpointing
     assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     assert trainer.state.log_history[0]["verified_states"] > 0
+
+
+def test_the_trainer_alone_resumes_with_all_weights(tokenizer, tmp_path):
+    """`trainer.train(resume_from_checkpoint=...)` on a model of other weights: experts are those of the checkpoint."""
+
+    def trained(seed, **resume):
+        model = revffn.convert(tiny_model(vocab_size=len(tokenizer), seed=seed))
+        rows = [{"input_ids": list(range(3 + i, 40)), "labels": list(range(3 + i, 40))} for i in range(8)]
+        args = SFTConfig(
+            output_dir=str(tmp_path / str(seed)), bf16=False, max_steps=4, save_steps=2, report_to="none",
+            per_device_train_batch_size=2, learning_rate=1e-3,
+        )  # fmt: skip
+        trainer = RevFFNTrainer(model, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+        trainer.train(**resume)
+        return model.state_dict()
+
+    whole = trained(0)
+    resumed = trained(1, resume_from_checkpoint=str(tmp_path / "0" / "checkpoint-2"))
+    assert not moved(whole, resumed)
 
 
 def test_response_loss_is_cross_entropy_of_the_labels_only(tokenizer):

@@ -1,0 +1,472 @@
+"""Planner: will a run fit, what else would, and what do the other ways of training take.
+
+`plan` predicts one way to train (memory.py) and, if asked, the alternatives; `what_would_fit` names changes that bring
+a run under a limit; `check` runs the whole step on fake tensors and puts the outcome beside the prediction. The rest
+is the command `revffn plan`: tables, JSON, a picture.
+
+The alternatives are those of plain transformers: full logits, all gradients held until backward has ended, the
+same update rule. Three are derived instead of measured: fewer checkpoints (every n layers), and stored inputs moved
+to host memory, of which the device is left with two layers' (the one in use and the one on its way).
+"""
+
+# B = batch, T = tokens, L = decoder layers
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from .architectures import ARCHITECTURES
+from .config import ReversibleConfig
+from .memory import RESERVE_BYTES, Phases, Plan, Predictor, gib, load_config, measure, parse_bytes, shallow
+from .simulation import PARTS, Method, simulate_step
+
+BEFORE_LAYERS = ("forward", "loss", "top", "top after lm_head.weight", "optimizer")
+"""Phases in which backward is not among the decoder layers."""
+ACCEPTED_ERROR = 0.03
+"""Of a predicted peak against the simulated one."""
+LAYERS_ON_DEVICE = 2
+"""Of stored inputs in host memory: that of the layer in use, and one on its way."""
+
+
+# --- the ways --------------------------------------------------------------------------------------------------------
+
+
+def to_host(hf_config: PreTrainedConfig, method: Method, phases: Phases, batch: int, tokens: int):
+    """Stored layer inputs go to host memory, all but those of the layers being worked on."""
+    each = batch * tokens * hf_config.hidden_size * method.dtype.itemsize
+    moved = max(0, hf_config.num_hidden_layers - LAYERS_ON_DEVICE) * each
+    moved_phases = {}
+    for name, parts in phases.items():
+        stored = parts["stored_activations"]
+        moved_phases[name] = parts | {"stored_activations": max(stored - moved, min(stored, each))}
+    return moved_phases, moved
+
+
+def every_n_layers(n: int, hf_config: PreTrainedConfig, plain: Method, phases: Phases, batch: int, tokens: int):
+    """Checkpoints of every n-th layer input: fewer of them, and n layers' activations while a group is walked back."""
+    L = hf_config.num_hidden_layers
+    each = batch * tokens * hf_config.hidden_size * plain.dtype.itemsize
+    shallow_config, shallow_method = shallow(hf_config, plain)
+    stored_of_depth = []
+    for num_layers in (shallow_config.num_hidden_layers - 1, shallow_config.num_hidden_layers):
+        config = copy.deepcopy(shallow_config)
+        config.num_hidden_layers = num_layers
+        stored_of_depth.append(measure(config, shallow_method, batch, tokens)["loss"]["stored_activations"])
+    one_layer = stored_of_depth[1] - stored_of_depth[0]
+    fewer = (L - math.ceil(L / n)) * each
+    out = {}
+    for name, parts in phases.items():
+        group = 0 if name in BEFORE_LAYERS else (n - 1) * one_layer
+        stored = max(parts["stored_activations"] - fewer, min(parts["stored_activations"], each))
+        out[name] = parts | {"stored_activations": stored, "working_set": parts["working_set"] + group}
+    return out, 0
+
+
+def label_of(method: Method) -> str:
+    if method.name != "reversible":
+        return method.name
+    settings = method.reversible
+    details = {
+        "innovation": f" m={settings.side_bits}",
+        "cross_branch": f" {settings.query_stream}",
+        "none": ", inputs in host memory" if settings.offload_inputs else ", inputs stored",
+    }
+    return f"{settings.coupling}{details[settings.coupling]}, {method.optimizer}"
+
+
+def predictor(hf_config: PreTrainedConfig, method: Method, label: str | None = None) -> Predictor:
+    """Of a method as it stands, offloading included."""
+    label = label or label_of(method)
+    settings = method.reversible
+    if settings is None or settings.coupling != "none" or not settings.offload_inputs:
+        return Predictor(label, hf_config, method)
+    # On a CPU, where the steps are measured, host memory is the only one.
+    on_device = replace(method, reversible=replace(settings, offload_inputs=False))
+    return Predictor(label, hf_config, on_device, partial(to_host, hf_config, on_device))
+
+
+def alternatives(hf_config: PreTrainedConfig, method: Method) -> Iterator[Predictor]:
+    """Other ways to train the same model: this library's without rebuilding, and plain transformers."""
+    common = dict(optimizer=method.optimizer, rounding=method.rounding, dtype=method.dtype)
+    if hf_config.model_type in ARCHITECTURES:
+        tile_tokens = method.reversible.tile_tokens if method.reversible else 2048
+        for offload in (False, True):
+            settings = ReversibleConfig(coupling="none", tile_tokens=tile_tokens, offload_inputs=offload)
+            yield predictor(hf_config, Method(reversible=settings, **common))
+    usual = dict(optimizer_in_backward=False, linear_cross_entropy=False, **common)
+    plain, checkpointing = Method(name="plain", **usual), Method(name="checkpointing", **usual)
+    lora = replace(checkpointing, optimizer="adamw", rounding="nearest", lora_rank=16)
+    n = round(math.sqrt(hf_config.num_hidden_layers))
+    in_groups = partial(every_n_layers, n, hf_config, plain)
+    offloaded = partial(to_host, hf_config, checkpointing)
+    yield Predictor("checkpointing", hf_config, checkpointing)
+    yield Predictor(f"checkpointing every {n} layers", hf_config, checkpointing, in_groups)
+    yield Predictor("checkpointing in host memory", hf_config, checkpointing, offloaded)
+    yield Predictor("plain transformers", hf_config, plain)
+    yield Predictor("LoRA, checkpointing, adamw", hf_config, lora)
+
+
+# --- the questions ---------------------------------------------------------------------------------------------------
+
+
+def plan(
+    hf_config: PreTrainedConfig,
+    batch: int,
+    tokens: int,
+    method: Method | None = None,
+    *,
+    gpu_bytes: int | None = None,
+    with_alternatives: bool = True,
+) -> Plan:
+    """Predict the memory of training, from a config alone.
+
+    Args:
+        hf_config: The model's.
+        batch, tokens: B sequences of T tokens each per step.
+        method: How; the default is this library's.
+        gpu_bytes: Memory of the device; the largest batch and the longest sequence that fit it are then looked for.
+        with_alternatives: Plan the other ways too.
+
+    Raises:
+        ValueError: B or T below 1, or a model that the method does not know.
+    """
+    method = method or Method()
+    require(hf_config, batch, tokens, method)
+    ways = [predictor(hf_config, method)]
+    if with_alternatives:
+        ways += alternatives(hf_config, method)
+    plans = []
+    for way in ways:
+        plans.append(way.plan(batch, tokens))
+        if gpu_bytes is not None:
+            budget = gpu_bytes - RESERVE_BYTES
+            plans[-1].largest_batch = way.largest_batch(tokens, budget)
+            plans[-1].longest_sequence = way.longest_sequence(budget)
+    plans[0].alternatives = plans[1:]
+    return plans[0]
+
+
+def require(hf_config: PreTrainedConfig, batch: int, tokens: int, method: Method) -> None:
+    if batch < 1 or tokens < 1:
+        raise ValueError(f"batch and tokens must be at least 1, got {batch} and {tokens}.")
+    if method.name == "reversible" and hf_config.model_type not in ARCHITECTURES:
+        raise ValueError(
+            f"No reversible layout for model_type={hf_config.model_type!r}. Known: "
+            f"{', '.join(sorted(ARCHITECTURES))}. docs/adding_an_architecture.md shows how to add one."
+        )
+
+
+@dataclass(frozen=True)
+class Change:
+    """Something that makes a run fit."""
+
+    settings: dict[str, Any]
+    """New values by the name of the setting: batch, tokens, tile_tokens, side_bits, optimizer, rounding, coupling."""
+    text: str
+    """The same for people."""
+    total_bytes: int
+    """Device memory after the change, with the reserve."""
+
+    def __str__(self) -> str:
+        return f"{self.text} ({gib(self.total_bytes)})"
+
+
+def what_would_fit(
+    hf_config: PreTrainedConfig, batch: int, tokens: int, method: Method | None = None, *, gpu_bytes: int
+) -> list[Change]:
+    """Changes that bring a run under `gpu_bytes`, each alone; together with others only where none does alone.
+
+    Args:
+        hf_config, batch, tokens, method: As in `plan`.
+        gpu_bytes: Memory of the device.
+
+    Returns:
+        The list, empty if nothing helps (the weights themselves do not fit) or the run fits as it is.
+
+    Raises:
+        ValueError: See `plan`.
+    """
+    method = method or Method()
+    require(hf_config, batch, tokens, method)
+    budget = gpu_bytes - RESERVE_BYTES
+
+    def attempt(changed: Method, settings: dict[str, Any], words: str) -> list[Change]:
+        """The change alone; with a smaller batch or a shorter sequence where that is not enough."""
+        way = predictor(hf_config, changed)
+        # Weights and optimizer state take a second to count, a step several to measure.
+        if way.least() > budget:
+            return []
+        if words and (peak := way.peak(batch, tokens)) <= budget:
+            return [Change(settings, words, peak + RESERVE_BYTES)]
+        words = f"{words} and " if words else ""
+        if batch > 1 and (fewer := way.largest_batch(tokens, budget)):
+            total = way.peak(fewer, tokens) + RESERVE_BYTES
+            return [Change(settings | {"batch": fewer}, f"{words}batch {fewer} instead of {batch}", total)]
+        length = way.longest_sequence(budget)
+        if not 0 < length < tokens:
+            return []
+        total, text = way.peak(1, length) + RESERVE_BYTES, f"{words}one sequence of {length} tokens"
+        return [Change(settings | {"batch": 1, "tokens": length}, text, total)]
+
+    asked = predictor(hf_config, method)
+    if asked.least() <= budget and asked.peak(batch, tokens) <= budget:
+        return []
+    changes = attempt(method, {}, "")
+    together, all_words = {}, {}
+    for settings, words in single_changes(method):
+        # One change of a setting is enough.
+        if any(change.settings.keys() == settings.keys() for change in changes):
+            continue
+        found = attempt(changed_method(method, settings), settings, words)
+        # With a smaller batch too, a change is no news beside the smaller batch alone.
+        changes += [change for change in found if change.settings == settings or not changes]
+        together |= settings
+        all_words |= dict.fromkeys(settings, words)
+    if not changes and len(all_words) > 1:
+        changes = attempt(changed_method(method, together), together, ", ".join(all_words.values()))
+    return changes
+
+
+def changed_method(method: Method, settings: dict[str, Any]) -> Method:
+    """A method with new values, those of its `ReversibleConfig` included; `batch` and `tokens` are none of it."""
+    outer = {name: settings[name] for name in ("optimizer", "rounding") if name in settings}
+    inner = {name: value for name, value in settings.items() if name not in (*outer, "batch", "tokens")}
+    if inner:
+        outer["reversible"] = replace(method.reversible, **inner)
+    return replace(method, **outer)
+
+
+def single_changes(method: Method) -> Iterator[tuple[dict[str, Any], str]]:
+    """Settings that take less than the method's, and the words for them."""
+    if method.optimizer in ("adamw", "adamw8bit"):
+        yield {"optimizer": "adafactor"}, f"optimizer adafactor instead of {method.optimizer}"
+    if method.rounding == "master" and method.dtype == torch.bfloat16:
+        yield {"rounding": "stochastic"}, "rounding stochastic instead of master"
+    reversible = method.reversible
+    if reversible is None:
+        return
+    if reversible.coupling == "none":
+        yield {"coupling": "innovation"}, "coupling innovation instead of none"
+    if reversible.coupling == "innovation" and reversible.side_bits not in (0, 1):
+        yield {"side_bits": 1}, f"side_bits 1 instead of {reversible.side_bits}"
+    before = reversible.tile_tokens
+    for tile_tokens in (1024, 512, 256):
+        if before is None or tile_tokens <= before // 2:
+            yield {"tile_tokens": tile_tokens}, f"tile_tokens {tile_tokens} instead of {before or 'the whole batch'}"
+
+
+# --- predicted against simulated -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One prediction and the full simulated step beside it."""
+
+    predicted: dict[str, int]
+    simulated: dict[str, int]
+    seconds: float
+    """That the simulation took."""
+
+    @property
+    def relative_error(self) -> float:
+        """Of the peak; positive if too much was predicted."""
+        return sum(self.predicted.values()) / sum(self.simulated.values()) - 1
+
+    @property
+    def problem(self) -> str | None:
+        """What is wrong, if the peaks differ by more than `ACCEPTED_ERROR`."""
+        if abs(self.relative_error) <= ACCEPTED_ERROR:
+            return None
+        return (
+            f"the predicted peak is off by {self.relative_error:+.1%}, accepted is {ACCEPTED_ERROR:.0%}. Trust the "
+            "simulated one, and report this with the command that shows it."
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        both = {"predicted": self.predicted, "simulated": self.simulated}
+        return both | {"relative_error": self.relative_error, "seconds": self.seconds}
+
+    def table(self) -> str:
+        """Part by part. A peak that is flat may be found in another moment of the step: then single parts differ."""
+        lines = [f"{'':<24}{'predicted':>12}{'simulated':>12}{'error':>9}"]
+        rows = [(name.replace("_", " "), self.predicted[name], self.simulated[name]) for name in PARTS]
+        rows.append(("peak", sum(self.predicted.values()), sum(self.simulated.values())))
+        for name, predicted, simulated in rows:
+            error = f"{predicted / simulated - 1:+.2%}" if simulated else "" if not predicted else "new"
+            lines.append(f"{name:<24}{gib(predicted):>12}{gib(simulated):>12}{error:>9}")
+        return "\n".join(lines)
+
+
+def check(hf_config: PreTrainedConfig, batch: int, tokens: int, method: Method, answer: Plan) -> Comparison:
+    """Run the whole step on fake tensors, at full depth, batch and length: a minute or several.
+
+    Raises:
+        ValueError: The method offloads, which a simulation on a CPU cannot tell from not doing so.
+    """
+    if method.reversible is not None and method.reversible.offload_inputs:
+        raise ValueError(
+            "A step that offloads cannot be simulated: fake tensors know one memory. Leave offloading out."
+        )
+    simulated = simulate_step(hf_config, batch, tokens, method)
+    return Comparison(answer.parts, simulated["parts"], simulated["seconds"])
+
+
+# --- for people ------------------------------------------------------------------------------------------------------
+
+COLUMNS = (
+    ("weights", ("weights",)),
+    ("gradients", ("gradients",)),
+    ("optimizer", ("optimizer",)),
+    ("streams", ("streams", "stream_gradients")),
+    ("side bits", ("side_bits_and_routing",)),
+    ("stored", ("stored_activations",)),
+    ("working set", ("working_set",)),
+    ("loss", ("loss",)),
+)
+"""Heading -> parts: every part once, in the order in which they are drawn."""
+
+
+def sizes(way: Plan) -> dict[str, int]:
+    """Bytes by heading of `COLUMNS`, and the reserve; they add up to `total_bytes`."""
+    return {head: sum(way.parts[part] for part in parts) for head, parts in COLUMNS} | {"reserve": way.reserve_bytes}
+
+
+def table(answer: Plan, gpu: str | None) -> str:
+    """One line for each way, GiB by part."""
+    heads = ["GiB", *sizes(answer), "total", "host RAM"]
+    asked = answer.largest_batch is not None
+    heads += [f"batch x {answer.tokens}", "1 x tokens"] * asked
+    rows = [heads]
+    for way in (answer, *answer.alternatives):
+        numbers = [*sizes(way).values(), way.total_bytes, way.host_bytes]
+        cells = [way.label, *(f"{size / 2**30:.2f}" if size else "-" for size in numbers)]
+        rows.append(cells + [str(way.largest_batch), str(way.longest_sequence)] * asked)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        lines.append("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]))
+    if asked:
+        lines.append(f"The last two columns: the largest batch, and the longest single sequence, that fit {gpu}.")
+    return "\n".join(lines)
+
+
+PICTURES = (".png", ".svg", ".pdf")
+COLORS = ("#4c566a", "#bf616a", "#d08770", "#5e81ac", "#88c0d0", "#a3be8c", "#ebcb8b", "#b48ead", "#c9ced6")
+
+
+def require_picture(file: Path) -> None:
+    """Raise a ValueError if no picture can be drawn into `file`: before a minute of planning, not after it."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("plot needs matplotlib: pip install 'revffn[plot]'.")
+    if file.suffix not in PICTURES:
+        raise ValueError(f"plot must be a file ending in {', '.join(PICTURES)}; got {file}.")
+    if not file.parent.is_dir():
+        raise ValueError(f"plot: there is no folder {file.parent}. Make it, or name a file elsewhere.")
+
+
+def plot(answer: Plan, title: str, file: Path, gpu_bytes: int | None = None) -> None:
+    """Draw a stacked bar for each way, its parts in GiB, and the device's memory as a line.
+
+    Raises:
+        ValueError: See `require_picture`.
+    """
+    require_picture(file)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    ways = [answer, *answer.alternatives][::-1]
+    # Not through pyplot, which would keep the figure and may look for a screen.
+    figure = Figure(figsize=(10, 1.5 + 0.5 * len(ways)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    left = [0.0] * len(ways)
+    for head, color in zip(sizes(answer), COLORS, strict=True):
+        widths = [sizes(way)[head] / 2**30 for way in ways]
+        if any(widths):
+            axes.barh([way.label for way in ways], widths, 0.68, left, label=head, color=color)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    for place, way in enumerate(ways):
+        axes.annotate(
+            f"{way.total_bytes / 2**30:.1f}",
+            (way.total_bytes / 2**30, place),
+            (4, 0),
+            textcoords="offset points",
+            va="center",
+            fontweight="bold" if way is answer else "normal",
+        )
+    right = max(left)
+    if gpu_bytes is not None:
+        right = max(right, gpu_bytes / 2**30)
+        axes.axvline(gpu_bytes / 2**30, color="black", linestyle="--", linewidth=1, label="device memory")
+    axes.set_xlim(0, 1.08 * right)
+    axes.set_xlabel("GiB at the peak of a step")
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.xaxis.grid(True, color="#e5e9f0")
+    axes.set_axisbelow(True)
+    figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    figure.savefig(file, dpi=150)
+
+
+def plan_command(question: Any) -> str | None:
+    """Answer a `recipe.PlanConfig` on standard output.
+
+    Returns:
+        What `--check` found wrong.
+
+    Raises:
+        ValueError: See `plan`, `load_config`, `parse_bytes`, `require_picture`.
+    """
+    gpu_bytes = None if question.gpu is None else parse_bytes(question.gpu)
+    reversible = ReversibleConfig(
+        coupling=question.coupling,
+        side_bits=question.side_bits,
+        query_stream=question.query_stream,
+        tile_tokens=question.tile_tokens or None,
+    )
+    dtype = getattr(torch, question.dtype)
+    method = Method(reversible=reversible, optimizer=question.optimizer, rounding=question.rounding, dtype=dtype)
+    if question.plot is not None:
+        require_picture(Path(question.plot))
+    hf_config = load_config(question.model)
+    shape = f"{question.batch} x {question.tokens}"
+    alternatives_too = dict(with_alternatives=question.alternatives)
+    answer = plan(hf_config, question.batch, question.tokens, method, gpu_bytes=gpu_bytes, **alternatives_too)
+    fits = gpu_bytes is None or answer.total_bytes <= gpu_bytes
+    changes = []
+    if not fits:
+        changes = what_would_fit(hf_config, question.batch, question.tokens, method, gpu_bytes=gpu_bytes)
+    comparison = check(hf_config, question.batch, question.tokens, method, answer) if question.check else None
+    if question.plot is not None:
+        title = f"{question.model}, {shape} tokens"
+        plot(answer, title, Path(question.plot), gpu_bytes)
+    if question.json:
+        values = answer.as_dict() | {"fits": fits} if gpu_bytes is not None else answer.as_dict()
+        values |= {"would_fit": [vars(change) for change in changes]} if not fits else {}
+        values |= {"check": comparison.as_dict()} if comparison else {}
+        print(json.dumps(values, indent=2))
+        return comparison.problem if comparison else None
+    print(f"{question.model}, {shape} tokens in a step, {answer.num_parameters / 1e9:.3f} B parameters\n")
+    print(table(answer, question.gpu))
+    print(f"\nThe peak is in: {answer.phase}. Reserve: CUDA context and kernels, workspaces, rounding up.")
+    if gpu_bytes is not None:
+        print(f"{label_of(method)} {'fits' if fits else 'does not fit'} {question.gpu}.")
+    if not fits and changes:
+        print("What would fit:", *changes, sep="\n  ")
+    elif not fits:
+        print("Nothing would make it fit: weights and optimizer state alone are too large. Take a larger device.")
+    if comparison is not None:
+        print(f"\nThe full step on fake tensors ({comparison.seconds:.0f} s):\n{comparison.table()}")
+    return comparison.problem if comparison else None
