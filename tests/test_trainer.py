@@ -18,8 +18,9 @@ import revffn
 from revffn.__main__ import main
 from revffn.data import batches
 from revffn.evaluation import heldout_loss, response_loss, step_bytes
+from revffn.preflight import check
 from revffn.recipe import load_run_config
-from revffn.trainer import RevFFNTrainer, check, train
+from revffn.trainer import RevFFNTrainer, train
 
 ASK = ("--evaluation.prompt", "Say red 2 times.", "--evaluation.max_new_tokens", "4")
 
