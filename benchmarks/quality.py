@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import revffn
 from revffn.architectures import router_parameters
 from revffn.data import batches, load_conversations, tokenize_all
-from revffn.evaluation import heldout_loss
+from revffn.evaluation import coupled, heldout_loss
 from revffn.optim import OptimizerInBackward, parameter_groups
 from revffn.recipe import DataConfig
 
@@ -95,10 +95,8 @@ def run(name: str, arguments: argparse.Namespace, training: list, heldout: list,
     def measure(step: int) -> None:
         point = {"step": step, "exported": heldout_loss(model, heldout, size, pad)["loss"]}
         if config.coupling == "innovation":
-            model.config.revffn["eval_coupled"] = True
-            torch.manual_seed(arguments.seed)  # the same signs at every measurement
-            point["trained"] = heldout_loss(model, heldout, size, pad)["loss"]
-            model.config.revffn["eval_coupled"] = False
+            with coupled(model):  # the same signs at every measurement
+                point["trained"] = heldout_loss(model, heldout, size, pad)["loss"]
         curve.append(point)
         print(f"{name}: {point}", flush=True)
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+ACCEPTED_GAP = 0.02
+"""Nats that export may cost without a warning."""
 
 
 def train(words: list[str]) -> None:
@@ -76,6 +80,29 @@ def export(words: list[str]) -> None:
     if (folder / "tokenizer_config.json").is_file():
         AutoTokenizer.from_pretrained(folder).save_pretrained(out)
     print(f"{out}: {type(plain).__name__}, loadable without revffn.")
+    report_gap(run)
+
+
+def report_gap(run: Path) -> None:
+    """What dropping the coupling costs, as the run measured it."""
+    if not (run / "run.json").is_file():
+        return
+    summary = json.loads((run / "run.json").read_text())
+    exported, trained = (summary["heldout"].get(when) for when in ("after", "after, as trained"))
+    if exported is None or trained is None:
+        return
+    gap = exported["loss"] - trained["loss"]
+    print(
+        f"Held-out loss, nats per response token: {exported['loss']:.4f} exported, {trained['loss']:.4f} as trained "
+        f"with the coupling ({gap:+.4f})."
+    )
+    if gap > ACCEPTED_GAP:
+        print(
+            f"revffn export: warning: the exported model is worse than the trained one by more than {ACCEPTED_GAP} "
+            "nats. It was trained to rely on the coupling: train with reversible.random_sign: true, or more "
+            "reversible.side_bits.",
+            file=sys.stderr,
+        )
 
 
 def plan(words: list[str]) -> None:

@@ -31,6 +31,24 @@ def mode(model: nn.Module, training: bool) -> Iterator[None]:
         model.train(before)
 
 
+@contextlib.contextmanager
+def coupled(model: PreTrainedModel, seed: int = 0) -> Iterator[None]:
+    """For a while eval mode is the coupled function that was trained, not the exported one (innovation).
+
+    Args:
+        seed: Of the signs that are drawn meanwhile; the random state is put back afterwards.
+    """
+    settings = model.config.revffn
+    before = settings["eval_coupled"]
+    settings["eval_coupled"] = True
+    try:
+        with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        settings["eval_coupled"] = before
+
+
 def response_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
     """Sum of the next-token losses in nats over the response tokens of a batch, and their number.
 

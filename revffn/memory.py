@@ -268,9 +268,8 @@ def measure(model_and_method: tuple[PreTrainedConfig, Method], batch: int, token
     for phase, parts in step["phases"].items():
         where = phase.split(" ")[0]
         # Between top and bottom the layers below still keep theirs, and those above already hold gradients.
-        more = {"bottom": held, "optimizer": held, "middle": max(kept, held, key=lambda d: sum(d.values()))}.get(
-            where, kept
-        )
+        middle = max(kept, held, key=lambda d: sum(d.values()))
+        more = {"embedding": {}, "middle": middle, "bottom": held, "optimizer": held}.get(where, kept)
         parts = {name: size + more.get(name, 0) for name, size in parts.items()}
         phases[phase] = parts | {"weights": full.weight_bytes, "optimizer": full.optimizer_bytes}
     return phases

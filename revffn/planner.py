@@ -31,7 +31,7 @@ from .config import ReversibleConfig
 from .memory import RESERVE_BYTES, Phases, Plan, Predictor, gib, load_config, measure, parse_bytes, shallow
 from .simulation import PARTS, Method, simulate_step
 
-BEFORE_LAYERS = ("forward", "loss", "top", "top after lm_head.weight", "optimizer")
+OUTSIDE_LAYERS = ("embedding", "forward", "loss", "top", "top after lm_head.weight", "optimizer")
 """Phases in which backward is not among the decoder layers."""
 ACCEPTED_ERROR = 0.03
 """Of a predicted peak against the simulated one."""
@@ -67,7 +67,7 @@ def every_n_layers(n: int, hf_config: PreTrainedConfig, plain: Method, phases: P
     fewer = (L - math.ceil(L / n)) * each
     out = {}
     for name, parts in phases.items():
-        group = 0 if name in BEFORE_LAYERS else (n - 1) * one_layer
+        group = 0 if name in OUTSIDE_LAYERS else (n - 1) * one_layer
         stored = max(parts["stored_activations"] - fewer, min(parts["stored_activations"], each))
         out[name] = parts | {"stored_activations": stored, "working_set": parts["working_set"] + group}
     return out, 0

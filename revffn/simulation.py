@@ -38,6 +38,8 @@ from .conversion import convert, default_dtype, is_reversible
 from .losses import use_linear_cross_entropy
 from .optim import OptimizerInBackward, parameter_groups
 
+FORWARD = ("embedding", "forward", "loss")
+"""Phases before backward: up to the first decoder layer (masks are made there), the layers, head and loss."""
 METHODS = ("reversible", "checkpointing", "plain")
 PARTS = (
     "weights",
@@ -75,9 +77,9 @@ class Storage:
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all storages that operations return, from their birth until their death.
 
-    A step has phases (`forward`, `loss`, ...), each with a peak of its own. What a storage was for may show only
-    later (a tensor turns out to be a gradient), so the counter keeps the storages that were alive at each phase's
-    peak and sorts them at the end.
+    A step has phases (`embedding`, `forward`, `loss`, ...), each with a peak of its own. What a storage was for may
+    show only later (a tensor turns out to be a gradient), so the counter keeps the storages that were alive at each
+    phase's peak and sorts them at the end.
 
     Args:
         sort: (storage) -> name of its part.
@@ -289,7 +291,7 @@ def sorter(model: PreTrainedModel) -> Callable[[Storage], str]:
 
     def sort(storage: Storage) -> str:
         shape = storage.shape
-        in_backward = storage.phase not in ("forward", "loss")
+        in_backward = storage.phase not in FORWARD
         if in_backward and (tuple(sorted(shape)), storage.dtype) in stacks:
             return "gradients"
         if vocabulary in shape and storage.dtype.is_floating_point:
@@ -348,8 +350,11 @@ class Hooks:
         return "top" if layer >= self.num_layers - 1 else "bottom" if layer < self.num_special else "middle"
 
     def on_layer(self, index: int, *_: Any) -> None:
-        if not self.in_backward:
-            self.counter.layer = index
+        if self.in_backward:
+            return
+        if index == 0:
+            self.counter.begin("forward")
+        self.counter.layer = index
 
     def on_sublayer(self, index: int, name: str, *_: Any) -> None:
         self.calls[index, name, self.in_backward] += 1
@@ -372,7 +377,7 @@ class Hooks:
         self.completed[self.names[parameter]] += 1
         record = self.counter.storages.get(parameter.grad.untyped_storage()._cdata)
         # A head gradient that the loss made in forward stays a part of the loss.
-        if record is not None and record.phase not in ("forward", "loss"):
+        if record is not None and record.phase not in FORWARD:
             self.counter.tag(parameter.grad, "gradients")
 
     def on_stepped(self, parameter: nn.Parameter) -> None:
@@ -552,7 +557,7 @@ def one_step(
     model: PreTrainedModel, batch: int, tokens: int, counter: LiveBytes, hooks: Hooks, optimizer: Any
 ) -> None:
     """Forward, loss, backward, optimizer; what it makes dies with it."""
-    counter.begin("forward")
+    counter.begin("embedding")
     input_ids = torch.randint(0, model.config.get_text_config().vocab_size, (batch, tokens))
     loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
     counter.mark_stored()

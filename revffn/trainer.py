@@ -34,7 +34,7 @@ from trl import SFTConfig, SFTTrainer
 from . import convert, coupling_parameters, is_reversible, reversible_report
 from .architectures import PREFIX, router_parameters
 from .data import batches
-from .evaluation import answer, heldout_loss, peak_bytes, step_bytes
+from .evaluation import answer, coupled, heldout_loss, peak_bytes, step_bytes
 from .losses import MODEL_TYPES, use_linear_cross_entropy
 from .memory import gib
 from .optim import OptimizerInBackward, parameter_groups
@@ -399,6 +399,9 @@ class Results:
                 f"Held-out loss {when.replace('_', ' ')}: {self.losses[when]['loss']:.4f} nats per response token",
                 flush=True,
             )
+            if when == "after" and is_innovation(self.model):
+                with coupled(self.model):
+                    self.losses["after, as trained"] = self.heldout()
         if ask and evaluation.prompt:
             self.answers[when] = answer(self.model, self.run.tokenizer, evaluation.prompt, evaluation.max_new_tokens)
 
@@ -484,6 +487,10 @@ class Results:
             rows += [(f"answer {when}", " ".join(text.split())) for when, text in self.answers.items()]
         width = max(len(name) for name, _ in rows)
         return "\n" + "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def is_innovation(model: PreTrainedModel) -> bool:
+    return is_reversible(model) and model.reversible_config.coupling == "innovation"
 
 
 def installed(package: str) -> str | None:

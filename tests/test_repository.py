@@ -13,7 +13,9 @@ import pytest
 import revffn
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("recipes/*.md"), *ROOT.glob("data/*/*.md")])
+DOCUMENTS = [
+    file for pattern in ("*.md", "docs/*.md", "recipes/*.md", "data/*/*.md") for file in sorted(ROOT.glob(pattern))
+]
 
 
 def test_the_tree_in_the_readme_is_the_package():

@@ -17,7 +17,7 @@ from trl import SFTConfig
 import revffn
 from revffn.__main__ import main
 from revffn.data import batches
-from revffn.evaluation import heldout_loss, response_loss, step_bytes
+from revffn.evaluation import coupled, heldout_loss, response_loss, step_bytes
 from revffn.preflight import check
 from revffn.recipe import load_run_config
 from revffn.trainer import RevFFNTrainer, train
@@ -91,6 +91,29 @@ def test_innovation_exports_to_what_was_evaluated(recipe_file, tmp_path):
     reversible = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
     inputs = torch.arange(3, 20)[None]
     torch.testing.assert_close(plain.eval()(inputs).logits, reversible(inputs).logits, rtol=0, atol=0)
+
+
+def test_export_says_what_it_costs(recipe_file, tmp_path, capsys):
+    """Both losses as the run measured them; a warning where export costs more than 0.02 nats."""
+    folder = run(recipe_file(), "--reversible.side_bits", "1")
+    losses = json.loads((folder / "run.json").read_text())["heldout"]
+    exported, trained = losses["after"]["loss"], losses["after, as trained"]["loss"]
+    assert exported != trained
+    # The coupled function, measured by hand: signs are drawn from the seed.
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
+    rows = check(load_run_config(recipe_file(), ["--training.output_dir", str(tmp_path / "other")])).heldout
+    with coupled(model):
+        again = heldout_loss(model, rows, 8, 0)["loss"]
+    assert again == pytest.approx(trained, rel=1e-5) and model.reversible_config.eval_coupled is False
+    capsys.readouterr()
+    assert main(["export", str(folder), str(tmp_path / "plain")]) == 0
+    captured = capsys.readouterr()
+    assert f"{exported:.4f} exported, {trained:.4f} as trained" in captured.out and "warning" not in captured.err
+    summary = json.loads((folder / "run.json").read_text())
+    summary["heldout"]["after, as trained"]["loss"] = exported - 0.021
+    (folder / "run.json").write_text(json.dumps(summary))
+    assert main(["export", str(folder), str(tmp_path / "again")]) == 0
+    assert "warning" in (error := capsys.readouterr().err) and "random_sign" in error
 
 
 def test_stage_2_moves_everything_but_the_routers(recipe_file, model_folder):
