@@ -133,6 +133,7 @@ def main() -> int:
     args = parser.parse_args()
 
     results = json.loads(args.file.read_text()) if args.file.exists() else {}
+    results = {name: results[name] for name in map(name_of, GRID) if name in results}
     for case in GRID:
         name = name_of(case)
         if args.only not in name:

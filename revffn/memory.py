@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from .losses import chunk_size
 from .optim import OptimizerInBackward
 from .simulation import PARTS, LiveBytes, Method, RealOptimizer, build, run_step
 
@@ -289,19 +290,27 @@ def rows_per_tile(method: Method, tokens: int) -> int | None:
     return None if tile is None else max(1, tile // tokens)
 
 
-def sample_batches(method: Method, batch: int, tokens: int) -> list[int]:
+def fewest_tiles(hf_config: PreTrainedConfig, tokens_per_tile: int) -> int:
+    """From so many tiles on a step is linear in their number: a first, an inner and a last one, and not fewer tokens
+    than a chunk of the loss, which grows up to its size."""
+    return max(3, math.ceil(chunk_size(2**40, hf_config.get_text_config().vocab_size) / tokens_per_tile))
+
+
+def sample_batches(hf_config: PreTrainedConfig, method: Method, batch: int, tokens: int) -> list[int]:
     """Batch sizes whose measurements say what `batch` takes: itself if the step is small."""
     rows = rows_per_tile(method, tokens)
     unit = max(1, SMALL_STEP_TOKENS // (2 * tokens)) if rows is None else rows
-    # Three tiles at least: a first, an inner and a last one. Full logits come in one piece, whatever their size.
-    points = [3 * unit, 4 * unit]
+    first = fewest_tiles(hf_config, unit * tokens)
+    points = [first * unit, (first + 1) * unit]
+    # Full logits come in one piece, whatever their size.
     return [batch] if batch <= points[1] or (rows is None and not method.linear_cross_entropy) else points
 
 
 def sample_tokens(hf_config: PreTrainedConfig, method: Method, tokens: int) -> list[int]:
     """The same for the length."""
     tile = method.reversible.tile_tokens if method.reversible else None
-    unit = 3 * (tile or SMALL_STEP_TOKENS)
+    tile_or_step = tile or SMALL_STEP_TOKENS
+    unit = fewest_tiles(hf_config, tile_or_step) * tile_or_step
     if tokens <= 2 * unit or (tile is None and not method.linear_cross_entropy):
         return [tokens]
     return [unit, 2 * unit] + [3 * unit] * is_quadratic(hf_config, method)
@@ -404,7 +413,7 @@ class Predictor:
         return (phases, 0) if self.change is None else self.change(phases, batch, tokens)
 
     def phases(self, batch: int, tokens: int) -> tuple[Phases, int]:
-        batches = sample_batches(self.method, batch, tokens)
+        batches = sample_batches(self.hf_config, self.method, batch, tokens)
         lengths = sample_tokens(self.hf_config, self.method, tokens)
         return self.finish(extend(self.hf_config, self.method, batches, lengths, batch, tokens), batch, tokens)
 
@@ -437,7 +446,7 @@ class Predictor:
         """Largest B whose peak is within `budget`, 0 if none."""
         if self.least() > budget:
             return 0
-        first = sample_batches(self.method, 2**40, tokens)
+        first = sample_batches(self.hf_config, self.method, 2**40, tokens)
         if len(first) == 1:
             first = [2, 4]
         lengths = sample_tokens(self.hf_config, self.method, tokens)

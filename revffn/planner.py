@@ -403,6 +403,8 @@ def plot(answer: Plan, title: str, file: Path, gpu_bytes: int | None = None) -> 
             (4, 0),
             textcoords="offset points",
             va="center",
+            # The line of the device's memory may pass here.
+            bbox=dict(facecolor="white", edgecolor="none", pad=1),
             fontweight="bold" if way is answer else "normal",
         )
     right = max(left)

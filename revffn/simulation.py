@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, Literal
 from unittest.mock import patch
 
@@ -37,6 +38,7 @@ from .config import ReversibleConfig
 from .conversion import convert, default_dtype, is_reversible
 from .losses import use_linear_cross_entropy
 from .optim import OptimizerInBackward, parameter_groups
+from .update_rules import make_code_books
 
 FORWARD = ("embedding", "forward", "loss")
 """Phases before backward: up to the first decoder layer (masks are made there), the layers, head and loss."""
@@ -476,11 +478,15 @@ class RealOptimizer:
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 self.optimizer._state_of(parameter, group)
+                if method.optimizer == "adamw8bit" and parameter.device not in self.optimizer._code_books:
+                    self.optimizer._code_books[parameter.device] = make_code_books(parameter.device)
         self.step, self.detach = self.optimizer.step, self.optimizer.detach
 
     def state_tensors(self) -> Iterator[Tensor]:
         for state in self.optimizer.state.values():
             yield from (value for value in state.values() if isinstance(value, Tensor))
+        for books in self.optimizer._code_books.values():
+            yield from chain.from_iterable(books.values())
 
 
 def run_step(

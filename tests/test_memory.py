@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from revffn import ReversibleConfig, memory, planner
 from revffn.__main__ import main
-from revffn.memory import count, known_models, load_config, parse_bytes
+from revffn.memory import Predictor, count, known_models, load_config, parse_bytes
 from revffn.planner import ACCEPTED_ERROR, Comparison, changed_method, check, plan, what_would_fit
 from revffn.simulation import PARTS, Method
 
@@ -104,11 +104,11 @@ TRANSFORMERS = dict(optimizer_in_backward=False, linear_cross_entropy=False)
 SMALL = {
     "innovation": ("olmoe-1b-7b", 5, 9, 128, reversible()),
     "cross_branch, anchor": (
-        "qwen3-30b-a3b", 5, 5, 256,
-        reversible(coupling="cross_branch", anchor_layers=[4], num_iterations=2, optimizer="adamw8bit"),
+        "olmoe-1b-7b", 5, 5, 256,
+        reversible(coupling="cross_branch", anchor_layers=[4], num_iterations=2, optimizer="sgd"),
     ),
     # Attention sinks: scores of T x T.
-    "one long sequence": ("gpt-oss-20b", 5, 1, 4000, reversible(optimizer="sgd")),
+    "one long sequence": ("gpt-oss-20b", 5, 1, 4000, reversible(optimizer="sgd", tile_tokens=512)),
     "none": ("deepseek-v2-lite", 5, 5, 256, reversible(coupling="none", optimizer="sgd")),
     "checkpointing": ("qwen1.5-moe-a2.7b", 6, 3, 256, Method(name="checkpointing", optimizer="sgd", **TRANSFORMERS)),
     "plain": ("mixtral-8x7b", 6, 2, 512, Method(name="plain", optimizer="sgd", **TRANSFORMERS)),
@@ -128,6 +128,18 @@ def test_prediction_against_simulation(case):
     comparison = check(config, batch, tokens, method, answer)
     assert abs(comparison.relative_error) <= ACCEPTED_ERROR, comparison.table()
     assert comparison.problem is None
+
+
+@pytest.mark.parametrize("batch, tokens", [(25, 128), (1, 3500)], ids=["batch", "length"])
+def test_every_phase_is_extended_rightly(batch, tokens):
+    """A batch or length that is extended to is as if measured, in the phases that are not the peak too: tiles of few
+    tokens, so that three of them are less than a chunk of the loss."""
+    config, method = load_config("olmoe-1b-7b", num_hidden_layers=4), reversible()
+    extended, _ = Predictor("", config, method).phases(batch, tokens)
+    measured = memory.measure(config, method, batch, tokens)
+    assert {"embedding", "forward", "loss", "top", "optimizer"} < set(extended) <= set(measured)
+    for phase, parts in extended.items():
+        assert sum(parts.values()) == pytest.approx(sum(measured[phase].values()), rel=0.002), phase
 
 
 def test_the_largest_batch_and_sequence_just_fit():
@@ -191,7 +203,9 @@ def test_the_committed_grid():
         assert predicted["peak_bytes"] == sum(predicted["parts"].values()), name
         assert result["relative_error"] == GRID.errors(predicted, simulated)["relative_error"], name
         assert abs(result["relative_error"]) <= ACCEPTED_ERROR, name
-        assert simulated["leaked_bytes"] == 0, name
+        # The left form reports two float64 numbers per layer, which stay until the next step.
+        left = result["reversible"].get("query_stream") == "left"
+        assert simulated["leaked_bytes"] == 16 * left * load_config(result["model"]).num_hidden_layers, name
 
 
 def test_the_grid_covers_what_it_says():
@@ -217,16 +231,17 @@ def test_grid(case):
 @pytest.mark.parametrize("optimizer", ["adafactor", "adamw"])
 def test_what_would_fit_fits(optimizer):
     """Every change, made, brings the run under the limit; where a batch is named, one sequence more is too many."""
-    config, method = load_config("olmoe-1b-7b", num_hidden_layers=5), reversible(optimizer=optimizer, tile_tokens=512)
-    weight_bytes = count(config, method).weight_bytes
+    config, method = load_config("olmoe-1b-7b", num_hidden_layers=5), reversible(optimizer=optimizer, tile_tokens=1024)
+    with_adamw = count(config, reversible(optimizer="adamw"))
+    least_with_adamw = with_adamw.weight_bytes + with_adamw.optimizer_bytes
     # Room for the weights and some streams; not for AdamW's states, nor for tiles as large as they are.
-    gpu_bytes = plan(config, 64, 256, reversible(), with_alternatives=False).total_bytes
-    assert gpu_bytes < 2 * weight_bytes
+    gpu_bytes = plan(config, 64, 256, reversible(tile_tokens=512), with_alternatives=False).total_bytes
+    assert gpu_bytes < least_with_adamw
     changes = what_would_fit(config, 64, 256, method, gpu_bytes=gpu_bytes)
     if optimizer == "adamw":
         assert changes and all(change.settings["optimizer"] == "adafactor" for change in changes)
     else:
-        assert {"tile_tokens": 256} in [change.settings for change in changes]
+        assert {"tile_tokens": 512} in [change.settings for change in changes]
     assert any("batch" in change.settings for change in changes)
     for change in changes:
         batch, changed = change.settings.get("batch", 64), changed_method(method, change.settings)
@@ -360,7 +375,7 @@ def test_command_with_dtype_and_rounding(folder, capsys):
         assert ask(folder, "--no-alternatives", "--json", "--optimizer", "sgd", *words) == 0
         answer = json.loads(capsys.readouterr().out)
         peaks.append(answer["parts"]["weights"] + answer["parts"]["optimizer"])
-    assert peaks[1] == 3 * peaks[0] - 2 * (peaks[0] - 2 * answer["num_parameters"])
+    assert peaks[1] == peaks[0] + 4 * answer["num_trainable"]
     assert peaks[2] == pytest.approx(2 * peaks[0], rel=1e-6)
 
 

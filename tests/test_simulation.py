@@ -110,6 +110,12 @@ def test_no_masks_or_scores_where_a_gpu_makes_none(model_type, monkeypatch):
     assert growth() > 5
 
 
+@pytest.mark.parametrize("optimizer", ["adafactor", "adamw", "adamw8bit", "sgd"])
+def test_no_rule_leaves_anything_but_its_state(optimizer):
+    method = Method(reversible=ReversibleConfig(), optimizer=optimizer)
+    assert simulate_step(config(hidden_size=64), 1, 32, method)["leaked_bytes"] == 0
+
+
 class LazyOptimizer(RealOptimizer):
     """Forgets one parameter."""
 
