@@ -6,6 +6,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 BASE := runs/smollm2-moe
+# Threads that wait sleep instead of spinning: beside anything else that runs, spinning made steps ten times slower.
+export OMP_WAIT_POLICY ?= PASSIVE
 RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 
 .PHONY: quickstart test lint install install-test clean
