@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 BASE := runs/smollm2-moe
-# Threads that wait sleep instead of spinning: beside anything else that runs, spinning made steps ten times slower.
+# Threads that wait sleep instead of spinning: beside anything else that runs, spinning makes steps many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 
