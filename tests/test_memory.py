@@ -130,16 +130,16 @@ def test_prediction_against_simulation(case):
     assert comparison.problem is None
 
 
-@pytest.mark.parametrize("batch, tokens", [(25, 128), (1, 3500)], ids=["batch", "length"])
+@pytest.mark.parametrize("batch, tokens", [(26, 128), (1, 3584)], ids=["batch", "length"])
 def test_every_phase_is_extended_rightly(batch, tokens):
-    """A batch or length that is extended to is as if measured, in the phases that are not the peak too: tiles of few
-    tokens, so that three of them are less than a chunk of the loss."""
+    """What is extended is as if measured, in the phases that are not the peak too. Tiles of few tokens, so that three
+    of them are less than a chunk of the loss."""
     config, method = load_config("olmoe-1b-7b", num_hidden_layers=4), reversible()
     extended, _ = Predictor("", config, method).phases(batch, tokens)
     measured = memory.measure(config, method, batch, tokens)
     assert {"embedding", "forward", "loss", "top", "optimizer"} < set(extended) <= set(measured)
     for phase, parts in extended.items():
-        assert sum(parts.values()) == pytest.approx(sum(measured[phase].values()), rel=0.002), phase
+        assert sum(parts.values()) == pytest.approx(sum(measured[phase].values()), rel=ACCEPTED_ERROR), phase
 
 
 def test_the_largest_batch_and_sequence_just_fit():
