@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ("README.md", "docs/experiments.md", "docs/memory.md")
+DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/experiments.md", "docs/memory.md")
 TERMS_OF = "qwen1.5-moe-a2.7b 16x2048 innovation m=2 adafactor stochastic"
 PARTS = (
     ("weights",),
@@ -103,7 +103,124 @@ def terms() -> str:
     return "\n".join([*lines, "| **peak** | " + " | ".join(peaks) + " |"])
 
 
+# --- results of run.py -----------------------------------------------------------------------------------------------
+
+NO_RESULTS = "*No results yet.*"
+SAME_FUNCTION = (
+    "hf_plain",
+    "hf_checkpointing",
+    "hf_checkpointing_n",
+    "hf_checkpointing_offload",
+    "hf_checkpointing_linear_ce",
+    "ours_none",
+    "ours_none_tiles",
+)
+"""Methods that compute one function with one optimizer: their losses agree up to rounding. The first that is there is
+what the others are compared with."""
+
+
+def runs(kind: str) -> dict[str, list[dict]]:
+    """Results of one kind by device and workload, in words; tiny ones are trials of the script."""
+    groups: dict[str, list[dict]] = {}
+    for file in sorted(RESULTS.glob(f"{kind}_*.json")):
+        result = json.loads(file.read_text())
+        if not result["settings"]["tiny"]:
+            workload = result["workload"]
+            where = f"{workload['name']} ({workload['dtype']}), {result['device']['name']}"
+            threads = f", {result['device']['num_threads']} threads" if workload["device"] == "cpu" else ""
+            groups.setdefault(where + threads, []).append(result)
+    return groups
+
+
+def seen(result: dict) -> str:
+    """What a reader should know of how a result came about."""
+    notes = [] if result["settings"]["in_backward"] else ["update after backward"]
+    if result["batches_out_of_memory"]:
+        notes.append(f"out of memory with {', '.join(map(str, result['batches_out_of_memory']))} sequences")
+    notes += ["uncommitted changes"] * bool(result["git"]["dirty"]) + ["untested"] * (result["tests"] is None)
+    return f" ({'; '.join(notes)})" if notes else ""
+
+
+def speed() -> str:
+    """One table for each device and workload, fastest first; what gave no number stands at the end with its reason."""
+    heads = ("method", "batch", "tokens/s", "step, ms (quartiles)", "model FLOP/s", "of matrix rate")
+    heads += ("operations / model's", "peak allocated, GiB", "reserved, GiB", "live tensors, GiB", "host, GiB")
+    tables = []
+    for where, results in runs("run").items():
+        lines = [f"**{where}**", "", f"| {' | '.join(heads)} |", "|---" + "|---:" * (len(heads) - 1) + "|"]
+        measured = [r for r in results if r["status"] == "ok"]
+        for r in sorted(measured, key=lambda r: -r["tokens_per_second"]):
+            time, model, hardware = r["step_time_ms"], r["model_flops_per_step"], r["hardware_flops_per_step"]
+            cells = [
+                r["descriptions"][0] + seen(r),
+                f"{r['workload']['batch']}×{r['workload']['tokens']}",
+                f"{r['tokens_per_second']:,.0f}",
+                f"{time['median']:,.0f} ({time['quartiles'][0]:,.0f}–{time['quartiles'][1]:,.0f})",
+                "–" if model is None else f"{r['model_flops_per_second'] / 1e12:,.2f} T",
+                "–" if model is None else f"{r['model_flops_share']:.1%}",
+                "–" if model is None or hardware is None else f"{hardware / model:.2f}",
+            ]
+            peaks = ("peak_allocated_bytes", "peak_reserved_bytes")
+            sizes = [*(r[name] for name in peaks), r["live"]["peak_bytes"], r["host_peak_bytes"]]
+            cells += ["–" if size is None else gib(size) for size in sizes]
+            lines.append(f"| {' | '.join(cells)} |")
+        for r in results:
+            if r["status"] != "ok":
+                reason = f"{r['status'].replace('_', ' ')}: {r['reason']}".replace("|", "\\|")
+                lines.append(
+                    f"| {r['descriptions'][0]}{seen(r)} | {r['workload']['batch']}×{r['workload']['tokens']} "
+                    f"| {reason} |" + " |" * (len(heads) - 3)
+                )
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables) or NO_RESULTS
+
+
+def losses() -> str:
+    """How far the losses of methods that compute the same function are apart, over the steps both have taken."""
+    lines = ["| workload | method | compared with | steps | largest difference of the loss, relative |"]
+    lines += ["|---|---|---|---:|---:|"]
+    for where, results in runs("run").items():
+        same = {}
+        for r in results:
+            if r["status"] == "ok" and r["method"] in SAME_FUNCTION and r["settings"]["in_backward"]:
+                workload = r["workload"]
+                key = (
+                    workload["batch"],
+                    json.dumps(workload["overrides"]),
+                    r["settings"]["rule"],
+                    r["settings"]["lr"],
+                )
+                same.setdefault(key, {})[r["method"]] = r
+        for (batch, *_), by_name in same.items():
+            first, *others = (by_name[name] for name in SAME_FUNCTION if name in by_name)
+            for r in others:
+                pairs = list(zip(first["losses"], r["losses"], strict=False))
+                worst = max(abs(a - b) / abs(a) for a, b in pairs)
+                cells = (f"{where}, batch {batch}", *(x["descriptions"][0] for x in (r, first)), str(len(pairs)))
+                lines.append(f"| {' | '.join(cells)} | {worst:.1e} |")
+    return "\n".join(lines) if len(lines) > 2 else NO_RESULTS
+
+
+def pairs() -> str:
+    """Two methods in turns: medians of the ratio of their times, with quartiles."""
+    heads = ("workload", "method", "against", "rounds", "step time", "quartiles", "CPU time", "operations")
+    lines = [f"| {' | '.join(heads)} |", "|---" * 3 + "|---:" * 5 + "|"]
+    for where, results in runs("pair").items():
+        for r in results:
+            cells = [where, *r["descriptions"]]
+            cells[-1] += seen(r)
+            if r["status"] != "ok":
+                lines.append(f"| {' | '.join(cells)} | | {r['status']}: {r['reason']} | | | |")
+                continue
+            low, high = r["ratio"]["quartiles"]
+            cells += [str(len(r["ratio"]["all"])), f"**{r['ratio']['median']:.3f}**", f"{low:.3f}–{high:.3f}"]
+            cells += [f"{r['cpu_ratio']['median']:.3f}", f"{r['flops_ratio']:.3f}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) if len(lines) > 2 else NO_RESULTS
+
+
 TABLES = {"memory": memory, "quality": quality, "planner": planner, "terms": terms}
+TABLES |= {"speed": speed, "losses": losses, "pairs": pairs}
 
 
 def main() -> int:

@@ -1,0 +1,363 @@
+"""Every way of training a step that is measured, behind one interface: `start(...)` gives a model and `step(batch)`.
+
+What is the same for all: the weights (a parameter's values depend on its name and the seed alone), the batches, and,
+wherever a method has no optimizer of its own, the optimizer: `OptimizerInBackward`, adafactor, stepping in backward.
+transformers' own methods compute full logits, as they do by default; `hf_checkpointing_linear_ce` is the strongest
+rival we can build from parts anybody can take, ours included. PEFT, LOMO and GaLore get activation checkpointing and
+linear cross-entropy, so that what is compared is the method and not the logits.
+
+Adding a method is adding a row to `METHODS`: how the plain model is changed, and what a step is.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from revffn import ReversibleConfig, convert
+from revffn.losses import use_linear_cross_entropy
+from revffn.optim import OptimizerInBackward, parameter_groups
+from revffn.simulation import Method
+
+Batch = dict[str, Tensor]
+EVERY_N = 2
+"""`hf_checkpointing_n` recomputes every so many-th layer and stores the activations of the others."""
+
+
+class NotAvailable(Exception):
+    """This method cannot run here; the text says why and what would change that."""
+
+
+@dataclass(kw_only=True, frozen=True)
+class OptimizerSettings:
+    """Of `OptimizerInBackward`. LOMO and GaLore bring rules of their own and read only `lr`."""
+
+    rule: Literal["adafactor", "adamw", "adamw8bit", "sgd"] = "adafactor"
+    lr: float = 1e-5
+    rounding: Literal["stochastic", "nearest", "master"] = "stochastic"
+    in_backward: bool = True
+    """False keeps all gradients until backward has ended, as `Trainer` does."""
+    seed: int = 0
+
+
+@dataclass(kw_only=True)
+class Training:
+    """A model that is being trained."""
+
+    model: nn.Module
+    step: Callable[[Batch], Tensor]
+    """Forward, loss, backward, update; returns the loss as a tensor, so that nothing waits for the device."""
+    state_tensors: Callable[[], Iterator[Tensor]]
+    """Of the optimizer."""
+    optimizer: str
+    """What makes the updates, in words."""
+    stop: Callable[[], None] = lambda: None
+    """Let go of the parameters and forget the optimizer's state."""
+    method: Method | None = None
+    """The same step as `simulation.run_step` knows it, which then tells its bytes apart; None for peers."""
+
+
+Change = Callable[[PreTrainedModel, int | None], nn.Module]
+Start = Callable[[nn.Module, OptimizerSettings], Training]
+
+
+def package(name: str, attribute: str | None = None) -> ModuleType | Any:
+    """An optional package, or something in it.
+
+    Raises:
+        NotAvailable: It cannot be imported.
+    """
+    pip = {"lomo_optim": "lomo-optim", "galore_torch": "galore-torch"}.get(name, name)
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        raise NotAvailable(f"needs {pip}, which cannot be imported ({error}); pip install {pip}") from error
+    return getattr(module, attribute) if attribute else module
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def fill(model: nn.Module, seed: int) -> None:
+    """Random weights that depend on a parameter's name, the seed and the device only, never on the method."""
+    std = model.config.get_text_config().initializer_range
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            generator = torch.Generator(parameter.device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+            parameter.normal_(0.0, std, generator=generator)
+        else:
+            parameter.fill_(1.0 if "norm" in name else 0.0)
+
+
+def plain_model(
+    hf_config: PreTrainedConfig, device: str | torch.device, dtype: torch.dtype, seed: int | None = 0
+) -> PreTrainedModel:
+    """The transformers model, made on its device; with `seed=None` (fake tensors) its weights are left as they are."""
+    hf_config = copy.deepcopy(hf_config)
+    hf_config.use_cache = False
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
+    if seed is not None:
+        fill(model, seed)
+    return model.train()
+
+
+def unchanged(model: PreTrainedModel, tile_tokens: int | None) -> PreTrainedModel:
+    return model
+
+
+def checkpointing(
+    model: PreTrainedModel, tile_tokens: int | None, every: int = 1, offload: bool = False, linear_ce: bool = False
+) -> PreTrainedModel:
+    """transformers' activation checkpointing, of every `every`-th layer, with its inputs on the host if asked."""
+    # The name changed between transformers 5.17 and 5.23; the old one goes with version 6.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    for index, layer in enumerate(model.model.layers):
+        # What `every_n_layers` and `offload` do, which versions before 5.23 do not have.
+        layer.gradient_checkpointing = index % every == 0
+        if offload:
+            layer._gradient_checkpointing_func = on_the_host(layer._gradient_checkpointing_func)
+    return use_linear_cross_entropy(model) if linear_ce else model
+
+
+def on_the_host(checkpoint: Callable) -> Callable:
+    """What a checkpoint saves lies in (pinned) host memory until it is recomputed."""
+
+    def checkpoint_on_the_host(function: Callable, *args: Any, **kwargs: Any) -> Any:
+        with torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()):
+            return checkpoint(function, *args, **kwargs)
+
+    return checkpoint_on_the_host
+
+
+def reversible(model: PreTrainedModel, tile_tokens: int | None, tiles: bool = False, **settings: Any) -> nn.Module:
+    config = ReversibleConfig(tile_tokens=tile_tokens if tiles else None, **settings)
+    return use_linear_cross_entropy(convert(model, config))
+
+
+def peft(model: PreTrainedModel, tile_tokens: int | None, config_class: str, **settings: Any) -> nn.Module:
+    """PEFT on the linear maps; the fused 3-D experts are none and stay frozen, as by PEFT's default."""
+    config = package("peft", config_class)(task_type="CAUSAL_LM", **settings)
+    model = checkpointing(model, tile_tokens, linear_ce=True)
+    model.enable_input_require_grads()  # or checkpoints of frozen layers would have no gradient to pass
+    # PEFT makes its matrices in float32 by default; bf16 is what the other methods train in.
+    return package("peft").get_peft_model(model, config, autocast_adapter_dtype=False).train()
+
+
+# --- steps -----------------------------------------------------------------------------------------------------------
+
+
+def own_optimizer(
+    model: nn.Module, settings: OptimizerSettings, of_simulation: dict[str, Any] | None = None
+) -> Training:
+    """`loss.backward()` with `OptimizerInBackward`."""
+    optimizer = OptimizerInBackward(
+        parameter_groups(model, 0.0),
+        rule=settings.rule,
+        lr=settings.lr,
+        rounding=settings.rounding,
+        in_backward=settings.in_backward,
+        seed=settings.seed,
+    )
+
+    def step(batch: Batch) -> Tensor:
+        loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    def state_tensors() -> Iterator[Tensor]:
+        for state in optimizer.state.values():
+            yield from (value for value in state.values() if isinstance(value, Tensor))
+
+    def stop() -> None:
+        optimizer.detach()
+        optimizer.state.clear()
+
+    method = None
+    if of_simulation is not None:
+        rules = dict(optimizer=settings.rule, rounding=settings.rounding, optimizer_in_backward=settings.in_backward)
+        reversible_config = getattr(model, "reversible_config", None)
+        method = Method(**rules, **of_simulation, reversible=reversible_config, dtype=model.dtype)
+    where = "in" if settings.in_backward else "after"
+    words = f"{settings.rule}, {settings.rounding} rounding, {where} backward"
+    return Training(model=model, step=step, state_tensors=state_tensors, optimizer=words, stop=stop, method=method)
+
+
+def lomo(model: nn.Module, settings: OptimizerSettings) -> Training:
+    """LOMO as its authors' trainer runs it with clipping: a backward for the norm, then a forward and backward that
+    updates."""
+    optimizer = package("lomo_optim", "Lomo")(model, lr=settings.lr, clip_grad_norm=1.0)
+
+    def step(batch: Batch) -> Tensor:
+        loss = model(**batch, use_cache=False).loss
+        optimizer.grad_norm(loss)
+        loss = model(**batch, use_cache=False).loss
+        optimizer.fused_backward(loss, settings.lr)
+        return loss.detach()
+
+    return Training(
+        model=model, step=step, state_tensors=lambda: iter(()), optimizer="lomo (sgd in backward, clipped at norm 1)"
+    )
+
+
+def galore(model: nn.Module, settings: OptimizerSettings, experts: bool) -> Training:
+    """GaLore with one optimizer per parameter in backward, its rank and scale as in the paper.
+
+    Args:
+        experts: Project the fused experts too; False projects linear maps only, as transformers' `galore_adamw` does,
+            and gives the experts plain AdamW.
+    """
+    make = package("galore_torch", "GaLoreAdamW")
+    hidden_size = model.config.get_text_config().hidden_size
+    low_rank = {"rank": hidden_size // 4, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
+    linear = {id(m.weight) for n, m in model.named_modules() if isinstance(m, nn.Linear) and "lm_head" not in n}
+    optimizers: dict[Tensor, Any] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            projected = id(parameter) in linear or (experts and parameter.dim() == 3)
+            group = {"params": [parameter], **(low_rank if projected else {})}
+            optimizers[parameter] = make([group], lr=settings.lr, no_deprecation_warning=True)
+
+    def update(parameter: Tensor) -> None:
+        optimizers[parameter].step()
+        optimizers[parameter].zero_grad()
+
+    for parameter in optimizers:
+        parameter.register_post_accumulate_grad_hook(update)
+
+    def step(batch: Batch) -> Tensor:
+        loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        return loss.detach()
+
+    def state_tensors() -> Iterator[Tensor]:
+        for optimizer in optimizers.values():
+            for state in optimizer.state.values():
+                matrix = getattr(state.get("projector"), "ortho_matrix", None)
+                yield from (x for x in (*state.values(), matrix) if isinstance(x, Tensor))
+
+    return Training(model=model, step=step, state_tensors=state_tensors, optimizer="galore_adamw, in backward")
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True, frozen=True)
+class BenchmarkMethod:
+    """A row of `METHODS`."""
+
+    description: str
+    change: Change = unchanged
+    """(plain model, tile_tokens) -> the model that trains."""
+    start: Start = own_optimizer
+    trains_everything: bool = True
+    """False: most weights are frozen, and a step is less work than the model's."""
+    layer_period: int = 1
+    """Layers repeat with this period."""
+    tiles: bool = False
+    """The walk is cut into tiles."""
+
+
+def _transformers(description: str, name: str = "checkpointing", period: int = 1, **settings: Any) -> BenchmarkMethod:
+    simulated = {"name": name, "linear_cross_entropy": settings.get("linear_ce", False)}
+    return BenchmarkMethod(
+        description=f"transformers{description}",
+        change=partial(checkpointing, **settings) if name == "checkpointing" else unchanged,
+        start=partial(own_optimizer, of_simulation=simulated),
+        layer_period=period,
+    )
+
+
+def _ours(words: str, **settings: Any) -> dict[str, BenchmarkMethod]:
+    name = "_".join([settings["coupling"], *([settings["query_stream"]] if "query_stream" in settings else [])])
+    start = partial(own_optimizer, of_simulation={"name": "reversible"})
+    return {
+        f"ours_{name}{'_tiles' if tiles else ''}": BenchmarkMethod(
+            description=f"ours, {words}{', in tiles' if tiles else ''}",
+            change=partial(reversible, tiles=tiles, **settings),
+            start=start,
+            tiles=tiles,
+        )
+        for tiles in (False, True)
+    }
+
+
+def _peft(description: str, config_class: str, **settings: Any) -> BenchmarkMethod:
+    return BenchmarkMethod(
+        description=description,
+        change=partial(peft, config_class=config_class, **settings),
+        trains_everything=False,
+    )
+
+
+LORA = dict(r=16, lora_alpha=32, target_modules="all-linear")
+IA3 = dict(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])
+strongest = partial(checkpointing, linear_ce=True)
+
+METHODS: dict[str, BenchmarkMethod] = {
+    "hf_plain": _transformers("", name="plain"),
+    "hf_checkpointing": _transformers(" + activation checkpointing"),
+    "hf_checkpointing_n": _transformers(
+        f" + activation checkpointing of every {EVERY_N}nd layer", every=EVERY_N, period=EVERY_N
+    ),
+    "hf_checkpointing_offload": _transformers(" + activation checkpointing, checkpoints on the host", offload=True),
+    "hf_checkpointing_linear_ce": _transformers(" + activation checkpointing + linear cross-entropy", linear_ce=True),
+    "lora": _peft("LoRA, rank 16 on all linear maps", "LoraConfig", **LORA),
+    "dora": _peft("DoRA, rank 16 on all linear maps", "LoraConfig", use_dora=True, **LORA),
+    "ia3": _peft("IA3", "IA3Config", **IA3),
+    "lomo": BenchmarkMethod(description="LOMO + checkpointing + linear cross-entropy", change=strongest, start=lomo),
+    "galore": BenchmarkMethod(
+        description="GaLore + checkpointing + linear cross-entropy, experts projected",
+        change=strongest,
+        start=partial(galore, experts=True),
+    ),
+    "galore_linear": BenchmarkMethod(
+        description="GaLore + checkpointing + linear cross-entropy, experts with plain AdamW",
+        change=strongest,
+        start=partial(galore, experts=False),
+    ),
+    **_ours("innovation, m = 2", coupling="innovation"),
+    **_ours("cross_branch, queries from the right", coupling="cross_branch", query_stream="right"),
+    **_ours("cross_branch, queries from the left", coupling="cross_branch", query_stream="left"),
+    **_ours("layer inputs stored", coupling="none"),
+}
+
+
+def start(
+    name: str,
+    hf_config: PreTrainedConfig,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    settings: OptimizerSettings | None = None,
+    tile_tokens: int | None = 2048,
+    seed: int | None = 0,
+) -> Training:
+    """Make the model of a method and what trains it.
+
+    Args:
+        name: Of `METHODS`.
+        hf_config: The model's; it is not changed.
+        device, dtype: Where and in what weights are made.
+        settings: Of the optimizer.
+        tile_tokens: For the methods that walk in tiles.
+        seed: Of the weights; None leaves them to transformers (fake tensors).
+
+    Raises:
+        NotAvailable: The method needs a package that is not there.
+    """
+    row = METHODS[name]
+    model = row.change(plain_model(hf_config, device, dtype, seed), tile_tokens)
+    return row.start(model, settings or OptimizerSettings())

@@ -1,0 +1,379 @@
+"""The benchmark harness: every method runs or says why not, counts are right, what must not be recorded is refused.
+
+Run: pytest tests/test_benchmarks.py; the dry run of the whole GPU list (some minutes) with -m slow.
+"""
+
+import importlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from revffn import reversible_report
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))  # scripts that import each other
+methods, report, run, workloads = map(importlib.import_module, ("methods", "report", "run", "workloads"))
+
+SUITE = BENCHMARKS / "gpu_suite.sh"
+TINY = workloads.WORKLOADS["qwen1.5_16x2048"].tiny()
+SETTINGS = methods.OptimizerSettings()
+CLEAN = {"git": {"commit": "abc", "dirty": False, "changed": []}, "versions": {}}
+
+
+def started(name: str, workload=TINY, **settings):
+    try:
+        return methods.start(
+            name,
+            workload.hf_config(),
+            "cpu",
+            workload.dtype,
+            methods.OptimizerSettings(**settings),
+            workload.tile_tokens,
+        )
+    except methods.NotAvailable as reason:
+        pytest.skip(f"{name} {reason}")
+
+
+def losses_of(training, number: int = 2) -> list[float]:
+    torch.manual_seed(0)
+    return [float(training.step(batch)) for batch in TINY.batches(number)]
+
+
+# --- methods ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_every_method_trains(name):
+    """Two steps move every trainable parameter, no gradient is left, and shared parameters start with equal values."""
+    training = started(name, lr=1e-2)
+    plain = dict(methods.plain_model(TINY.hf_config(), "cpu", TINY.dtype).named_parameters())
+    before = {n: p.detach().clone() for n, p in training.model.named_parameters()}
+    if methods.METHODS[name].trains_everything:
+        assert plain.keys() <= before.keys()
+        assert all(torch.equal(before[n], p) for n, p in plain.items())
+    if name == "galore":
+        with pytest.raises(RuntimeError, match="size mismatch"):  # galore-torch 1.0 projects matrices only
+            losses_of(training)
+        return
+    assert all(0 < loss < 10 for loss in losses_of(training))
+    trained = [(n, p) for n, p in training.model.named_parameters() if p.requires_grad]
+    # Norms of attention that is nearly uniform, and DoRA's single magnitude of a gate, have hardly a gradient.
+    stuck = [n for n, p in trained if torch.equal(p, before[n]) and p.dim() > 1 and p.numel() > 1]
+    assert trained and not stuck
+    assert all(p.grad is None for _, p in trained)
+    frozen = [n for n, p in training.model.named_parameters() if not p.requires_grad]
+    assert all(torch.equal(before[n], p) for n, p in training.model.named_parameters() if n in frozen)
+
+
+@pytest.mark.parametrize("name", [n for n in report.SAME_FUNCTION if n != "hf_plain"])
+def test_losses_of_one_function_agree(name):
+    torch.testing.assert_close(losses_of(started(name), 3), losses_of(started("hf_plain"), 3), rtol=1e-5, atol=0)
+
+
+def test_losses_of_another_function_do_not():
+    """The comparison above can fail: the innovation coupling perturbs the function by a share of a quarter."""
+    assert abs(losses_of(started("ours_innovation"))[0] / losses_of(started("hf_plain"))[0] - 1) > 1e-5
+
+
+def test_checkpointing_of_every_second_layer_and_on_the_host(monkeypatch):
+    layers = started("hf_checkpointing_n").model.model.layers
+    assert [layer.gradient_checkpointing for layer in layers] == [True, False] * (len(layers) // 2)
+    training, seen, on_cpu = started("hf_checkpointing_offload"), [], torch.autograd.graph.save_on_cpu
+    monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", lambda **kwargs: seen.append(1) or on_cpu(**kwargs))
+    losses_of(training, 1)
+    assert len(seen) == len(layers)
+
+
+def test_a_missing_package_is_a_reason(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    result = run.outcome(run.measure, "lora", TINY, SETTINGS, 1, 1)
+    assert result["status"] == "skipped" and "pip install peft" in result["reason"]
+
+
+# --- operations ------------------------------------------------------------------------------------------------------
+
+
+def test_operations_of_the_plain_model():
+    """Against the count by hand: forward, and twice that in backward but for the first gradient and attention."""
+    config = TINY.hf_config()
+    tokens, D, L = TINY.batch * TINY.tokens, config.hidden_size, config.num_hidden_layers
+    attention = 4 * D * D
+    experts = config.num_experts_per_tok * 3 * D * config.moe_intermediate_size
+    shared = 3 * D * config.shared_expert_intermediate_size + D
+    per_token = L * (attention + experts + shared + config.num_experts * D) + D * config.vocab_size
+    # Two products of T x T x D a sequence in forward and, recomputing the scores, five in backward.
+    scores = L * TINY.batch * 7 * TINY.tokens**2 * D
+    assert run.step_flops("hf_plain", TINY, SETTINGS) == 2 * (3 * tokens * per_token + scores)
+
+
+def test_operations_are_linear_in_depth_and_tiles(monkeypatch):
+    name, depth = "ours_innovation_tiles", 5
+    workload = replace(TINY, overrides={**TINY.overrides, "num_hidden_layers": depth})
+    direct, count, calls = run.count_step_flops(name, workload, SETTINGS, depth), run.count_step_flops, []
+    monkeypatch.setattr(run, "count_step_flops", lambda *args: calls.append(args[1:]) or count(*args))
+    assert run.step_flops(name, workload, SETTINGS) == direct
+    assert [(w.batch, layers) for w, _, layers in calls] == [(1, 3), (1, 4)]
+
+
+def test_which_depths_are_counted(monkeypatch):
+    """Few layers of the same remainder by the period of the layers, and the whole model where it has no more."""
+    calls = []
+    monkeypatch.setattr(run, "count_step_flops", lambda name, w, s, layers: calls.append(layers) or 7 + 5 * layers)
+    for depth, name, counted in ((24, "hf_checkpointing_n", [4, 6]), (7, "hf_checkpointing_n", [3, 5]),
+                                 (24, "hf_plain", [3, 4]), (4, "hf_plain", [4])):  # fmt: skip
+        calls.clear()
+        workload = replace(TINY, overrides={**TINY.overrides, "num_hidden_layers": depth})
+        assert run.step_flops(name, workload, SETTINGS) == 7 + 5 * depth
+        assert calls == counted
+
+
+# --- one result ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_counting(monkeypatch):
+    """Operations are not what is looked at, and counting them takes seconds."""
+    monkeypatch.setattr(run, "step_flops", lambda *_: 10**6)
+
+
+@pytest.fixture
+def recordable(monkeypatch):
+    """A clean tree and green tests."""
+    monkeypatch.setattr(run, "provenance", lambda: CLEAN)
+    monkeypatch.setattr(run, "green_tests", lambda: {"commit": "abc"})
+    monkeypatch.setattr(run.signal, "signal", lambda *_: None)
+
+
+def refused(capsys, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        run.main(list(arguments))
+    assert stop.value.code == 2
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1
+    return text
+
+
+def test_a_result(recordable, tmp_path, capsys):
+    arguments = "--workload qwen1.5_16x2048 --method ours_innovation_tiles --tiny --steps 3"
+    assert run.main([*arguments.split(), "--out", str(tmp_path)]) == 0
+    (file,) = tmp_path.iterdir()
+    assert file.name == "run_cpu_qwen1.5_16x2048_ours_innovation_tiles.json"
+    result = json.loads(file.read_text())
+    time = result["step_time_ms"]
+    assert len(time["all"]) == 3 and len(result["losses"]) == 4
+    assert min(time["all"]) <= time["quartiles"][0] <= time["median"] <= time["quartiles"][1] <= max(time["all"])
+    assert result["tokens_per_second"] * time["median"] / 1000 == pytest.approx(TINY.batch * TINY.tokens)
+    assert result["git"] == CLEAN["git"] and result["tests"] == {"commit": "abc"}
+    assert result["versions"]["torch"] == torch.__version__ and result["device"]["num_threads"] == 1
+    assert sum(result["live"]["parts"].values()) == result["live"]["peak_bytes"] > 0
+    assert result["live"]["leaked_bytes"] == 0
+    weights = 4 * result["num_parameters"]
+    assert weights <= result["live"]["parts"]["weights"] < 1.01 * weights
+    assert 1 < result["hardware_flops_per_step"] / result["model_flops_per_step"] < 2
+    assert result["model_flops_share"] == pytest.approx(
+        result["model_flops_per_step"] / (time["median"] / 1000) / result["matrix_flops_per_second"]
+    )
+    assert result["reversible"]["verified_states"] > 0 == result["reversible"]["mismatched_states_total"]
+    assert "tokens/s" in capsys.readouterr().out
+
+
+def test_live_tensors_of_a_peer():
+    """Without `run_step`: at least weights and optimizer state, at most those and a model's worth more."""
+    result = run.live_bytes(training := started("lomo"), TINY)
+    weights = sum(p.nbytes for p in training.model.parameters())
+    assert weights < result["peak_bytes"] < 3 * weights and result["parts"] is None
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ("--method hf_plane --workload cpu_float32", ("'hf_plane'", "hf_plain")),
+        ("--pair hf_plain mine --workload cpu_float32", ("'mine'", "ours_innovation")),
+        ("--method hf_plain --workload cpu_float23", ("'cpu_float23'", "cpu_float32")),
+        ("--workload cpu_float32", ("None", "--method")),
+    ],
+)
+def test_unknown_names_are_refused(arguments, words, capsys):
+    text = refused(capsys, *arguments.split())
+    assert all(word in text for word in words)
+
+
+def test_a_gpu_workload_without_a_gpu_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "--tiny" in refused(capsys, "--method", "hf_plain", "--workload", "olmoe_16x2048")
+
+
+@pytest.mark.parametrize("commit", [None, "abc"])
+def test_nothing_is_recorded_from_a_dirty_tree(recordable, no_counting, capsys, monkeypatch, tmp_path, commit):
+    dirty = {"commit": commit, "dirty": commit and True, "changed": ["revffn/optim.py"] if commit else []}
+    monkeypatch.setattr(run, "provenance", lambda: {"git": dirty})
+    call = ["--method", "hf_plain", "--workload", "cpu_float32", "--tiny", "--out", str(tmp_path)]
+    assert "--allow-dirty" in refused(capsys, *call)
+    assert run.main([*call, "--allow-dirty"]) == 0
+    assert json.loads(next(tmp_path.iterdir()).read_text())["git"] == dirty
+
+
+def test_nothing_is_recorded_without_green_tests(recordable, no_counting, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "green_tests", lambda: None)
+    call = ["--method", "hf_plain", "--workload", "cpu_float32", "--tiny", "--out", str(tmp_path)]
+    assert "--tests" in refused(capsys, *call)
+    assert run.main([*call, "--allow-untested"]) == 0
+    assert json.loads(next(tmp_path.iterdir()).read_text())["tests"] is None
+
+
+@pytest.mark.parametrize("green", [True, False])
+def test_the_stamp_of_the_tests(monkeypatch, tmp_path, green):
+    """Green tests leave a stamp, red ones remove the old one, and other code has none."""
+    (tmp_path / "test_it.py").write_text(f"def test_it():\n    assert {green}\n")
+    monkeypatch.setattr(run, "TESTS", (str(tmp_path / "test_it.py"),))
+    monkeypatch.setattr(run, "STAMP", tmp_path / "stamp.json")
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    run.STAMP.write_text("{}")
+    assert (run.run_tests() == 0) is green
+    assert run.STAMP.exists() is green and (run.green_tests() is not None) is green
+    (tmp_path / "revffn").mkdir()
+    (tmp_path / "revffn" / "changed.py").write_text("")
+    assert run.green_tests() is None
+
+
+def test_out_of_memory_is_a_result_and_fit_halves_the_batch(recordable, monkeypatch, tmp_path):
+    def too_large(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 55 GiB.\nMore words.")
+
+    monkeypatch.setattr(run, "measure", too_large)
+    call = "--method hf_plain --workload cpu_float32 --tiny".split()
+    assert run.main([*call, "--out", str(tmp_path)]) == run.FAILED
+    result = json.loads(next(tmp_path.iterdir()).read_text())
+    assert result["status"] == "out_of_memory" and result["reason"].endswith("55 GiB.")
+
+    class Replaced(Exception):
+        pass
+
+    def execv(_, command):
+        raise Replaced(command[2:])
+
+    monkeypatch.setattr(run.os, "execv", execv)
+    with pytest.raises(Replaced) as again:
+        run.main([*call, "--fit", "--batch", "8", "--tried", "16"])
+    arguments = run.parser().parse_args(again.value.args[0])
+    assert (arguments.batch, arguments.tried, arguments.method, arguments.fit) == (4, [16, 8], "hf_plain", True)
+
+
+def test_a_pair_is_taken_in_turns(recordable, monkeypatch, tmp_path, capsys):
+    order = []
+    start = run.start
+
+    def followed(name, *args, **kwargs):
+        training = start(name, *args, **kwargs)
+        if kwargs.get("seed", 0) is not None:
+            step = training.step
+            training.step = lambda batch: order.append(name) or step(batch)
+        return training
+
+    monkeypatch.setattr(run, "start", followed)
+    call = "--pair ours_none hf_checkpointing --workload cpu_float32 --tiny --steps 3 --out"
+    assert run.main([*call.split(), str(tmp_path)]) == 0
+    a, b = "ours_none", "hf_checkpointing"
+    assert order == [a, b, a, b, b, a, a, b]  # a warm-up step each, then rounds
+    result = json.loads(next(tmp_path.iterdir()).read_text())
+    times = [x["all"] for x in result["step_time_ms"]]
+    assert result["ratio"]["all"] == [x / y for x, y in zip(*times, strict=True)]
+    assert result["flops_ratio"] == 1.0
+
+
+# --- the list and the tables -----------------------------------------------------------------------------------------
+
+
+def suite(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["bash", SUITE, *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHON": sys.executable, **environment},
+    )
+
+
+def test_the_list_covers_all_methods_and_gpu_workloads():
+    lines = suite("--list").stdout.splitlines()
+    parsed = [run.parser().parse_args(shlex.split(line)) for line in lines]
+    assert {args.method for args in parsed} | {"ours_none", "ours_innovation"} == set(methods.METHODS)
+    on_gpu = {name for name, workload in workloads.WORKLOADS.items() if workload.device == "cuda"}
+    assert {args.workload for args in parsed} == on_gpu
+    assert len(set(lines)) == len(lines)
+    assert len(suite("--list", ONLY="olmoe").stdout.splitlines()) == sum("olmoe" in line for line in lines) > 0
+
+
+def test_the_suite_refuses_what_it_does_not_know():
+    assert suite("--dry").returncode == suite("--list", ONLY="nothing").returncode == 2
+
+
+@pytest.mark.slow
+def test_dry_run_of_the_suite():
+    done = suite("--dry-run")
+    number = len(suite("--list").stdout.splitlines())
+    assert f"{number} of {number} runs left a result" in done.stdout, done.stdout + done.stderr
+
+
+def test_tables_of_results(recordable, no_counting, monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    assert report.speed() == report.losses() == report.pairs() == report.NO_RESULTS
+    for name in ("hf_plain", "ours_none"):
+        assert run.main(f"--method {name} --workload cpu_float32 --tiny --out {tmp_path}".split()) == 0
+    assert run.main(f"--pair hf_plain ours_none --workload cpu_float32 --tiny --out {tmp_path}".split()) == 0
+    assert report.speed() == report.NO_RESULTS  # tiny runs are no results
+    for file in tmp_path.iterdir():
+        result = json.loads(file.read_text())
+        result["settings"]["tiny"] = False
+        if result.get("method") == "ours_none":
+            result["losses"][1] *= 1.01
+            result["git"]["dirty"] = True
+        file.write_text(json.dumps(result))
+    result["git"]["dirty"] = False
+    failed = {**result, "kind": "run", "status": "failed", "reason": "it | crashed", "descriptions": ["a peer"]}
+    (tmp_path / "run_cpu_peer.json").write_text(json.dumps({**failed, "method": "galore"}))
+    table = report.speed()
+    assert "| a peer | 2×16 | failed: it \\| crashed |" in table and "uncommitted changes" in table
+    rows = [line for line in table.splitlines() if line.startswith("| ")]
+    columns = {line.replace("\\|", "").count("|") for line in rows}
+    assert len(rows) == 4 and len(columns) == 1
+    assert report.losses().splitlines()[-1].endswith("| 3 | 1.0e-02 |")
+    assert "| 2 | **" in report.pairs()
+
+
+# --- on the device ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["ours_innovation_tiles", "ours_cross_branch_right_tiles"])
+def test_a_walk_in_bf16_with_grouped_mm_rebuilds_every_state(name):
+    """At the true width: a state that is off by one bit raises."""
+    workload = workloads.WORKLOADS["qwen1.5_4x512"]
+    hf_config = replace(workload, overrides={"num_hidden_layers": 6}).hf_config()
+    training = methods.start(name, hf_config, "cuda", torch.bfloat16, SETTINGS, tile_tokens=1024)
+    assert training.model.config._experts_implementation == "grouped_mm"
+    for batch in workload.batches(3):
+        training.step(batch)
+        found = reversible_report(training.model)
+        assert found["verified_states"] >= 2 * 5 and found["mismatched_states_total"] == 0
+    assert found["walks"] == 3
+
+
+@pytest.mark.gpu
+def test_losses_of_one_function_agree_in_bf16():
+    """The first loss has the same weights; rounding of logits and sums is all that differs."""
+    workload = workloads.WORKLOADS["qwen1.5_4x512"]
+    hf_config = replace(workload, overrides={"num_hidden_layers": 4}).hf_config()
+    batch = workload.batches(1)[0]
+    first, second = (
+        float(methods.start(name, hf_config, "cuda", torch.bfloat16, SETTINGS).step(batch))
+        for name in ("hf_checkpointing", "ours_none_tiles")
+    )
+    assert first == pytest.approx(second, rel=2e-3)
