@@ -59,6 +59,8 @@ class Training:
     """Forward, loss, backward, update; returns the loss as a tensor, so that nothing waits for the device."""
     state_tensors: Callable[[], Iterator[Tensor]]
     """Of the optimizer."""
+    set_lr: Callable[[float], None]
+    """The learning rate of the steps to come."""
     optimizer: str
     """What makes the updates, in words."""
     stop: Callable[[], None] = lambda: None
@@ -182,6 +184,10 @@ def own_optimizer(
         for state in optimizer.state.values():
             yield from (value for value in state.values() if isinstance(value, Tensor))
 
+    def set_lr(lr: float) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
     def stop() -> None:
         optimizer.detach()
         optimizer.state.clear()
@@ -193,23 +199,40 @@ def own_optimizer(
         method = Method(**rules, **of_simulation, reversible=reversible_config, dtype=model.dtype)
     where = "in" if settings.in_backward else "after"
     words = f"{settings.rule}, {settings.rounding} rounding, {where} backward"
-    return Training(model=model, step=step, state_tensors=state_tensors, optimizer=words, stop=stop, method=method)
+    return Training(
+        model=model,
+        step=step,
+        state_tensors=state_tensors,
+        set_lr=set_lr,
+        optimizer=words,
+        stop=stop,
+        method=method,
+    )
 
 
 def lomo(model: nn.Module, settings: OptimizerSettings) -> Training:
     """LOMO as its authors' trainer runs it with clipping: a backward for the norm, then a forward and backward that
     updates."""
     optimizer = package("lomo_optim", "Lomo")(model, lr=settings.lr, clip_grad_norm=1.0)
+    rate = settings.lr
 
     def step(batch: Batch) -> Tensor:
         loss = model(**batch, use_cache=False).loss
         optimizer.grad_norm(loss)
         loss = model(**batch, use_cache=False).loss
-        optimizer.fused_backward(loss, settings.lr)
+        optimizer.fused_backward(loss, rate)
         return loss.detach()
 
+    def set_lr(lr: float) -> None:
+        nonlocal rate
+        rate = lr
+
     return Training(
-        model=model, step=step, state_tensors=lambda: iter(()), optimizer="lomo (sgd in backward, clipped at norm 1)"
+        model=model,
+        step=step,
+        state_tensors=lambda: iter(()),
+        set_lr=set_lr,
+        optimizer="lomo (sgd in backward, clipped at norm 1)",
     )
 
 
@@ -249,7 +272,18 @@ def galore(model: nn.Module, settings: OptimizerSettings, experts: bool) -> Trai
                 matrix = getattr(state.get("projector"), "ortho_matrix", None)
                 yield from (x for x in (*state.values(), matrix) if isinstance(x, Tensor))
 
-    return Training(model=model, step=step, state_tensors=state_tensors, optimizer="galore_adamw, in backward")
+    def set_lr(lr: float) -> None:
+        for optimizer in optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+    return Training(
+        model=model,
+        step=step,
+        state_tensors=state_tensors,
+        set_lr=set_lr,
+        optimizer="galore_adamw, in backward",
+    )
 
 
 # --- the table -------------------------------------------------------------------------------------------------------

@@ -1,200 +1,467 @@
-"""Held-out loss by step, one method after the other, on equal tokens: same model, data order and learning rate.
+"""Held-out quality of ways to fine-tune: one method on one workload with one seed -> one JSON.
 
-    python benchmarks/quality.py --model runs/smollm2-moe --output benchmarks/results/quality_smollm2-moe_dolly.json
+    python benchmarks/quality.py --model runs/smollm2-moe --workload dolly --methods sft innovation --seeds 0 1 2
+    python benchmarks/quality.py --model runs/smollm2-moe --workload dolly --methods sft lora --sweep
+    python benchmarks/quality.py --list
 
-Every method fine-tunes all parameters but the routers on dolly-15k, with AdamW in float32 unless its name says
-otherwise. cross_branch trains its projection adapters alone for the first half of the steps, as the paper does. Two
-held-out losses in nats per response token are taken: `exported` (eval mode: the original architecture; for
-cross_branch its own function) and `trained` (the coupled function that was trained). The file is written after each
-method; methods that are in it already are not run again, so an interrupted run goes on where it stopped.
+Equal for every method: the model, the tokens and their order, the number of steps, the schedule (warm-up over a tenth
+of the steps, then linear decay to zero), clipping at norm 1 and, where a method has no rule of its own, AdamW in
+float32 without weight decay. The learning rate is the one with the lowest held-out loss in the method's own sweep
+(`--sweep`); a method with `rate_of` takes another's, untuned. All parameters but the routers are trained, or what the
+method trains instead.
+
+Measured on examples nobody trains on, in nats per response token: `exported`, the function a user gets (for
+innovation the original architecture; for cross_branch its own), and `trained`, the coupled function that was trained.
+`accuracy` is the share of response tokens that are the most likely one. `drift` is taken on text of another kind (Tiny
+Shakespeare): its loss, and the divergence KL(base || tuned) per token. `kept_bytes` is what the decoder layers keep
+from forward for backward, for one batch of the run.
+
+A file that is there already is not made again, so an interrupted run goes on where it stopped, and several processes
+may share the work.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
+import os
 import platform
-import subprocess
-import time
-from dataclasses import dataclass
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import methods as benchmark_methods
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from simulate import git_state
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import revffn
 from revffn.architectures import router_parameters
-from revffn.data import batches, load_conversations, tokenize_all
-from revffn.evaluation import coupled, heldout_loss
+from revffn.data import IGNORED, batches, load_conversations, tokenize_all
+from revffn.evaluation import coupled, mode, step_bytes
 from revffn.optim import OptimizerInBackward, parameter_groups
 from revffn.recipe import DataConfig
 
-
-@dataclass(kw_only=True)
-class Method:
-    """What differs from method to method; everything else is the same for all."""
-
-    reversible: dict
-    stage1_steps: int = 0
-    """The first steps train only what the coupling added, at `STAGE1_LEARNING_RATE`, as the paper does."""
-    rule: Literal["adamw", "adafactor"] = "adamw"
-    """Of `OptimizerInBackward`; AdamW has float32 states, Adafactor factored ones."""
-    dtype: torch.dtype = torch.float32
-    """Of weights and computation; bf16 weights are rounded stochastically."""
-
-
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "quality"
+UNRELATED = ROOT / "data" / "tiny_shakespeare" / "input.txt.gz"
 STAGE1_LEARNING_RATE = 1e-3
-HALF = 20
-METHODS: dict[str, Method] = {
-    "none (plain SFT)": Method(reversible=dict(coupling="none")),
-    "innovation m=2 random": Method(reversible=dict()),
-    "innovation m=1 random": Method(reversible=dict(side_bits=1)),
-    "innovation m=3 random": Method(reversible=dict(side_bits=3)),
-    "innovation m=2 fixed": Method(reversible=dict(random_sign=False)),
-    "innovation m=1 fixed": Method(reversible=dict(side_bits=1, random_sign=False)),
-    "innovation m=3 fixed": Method(reversible=dict(side_bits=3, random_sign=False)),
-    "cross_branch right": Method(
-        reversible=dict(coupling="cross_branch", query_stream="right"), stage1_steps=HALF
-    ),
-    "cross_branch left": Method(
-        reversible=dict(coupling="cross_branch", query_stream="left", verify="report"), stage1_steps=HALF
-    ),
-    "none, adafactor, bf16": Method(reversible=dict(coupling="none"), rule="adafactor", dtype=torch.bfloat16),
-    "innovation m=2 random, adafactor, bf16": Method(reversible=dict(), rule="adafactor", dtype=torch.bfloat16),
-    "innovation m=2 random, trained predictor": Method(reversible=dict(train_predictor=True)),
-    "innovation m=2 random, predictor rank 64": Method(reversible=dict(predictor_rank=64)),
-    "innovation m=2 random, identity predictor": Method(reversible=dict(predictor_rank=0)),
+
+
+@dataclass(kw_only=True, frozen=True)
+class Workload:
+    """What is learnt. Examples longer than `max_length` are left out, not cut."""
+
+    path: str
+    steps: int = 300
+    batch_size: int = 2
+    max_length: int = 96
+    num_heldout: int = 96
+
+
+WORKLOADS = {
+    "dolly": Workload(path="data/databricks-dolly-15k/databricks-dolly-15k.jsonl.gz"),
+    "gsm8k": Workload(path="data/gsm8k/train.jsonl.gz", max_length=128),
 }
 
 
-def run(name: str, arguments: argparse.Namespace, training: list, heldout: list, tokenizer) -> dict:
-    method = METHODS[name]
-    torch.manual_seed(arguments.seed)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=method.dtype)
-    pad, size = tokenizer.pad_token_id, arguments.batch_size
-    config = revffn.ReversibleConfig(**method.reversible)
-    calibration = batches(training[: 16 * size], size, pad, model.device)
-    revffn.convert(model, config, calibration=None if config.coupling == "none" else calibration)
-    for parameter in router_parameters(model):
-        parameter.requires_grad_(False)
-    trainable = {p for p in model.parameters() if p.requires_grad}
+@dataclass(kw_only=True, frozen=True)
+class Method:
+    """What differs from method to method."""
 
-    def optimizer_for(stage: int) -> OptimizerInBackward:
-        added = {p for _, p in revffn.coupling_parameters(model)}
-        for parameter in trainable:
-            parameter.requires_grad_(stage == 2 or parameter in added)
-        # Clipping by the norm of this very step, the same for all methods: so the step comes after backward.
-        return OptimizerInBackward(
-            parameter_groups(model, 0.0), rule=method.rule, betas=(0.9, 0.95), in_backward=False, seed=arguments.seed
+    description: str
+    reversible: dict[str, Any] | None = None
+    """Of `ReversibleConfig`; None does not convert."""
+    change: Callable[[PreTrainedModel], Any] = lambda model: model
+    """What a method without conversion makes of the plain model."""
+    rule: Literal["adamw", "adafactor", "lomo", "galore", "galore_linear"] = "adamw"
+    dtype: torch.dtype = torch.float32
+    """Of weights and computation; bf16 weights are rounded stochastically."""
+    stage1: float = 0.0
+    """This share of the steps trains only what the coupling added, at `STAGE1_LEARNING_RATE`, as the paper does."""
+    schedule: dict[float, int] = field(default_factory=dict)
+    """m of innovation from this share of the steps on."""
+    rate_of: str | None = None
+    """Takes the learning rate found for this method."""
+    rates: tuple[float, ...] = (5e-5, 1e-4, 2e-4)
+    """Of the sweep."""
+
+
+def _innovation(words: str, schedule: dict[float, int] | None = None, **settings: Any) -> Method:
+    return Method(
+        description=f"innovation, {words}",
+        reversible=dict(coupling="innovation", **settings),
+        schedule=schedule or {},
+        rate_of="sft",
+    )
+
+
+def _peft(description: str, config_class: str, **settings: Any) -> Method:
+    def change(model: PreTrainedModel) -> Any:
+        return benchmark_methods.peft(model, None, config_class, **settings)
+
+    return Method(description=description, change=change, rates=(2e-4, 5e-4, 1e-3, 2e-3, 5e-3))
+
+
+def _checkpointing(model: PreTrainedModel) -> Any:
+    return benchmark_methods.checkpointing(model, None)
+
+
+def _cross_branch(words: str, **settings: Any) -> Method:
+    return Method(
+        description=f"cross_branch, {words}",
+        reversible=dict(coupling="cross_branch", verify="report", **settings),
+        stage1=0.5,
+        rates=(5e-5, 1e-4, 2e-4, 5e-4),
+    )
+
+
+METHODS: dict[str, Method] = {
+    "sft": Method(description="plain SFT", reversible=dict(coupling="none")),
+    "sft_checkpointing": Method(
+        description="transformers SFT + activation checkpointing", change=_checkpointing, rate_of="sft"
+    ),
+    "innovation": _innovation("m = 2, random sign"),
+    "innovation_fixed": _innovation("m = 2, fixed sign", random_sign=False),
+    "innovation_m1": _innovation("m = 1, random sign", side_bits=1),
+    "innovation_m1_fixed": _innovation("m = 1, fixed sign", side_bits=1, random_sign=False),
+    "innovation_m1_rising": _innovation(
+        "m = 1, then 4 for the last fifth, random sign", {0.0: 1, 0.8: 4}, side_bits=1
+    ),
+    "innovation_m2_rising": _innovation("m = 2, then 4 for the last fifth, random sign", {0.0: 2, 0.8: 4}),
+    "innovation_plain2": _innovation("m = 2, random sign, two plain layers", plain_layers=2),
+    "innovation_rank64": _innovation("m = 2, random sign, predictors of rank 64", predictor_rank=64),
+    "innovation_identity": _innovation("m = 2, random sign, identity predictors (BDIA)", predictor_rank=0),
+    "innovation_trained": _innovation("m = 2, random sign, trained predictors", train_predictor=True),
+    "lora": _peft("LoRA, rank 16 on all linear maps", "LoraConfig", **benchmark_methods.LORA),
+    "dora": _peft("DoRA, rank 16 on all linear maps", "LoraConfig", use_dora=True, **benchmark_methods.LORA),
+    "ia3": _peft("IA3", "IA3Config", **benchmark_methods.IA3),
+    "lomo": Method(description="LOMO", change=_checkpointing, rule="lomo", rates=(1e-3, 1e-2, 3e-2, 1e-1)),
+    "galore": Method(description="GaLore, experts projected", change=_checkpointing, rule="galore"),
+    "galore_linear": Method(
+        description="GaLore, experts with plain AdamW", change=_checkpointing, rule="galore_linear"
+    ),
+    "cross_branch": _cross_branch("queries from the right", query_stream="right"),
+    "cross_branch_left": _cross_branch("queries from the left (the paper's)", query_stream="left"),
+    "sft_adafactor": Method(
+        description="plain SFT, adafactor, bf16",
+        reversible=dict(coupling="none"),
+        rule="adafactor",
+        dtype=torch.bfloat16,
+    ),
+    "innovation_adafactor": Method(
+        description="innovation, m = 2, random sign, adafactor, bf16",
+        reversible=dict(coupling="innovation"),
+        rule="adafactor",
+        dtype=torch.bfloat16,
+        rate_of="sft_adafactor",
+    ),
+}
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+def load(workload: Workload, tokenizer: Any, seed: int) -> tuple[list, list]:
+    """(training, held-out) rows. Held-out ones are the same for every seed; the seed orders the others."""
+    data = DataConfig(path=workload.path, num_heldout=4 * workload.num_heldout)
+    training, heldout = load_conversations(data)
+    needed = workload.steps * workload.batch_size
+    order = torch.randperm(len(training), generator=torch.Generator().manual_seed(seed)).tolist()
+    return (
+        rows_of((training[i] for i in order), tokenizer, workload.max_length, needed),
+        rows_of(iter(heldout), tokenizer, workload.max_length, workload.num_heldout),
+    )
+
+
+def rows_of(conversations: Iterator, tokenizer: Any, max_length: int, number: int) -> list[dict[str, list[int]]]:
+    rows: list[dict[str, list[int]]] = []
+    for conversation in conversations:
+        if len(rows) == number:
+            break
+        rows += [r for r in tokenize_all([conversation], tokenizer, 8192) if len(r["input_ids"]) <= max_length]
+    if len(rows) < number:
+        raise SystemExit(f"{len(rows)} examples of at most {max_length} tokens, {number} are needed.")
+    return rows
+
+
+def unrelated(tokenizer: Any, num_rows: int = 8, num_tokens: int = 128) -> Tensor:
+    """Text of another kind, (num_rows, num_tokens) token ids."""
+    text = gzip.decompress(UNRELATED.read_bytes()).decode()
+    ids = tokenizer(text[: 16 * num_rows * num_tokens], return_tensors="pt").input_ids[0]
+    return ids[: num_rows * num_tokens].view(num_rows, num_tokens)
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+def backbone(model: Any) -> PreTrainedModel:
+    """The causal language model inside, which PEFT wraps."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@torch.no_grad()
+def log_probabilities(model: Any, ids: Tensor) -> Iterator[Tensor]:
+    """Of every next token, row by row, (T, V) float32."""
+    inner = backbone(model)
+    with mode(model, training=False):
+        for row in ids:
+            hidden = inner.model(input_ids=row[None], use_cache=False).last_hidden_state[0]
+            yield inner.get_output_embeddings()(hidden).float().log_softmax(-1)
+
+
+def drift(model: Any, ids: Tensor, base: list[Tensor]) -> dict[str, float]:
+    """Loss on unrelated text, and the divergence from the base model on it, in nats per token."""
+    losses, divergences = [], []
+    for row, now, before in zip(ids, log_probabilities(model, ids), base, strict=True):
+        losses.append(F.nll_loss(now[:-1], row[1:]).item())
+        divergences.append(F.kl_div(now, before.float(), log_target=True, reduction="batchmean").item())
+    return {"loss": statistics.mean(losses), "divergence": statistics.mean(divergences)}
+
+
+@torch.no_grad()
+def heldout(model: Any, rows: list, batch_size: int, pad: int) -> dict[str, float]:
+    """Loss in nats per response token, and the share of response tokens that are the most likely one."""
+    inner, total, right, number = backbone(model), 0.0, 0, 0
+    with mode(model, training=False):
+        for batch in batches(sorted(rows, key=lambda row: -len(row["input_ids"])), batch_size, pad):
+            hidden = inner.model(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+            ).last_hidden_state
+            labels = batch["labels"][:, 1:]
+            counts = labels != IGNORED
+            logits = inner.get_output_embeddings()(hidden[:, :-1][counts]).float()
+            total += F.cross_entropy(logits, labels[counts], reduction="sum").item()
+            right += int((logits.argmax(-1) == labels[counts]).sum())
+            number += int(counts.sum())
+    return {"loss": total / number, "accuracy": right / number}
+
+
+# --- one run ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class Updates:
+    """What makes the updates: `step(batch)` is forward, backward and update at the rate last set."""
+
+    step: Callable[[dict[str, Tensor]], float]
+    set_lr: Callable[[float], None]
+
+
+def updates_of(method: Method, model: Any, learning_rate: float, seed: int) -> Updates:
+    if method.rule in ("lomo", "galore", "galore_linear"):
+        row = benchmark_methods.METHODS[method.rule]
+        training = row.start(model, benchmark_methods.OptimizerSettings(lr=learning_rate))
+        return Updates(step=lambda batch: training.step(batch).item(), set_lr=training.set_lr)
+    if method.rule == "adamw":
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    else:
+        # After backward, because the norm that clips is this very step's, the same for all methods.
+        optimizer = OptimizerInBackward(
+            parameter_groups(model, 0.0), rule=method.rule, betas=(0.9, 0.95), in_backward=False, seed=seed
         )
 
-    curve: list[dict] = []
-
-    def measure(step: int) -> None:
-        point = {"step": step, "exported": heldout_loss(model, heldout, size, pad)["loss"]}
-        if config.coupling == "innovation":
-            with coupled(model):  # the same signs at every measurement
-                point["trained"] = heldout_loss(model, heldout, size, pad)["loss"]
-        curve.append(point)
-        print(f"{name}: {point}", flush=True)
-
-    measure(0)
-    start, tokens, optimizer = time.perf_counter(), 0, None
-    model.train()
-    for step, batch in enumerate(batches(training[: arguments.steps * size], size, pad, model.device), start=1):
-        torch.manual_seed(arguments.seed + step)
-        stage, first = (1, 1) if step <= method.stage1_steps else (2, method.stage1_steps + 1)
-        if step == first:
-            optimizer = optimizer_for(stage)
-        peak = STAGE1_LEARNING_RATE if stage == 1 else arguments.learning_rate
-        warmup = min(1.0, (step - first + 1) / max(1, arguments.steps // 10))
-        for group in optimizer.param_groups:
-            group["lr"] = peak * warmup
-        model(**batch, use_cache=False).loss.backward()
+    def step(batch: dict[str, Tensor]) -> float:
+        loss = model(**batch, use_cache=False).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        return loss.item()
+
+    def set_lr(lr: float) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+    return Updates(step=step, set_lr=set_lr)
+
+
+def run(model_path: str, method: Method, workload: Workload, learning_rate: float, seed: int, name: str) -> dict:
+    """Train once and measure on the way."""
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    training, held = load(workload, tokenizer, seed)
+    pad, size, steps = tokenizer.pad_token_id, workload.batch_size, workload.steps
+    text = unrelated(tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=method.dtype)
+    base = [p.to(torch.bfloat16) for p in log_probabilities(model, text)]
+    for parameter in router_parameters(model):
+        parameter.requires_grad_(False)
+    torch.manual_seed(seed)
+    calibration = None
+    if method.reversible is None:
+        model = method.change(model)
+    else:
+        config = revffn.ReversibleConfig(**method.reversible)
+        fits = config.coupling != "none"
+        revffn.convert(model, config, calibration=batches(training[: 32 * size], size, pad) if fits else None)
+        calibration = getattr(model.config, "revffn_calibration", None)
+    is_innovation = revffn.is_reversible(model) and config.coupling == "innovation"
+    curve: list[dict[str, Any]] = []
+
+    def measure(step: int) -> None:
+        now = heldout(model, held, 2 * size, pad)
+        point = {"step": step, "exported": now["loss"], "accuracy": now["accuracy"]}
+        if is_innovation:
+            with coupled(model):  # the same signs at every measurement
+                point["trained"] = heldout(model, held, 2 * size, pad)["loss"]
+        curve.append(point)
+        print(name, point, flush=True)
+
+    kept = step_bytes(backbone(model), next(batches(training, size, pad)))
+    measure(0)
+    start = drift(model, text, base)
+    trainable = {p for p in model.parameters() if p.requires_grad}
+    model.train()
+    first_of_stage2 = round(method.stage1 * steps) + 1
+    updates, losses, tokens = None, [], 0
+    for step, batch in enumerate(batches(training[: steps * size], size, pad), start=1):
+        torch.manual_seed(1000 * seed + step)
+        stage, first, last = (1, 1, first_of_stage2 - 1) if step < first_of_stage2 else (2, first_of_stage2, steps)
+        if step == first:
+            added = {p for _, p in revffn.coupling_parameters(model)} if method.stage1 else set()
+            for parameter in trainable:
+                parameter.requires_grad_(stage == 2 or parameter in added)
+            updates = updates_of(method, model, learning_rate, seed)
+        for share, bits in method.schedule.items():
+            if step == 1 + round(share * steps):
+                for layer in model.model.layers:
+                    if layer.coupling.side_bits is not None:
+                        layer.coupling.side_bits = bits
+        peak, warm = STAGE1_LEARNING_RATE if stage == 1 else learning_rate, max(1, (last - first + 1) // 10)
+        done = step - first + 1
+        updates.set_lr(peak * min(done / warm, (last - step + 1) / (last - first + 2 - warm)))
+        losses.append(updates.step(batch))
         tokens += int(batch["attention_mask"].sum())
-        if step % arguments.measure_every == 0:
+        if step % (steps // 3) == 0:
             measure(step)
             model.train()
-    report = revffn.reversible_report(model)
-    return {
-        "config": config.to_dict(),
-        "stage1_steps": method.stage1_steps,
-        "rule": method.rule,
-        "dtype": str(method.dtype).removeprefix("torch."),
-        "calibration": getattr(model.config, "revffn_calibration", None),
+    result = {
+        "learning_rate": learning_rate,
         "curve": curve,
+        "losses": [round(loss, 4) for loss in losses],
+        "drift": {"before": start, "after": drift(model, text, base)},
         "tokens": tokens,
-        "seconds_with_measuring": time.perf_counter() - start,
-        "mismatched_states_total": report["mismatched_states_total"],
-        "walks": report["walks"],
-        "anchor_layers": report["anchor_layers"],
+        "trained_parameters": sum(p.numel() for p in trainable),
+        "kept_bytes": kept["kept_bytes"],
+        "peak_bytes_above_weights": kept["peak_bytes"],
+        "kept_bytes_of_tokens": next(batches(training, size, pad))["input_ids"].numel(),
+        "calibration": calibration,
     }
+    if revffn.is_reversible(model):
+        report = revffn.reversible_report(model)
+        result["mismatched_states"] = report["mismatched_states_total"]
+        result["anchor_layers"] = report["anchor_layers"]
+    return result
 
 
-def table(results: dict) -> str:
-    """Markdown: one row per method, held-out loss by step."""
-    steps = [point["step"] for point in next(iter(results["methods"].values()))["curve"]]
-    lines = [
-        "| method | held-out loss of | " + " | ".join(f"step {s}" for s in steps) + " |",
-        "|---" * (len(steps) + 2) + "|",
-    ]
-    for name in METHODS:
-        if (result := results["methods"].get(name)) is None:
-            continue
-        for key in ("exported", "trained"):
-            if key in result["curve"][0]:
-                values = " | ".join(f"{point[key]:.3f}" for point in result["curve"])
-                own = key == "exported" and result["config"]["coupling"] == "cross_branch"
-                lines.append(f"| {name} | {'its own function' if own else key} | {values} |")
-    return "\n".join(lines)
+# --- many runs -------------------------------------------------------------------------------------------------------
 
 
-def read(file: Path, settings: dict) -> dict:
-    """The results so far."""
-    if not file.exists():
-        return {"settings": settings, "methods": {}}
-    results = json.loads(file.read_text())
-    if results["settings"] != settings:
-        raise SystemExit(f"{file} was made with other settings: {results['settings']}. Name another file.")
-    return results
+def file_of(workload: str, method: str, seed: int, learning_rate: float | None = None) -> Path:
+    """A run's file; with a learning rate, one of the sweep's."""
+    if learning_rate is None:
+        return RESULTS / workload / f"{method}_seed{seed}.json"
+    return RESULTS / workload / "sweep" / f"{method}_{learning_rate:g}.json"
+
+
+def final(result: dict) -> float:
+    return result["curve"][-1]["exported"] if result.get("curve") else float("inf")
+
+
+def chosen_rate(workload: str, method: str) -> float:
+    """The learning rate with the lowest held-out loss in the sweep."""
+    name = METHODS[method].rate_of or method
+    found = {}
+    for file in (RESULTS / workload / "sweep").glob(f"{name}_*.json"):
+        result = json.loads(file.read_text())
+        if result["method"] == name:
+            found[result["settings"]["learning_rate"]] = final(result)
+    if not found:
+        raise SystemExit(f"No learning rate for {method} on {workload}: run --methods {name} --sweep first.")
+    return min(found, key=found.get)
+
+
+def one(arguments: argparse.Namespace, name: str, seed: int, learning_rate: float, file: Path) -> None:
+    """Make one file, unless it is there or another process is at it."""
+    lock = file.with_suffix(".running")
+    if file.exists():
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.touch(exist_ok=False)
+    except FileExistsError:
+        print(f"{lock.relative_to(ROOT)}: another process is at it; delete the file if none is.", flush=True)
+        return
+    workload = WORKLOADS[arguments.workload]
+    steps = arguments.steps or (workload.steps // 3 if arguments.sweep else workload.steps)
+    workload = Workload(**{**vars(workload), "steps": steps})
+    git = git_state()
+    try:
+        try:
+            result = run(arguments.model, METHODS[name], workload, learning_rate, seed, file.stem)
+        except Exception as error:
+            # A peer that crashes on this model: that is its result.
+            if METHODS[name].reversible is not None or isinstance(error, benchmark_methods.NotAvailable):
+                raise
+            result = {"failed": f"{type(error).__name__}: {str(error)[:500]}"}
+        result = {
+            "method": name,
+            "description": METHODS[name].description,
+            "settings": {
+                "model": arguments.model,
+                "workload": arguments.workload,
+                **vars(workload),
+                "seed": seed,
+                "learning_rate": learning_rate,
+                "rule": METHODS[name].rule,
+                "reversible": METHODS[name].reversible,
+                "stage1": METHODS[name].stage1,
+                "schedule": METHODS[name].schedule,
+                "dtype": str(METHODS[name].dtype).removeprefix("torch."),
+            },
+            **result,
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+            "git": git,
+            "device": f"cpu, {torch.get_num_threads()} threads, {platform.machine()}",
+        }
+        temporary = file.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
+        temporary.replace(file)
+    finally:
+        lock.unlink()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--steps", type=int, default=2 * HALF)
-    parser.add_argument("--measure-every", type=int, default=20)
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--max-length", type=int, default=128)
-    parser.add_argument("--num-heldout", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=5e-5)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model", default="runs/smollm2-moe", help="folder of a Mixture of Experts (revffn upcycle)")
+    parser.add_argument("--workload", choices=list(WORKLOADS), default="dolly")
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, help="instead of the workload's, for a trial; the file says so")
+    parser.add_argument(
+        "--sweep", action="store_true", help="find the learning rate, with a third of the steps, seed 0"
+    )
+    parser.add_argument("--list", action="store_true", help="methods, and what they are")
     arguments = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    data = DataConfig(num_examples=2000, num_heldout=arguments.num_heldout, max_length=arguments.max_length)
-    training, heldout = (tokenize_all(rows, tokenizer, data.max_length) for rows in load_conversations(data))
-    settings = {
-        k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items() if k not in ("methods", "output")
-    }
-    for name in arguments.methods:
-        if name in read(arguments.output, settings)["methods"]:
-            continue
-        result = run(name, arguments, training, heldout, tokenizer)
-        results = read(arguments.output, settings)  # another process may have added methods meanwhile
-        results["methods"][name] = result
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-        results["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__, "commit": commit}
-        results["device"] = f"cpu, {torch.get_num_threads()} threads, {platform.machine()}"
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(results, indent=1) + "\n")
-    print(table(read(arguments.output, settings)))
+    if arguments.list:
+        for name, method in METHODS.items():
+            print(f"{name:24} {method.description}")
+        return
+    for name in arguments.methods if arguments.sweep else ():
+        if METHODS[name].rate_of is None:
+            for rate in METHODS[name].rates:
+                one(arguments, name, 0, rate, file_of(arguments.workload, name, 0, rate))
+    for seed in () if arguments.sweep else arguments.seeds:
+        for name in arguments.methods:
+            file = file_of(arguments.workload, name, seed)
+            if not file.exists():
+                one(arguments, name, seed, chosen_rate(arguments.workload, name), file)
 
 
 if __name__ == "__main__":

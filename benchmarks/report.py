@@ -61,10 +61,21 @@ def memory() -> str:
     return "\n".join(lines)
 
 
-def quality() -> str:
-    from quality import table
-
-    return "\n\n".join(table(json.loads(file.read_text())) for file in sorted(RESULTS.glob("quality_*.json")))
+def first_steps() -> str:
+    """Held-out loss by step of the first, short comparison of couplings."""
+    methods = json.loads((RESULTS / "quality_smollm2-moe_dolly.json").read_text())["methods"]
+    steps = [point["step"] for point in next(iter(methods.values()))["curve"]]
+    lines = [
+        "| method | held-out loss of | " + " | ".join(f"step {s}" for s in steps) + " |",
+        "|---" * (len(steps) + 2) + "|",
+    ]
+    for name, result in methods.items():
+        for key in ("exported", "trained"):
+            if key in result["curve"][0]:
+                values = " | ".join(f"{point[key]:.3f}" for point in result["curve"])
+                own = key == "exported" and result["config"]["coupling"] == "cross_branch"
+                lines.append(f"| {name} | {'its own function' if own else key} | {values} |")
+    return "\n".join(lines)
 
 
 def planner() -> str:
@@ -219,7 +230,7 @@ def pairs() -> str:
     return "\n".join(lines) if len(lines) > 2 else NO_RESULTS
 
 
-TABLES = {"memory": memory, "quality": quality, "planner": planner, "terms": terms}
+TABLES = {"memory": memory, "first_steps": first_steps, "planner": planner, "terms": terms}
 TABLES |= {"speed": speed, "losses": losses, "pairs": pairs}
 
 

@@ -1,7 +1,7 @@
 """Conversations for supervised fine-tuning: what TRL and datasets do not have.
 
-Reads dolly, alpaca and messages columns, checks every record and names the line of a bad one, splits off held-out
-examples by seed, and turns a conversation into tokens with labels on the last response only.
+Reads dolly, alpaca, question-answer and messages columns, checks every record and names the line of a bad one, splits
+off held-out examples by seed, and turns a conversation into tokens with labels on the last response only.
 """
 
 from __future__ import annotations
@@ -24,8 +24,12 @@ from .recipe import DataConfig, InputError
 LAYOUTS = {
     "dolly": ("instruction", "context", "response"),
     "alpaca": ("instruction", "input", "output"),
+    "gsm8k": ("question", "context", "answer"),
 }
-ACCEPTED = "instruction and response (and context); or instruction and output (and input); or messages"
+ACCEPTED = (
+    "instruction and response (and context); or instruction and output (and input); or question and answer (and "
+    "context); or messages"
+)
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv")
 IGNORED = -100  # the label of a token that does not count in the loss
 

@@ -105,8 +105,8 @@ class DataConfig:
 
     path: str = "data/databricks-dolly-15k/databricks-dolly-15k.jsonl.gz"
     """A .jsonl, .jsonl.gz, .json or .csv file with the columns instruction, response (and context); or instruction,
-    output (and input); or messages. Looked for in the working directory, beside the recipe and in the source checkout.
-    Anything else is taken for a data set on the Hub."""
+    output (and input); or question, answer (and context); or messages. Looked for in the working directory, beside the
+    recipe and in the source checkout. Anything else is taken for a data set on the Hub."""
     split: str = "train"
     """Split of a data set on the Hub."""
     num_examples: int | None = None
