@@ -67,7 +67,7 @@ class Workload:
 
 WORKLOADS = {
     "dolly": Workload(path="data/databricks-dolly-15k/databricks-dolly-15k.jsonl.gz"),
-    "gsm8k": Workload(path="data/gsm8k/train.jsonl.gz", max_length=128),
+    "gsm8k": Workload(path="data/gsm8k/train.jsonl.gz", batch_size=1, max_length=192),
 }
 
 

@@ -15,6 +15,7 @@ from revffn.recipe import DataConfig, InputError
 
 RECORD = {"instruction": "Add.", "context": "1 and 2", "response": "3"}
 ALPACA = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
+GSM8K = {"question": "Add.", "context": "1 and 2", "answer": "3"}
 MESSAGES = {
     "messages": [
         {"role": "system", "content": "Be brief."},
@@ -37,7 +38,7 @@ def test_the_shipped_data_set_is_the_default_and_complete():
     assert len(training) + len(heldout) == 15011 and len(heldout) == DataConfig().num_heldout
 
 
-@pytest.mark.parametrize("record", [RECORD, ALPACA], ids=["dolly", "alpaca"])
+@pytest.mark.parametrize("record", [RECORD, ALPACA, GSM8K], ids=["dolly", "alpaca", "gsm8k"])
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "csv"])
 def test_every_layout_in_every_kind_of_file(tmp_path, kind, record):
     file = tmp_path / f"data.{kind}"
@@ -71,8 +72,8 @@ def test_the_split_is_seeded_disjoint_and_the_same_for_every_subset(data_file):
 
 BAD = {
     "missing columns": (
-        [RECORD, {"question": "a", "answer": "b"}],
-        "line 2: missing columns. Found: answer, question",
+        [RECORD, {"question": "a", "reply": "b"}],
+        "line 2: missing columns. Found: question, reply",
     ),
     "empty": ([], "no records"),
     "broken JSON": ([RECORD, '{"instruction": "a", "resp'], "line 2: broken JSON"),
