@@ -33,6 +33,10 @@ runs() {
 --workload qwen1.5_1x32768 --method ours_innovation_tiles
 --workload qwen1.5_1x32768 --method hf_checkpointing
 --workload qwen1.5_1x32768 --method hf_checkpointing_linear_ce
+--workload qwen1.5_128x2048 --method ours_innovation_tiles
+--workload qwen1.5_128x2048 --method ours_innovation_tiles_host
+--workload qwen1.5_16x2048 --method ours_innovation_tiles_host
+--workload qwen3_16x2048 --method ours_innovation_tiles_host
 --workload qwen1.5_16x2048 --method ours_none_tiles
 --workload qwen1.5_16x2048 --method ours_none
 --workload qwen1.5_16x2048 --method ours_innovation
@@ -40,6 +44,7 @@ runs() {
 --workload qwen1.5_16x2048 --method hf_checkpointing_offload --fit
 --workload qwen1.5_16x2048 --method hf_checkpointing_n --fit
 --workload qwen1.5_16x2048 --method hf_plain --fit
+--workload qwen1.5_16x2048 --method trl_defaults --fit
 --workload qwen1.5_16x2048 --method lora
 --workload qwen1.5_16x2048 --method dora --fit
 --workload qwen1.5_16x2048 --method ia3

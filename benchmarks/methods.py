@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,10 +22,12 @@ from types import ModuleType
 from typing import Any, Literal
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from revffn import ReversibleConfig, convert
+from revffn import HostWeights, ReversibleConfig, convert
 from revffn.losses import use_linear_cross_entropy
 from revffn.optim import OptimizerInBackward, parameter_groups
 from revffn.simulation import Method
@@ -144,9 +147,14 @@ def on_the_host(checkpoint: Callable) -> Callable:
     return checkpoint_on_the_host
 
 
-def reversible(model: PreTrainedModel, tile_tokens: int | None, tiles: bool = False, **settings: Any) -> nn.Module:
+def reversible(
+    model: PreTrainedModel, tile_tokens: int | None, tiles: bool = False, host: bool = False, **settings: Any
+) -> nn.Module:
     config = ReversibleConfig(tile_tokens=tile_tokens if tiles else None, **settings)
-    return use_linear_cross_entropy(convert(model, config))
+    model = use_linear_cross_entropy(convert(model, config))
+    if host:
+        model.host_weights = HostWeights(model)
+    return model
 
 
 def peft(model: PreTrainedModel, tile_tokens: int | None, config_class: str, **settings: Any) -> nn.Module:
@@ -180,6 +188,10 @@ def own_optimizer(
         optimizer.step()
         return loss.detach()
 
+    store = getattr(model, "host_weights", None)
+    if store is not None:
+        store.keep_states_of(optimizer)
+
     def state_tensors() -> Iterator[Tensor]:
         for state in optimizer.state.values():
             yield from (value for value in state.values() if isinstance(value, Tensor))
@@ -190,13 +202,15 @@ def own_optimizer(
 
     def stop() -> None:
         optimizer.detach()
+        if store is not None:
+            store.remove()  # `run_step` makes another
         optimizer.state.clear()
 
     method = None
     if of_simulation is not None:
         rules = dict(optimizer=settings.rule, rounding=settings.rounding, optimizer_in_backward=settings.in_backward)
-        reversible_config = getattr(model, "reversible_config", None)
-        method = Method(**rules, **of_simulation, reversible=reversible_config, dtype=model.dtype)
+        rules["reversible"] = getattr(model, "reversible_config", None)
+        method = Method(**rules, **of_simulation, weights="host" if store else "device", dtype=model.dtype)
     where = "in" if settings.in_backward else "after"
     words = f"{settings.rule}, {settings.rounding} rounding, {where} backward"
     return Training(
@@ -286,6 +300,61 @@ def galore(model: nn.Module, settings: OptimizerSettings, experts: bool) -> Trai
     )
 
 
+def trl_defaults(model: nn.Module, settings: OptimizerSettings) -> Training:
+    """TRL's `SFTTrainer` as `SFTConfig()` sets it up: its loss and metrics, checkpointing, fused AdamW after backward,
+    clipping at norm 1. `settings` has no say but in the rate."""
+    SFTConfig, SFTTrainer = package("trl", "SFTConfig"), package("trl", "SFTTrainer")
+    rows = package("datasets", "Dataset").from_list([{"input_ids": [0, 1], "labels": [0, 1]}])
+    words = {"[UNK]": 0, "[PAD]": 1, "[EOS]": 2}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="[UNK]")), pad_token="[PAD]", eos_token="[EOS]"
+    )
+    bf16 = model.dtype == torch.bfloat16
+    # Tokens of the model's own choosing, not this stand-in's.
+    special = {name: getattr(model.config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    with tempfile.TemporaryDirectory() as folder:
+        args = SFTConfig(
+            folder,
+            learning_rate=settings.lr,
+            bf16=bf16,
+            report_to="none",
+            max_steps=10**6,
+            use_cpu=model.device.type == "cpu",
+        )
+        trainer = SFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
+    for name, value in special.items():
+        setattr(model.config, name, value)
+    if args.gradient_checkpointing:
+        checkpointing(model, None)  # as `trainer.train` does before the first step
+    optimizer = trainer.create_optimizer()
+    trainer.current_gradient_accumulation_steps = 1
+
+    def step(batch: Batch) -> Tensor:
+        model.train()
+        inputs = batch | {"attention_mask": torch.ones_like(batch["input_ids"])}
+        loss = trainer.training_step(model, inputs, num_items_in_batch=batch["labels"][:, 1:].numel())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    def set_lr(lr: float) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+    def state_tensors() -> Iterator[Tensor]:
+        for state in optimizer.state.values():
+            yield from (value for value in state.values() if isinstance(value, Tensor))
+
+    return Training(
+        model=model,
+        step=step,
+        state_tensors=state_tensors,
+        set_lr=set_lr,
+        optimizer=f"{args.optim}, clipped at norm {args.max_grad_norm:g}, after backward",
+    )
+
+
 # --- the table -------------------------------------------------------------------------------------------------------
 
 
@@ -303,6 +372,8 @@ class BenchmarkMethod:
     """Layers repeat with this period."""
     tiles: bool = False
     """The walk is cut into tiles."""
+    counted_as: str | None = None
+    """The method whose matrix products it has, where its own step cannot run on fake tensors."""
 
 
 def _transformers(description: str, name: str = "checkpointing", period: int = 1, **settings: Any) -> BenchmarkMethod:
@@ -318,7 +389,7 @@ def _transformers(description: str, name: str = "checkpointing", period: int = 1
 def _ours(words: str, **settings: Any) -> dict[str, BenchmarkMethod]:
     name = "_".join([settings["coupling"], *([settings["query_stream"]] if "query_stream" in settings else [])])
     start = partial(own_optimizer, of_simulation={"name": "reversible"})
-    return {
+    rows = {
         f"ours_{name}{'_tiles' if tiles else ''}": BenchmarkMethod(
             description=f"ours, {words}{', in tiles' if tiles else ''}",
             change=partial(reversible, tiles=tiles, **settings),
@@ -327,6 +398,13 @@ def _ours(words: str, **settings: Any) -> dict[str, BenchmarkMethod]:
         )
         for tiles in (False, True)
     }
+    rows[f"ours_{name}_tiles_host"] = BenchmarkMethod(
+        description=f"ours, {words}, in tiles, weights in host memory",
+        change=partial(reversible, tiles=True, host=True, **settings),
+        start=start,
+        tiles=True,
+    )
+    return rows
 
 
 def _peft(description: str, config_class: str, **settings: Any) -> BenchmarkMethod:
@@ -349,6 +427,9 @@ METHODS: dict[str, BenchmarkMethod] = {
     ),
     "hf_checkpointing_offload": _transformers(" + activation checkpointing, checkpoints on the host", offload=True),
     "hf_checkpointing_linear_ce": _transformers(" + activation checkpointing + linear cross-entropy", linear_ce=True),
+    "trl_defaults": BenchmarkMethod(
+        description="TRL SFTTrainer, its defaults", start=trl_defaults, counted_as="hf_checkpointing"
+    ),
     "lora": _peft("LoRA, rank 16 on all linear maps", "LoraConfig", **LORA),
     "dora": _peft("DoRA, rank 16 on all linear maps", "LoraConfig", use_dora=True, **LORA),
     "ia3": _peft("IA3", "IA3Config", **IA3),

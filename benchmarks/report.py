@@ -37,6 +37,7 @@ def label(result: dict) -> str:
     if method == "reversible":
         method = settings["coupling"]
         method += f", m = {settings['side_bits']}" if method == "innovation" else " (layer inputs stored)"
+        method += ", weights in host memory" if settings.get("weights") == "host" else ""
     else:
         method = {"checkpointing": "transformers + activation checkpointing", "plain": "transformers"}[method]
         method += f" ({settings['optimizer']} after backward)" if settings["step_after_backward"] else ""

@@ -164,6 +164,7 @@ def step_flops(name: str, workload: Workload, settings: OptimizerSettings) -> in
 
     Inner layers do the same, so the number is linear in the depth; tiles do the same too.
     """
+    name = METHODS[name].counted_as or name
     row, whole = METHODS[name], workload.hf_config().num_hidden_layers
     tile_rows = max(1, workload.tile_tokens // workload.tokens)
     tiles = 1

@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument(
         "--step-after-backward", action="store_true", help="keep all gradients until backward has ended"
     )
+    parser.add_argument("--weights", choices=("device", "host"), default="device")
     parser.add_argument("--full-logits", action="store_true", help="no linear cross-entropy")
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     parser.add_argument("--out", type=Path, help="write the JSON to this file too")
@@ -78,6 +79,7 @@ def main() -> None:
         rounding=args.rounding,
         optimizer_in_backward=not args.step_after_backward,
         linear_cross_entropy=not args.full_logits,
+        weights=args.weights,
     )
     result = simulate_step(hf_config, args.batch, args.tokens, method)
     print(f"{args.model}, {args.batch} x {args.tokens} tokens, {result['num_parameters']:,} parameters, {args.method}")

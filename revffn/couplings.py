@@ -28,14 +28,20 @@ SATURATION = 2**30
 def quantize(x: Tensor, fraction_bits: int) -> Tensor:
     """Round a floating-point tensor onto the grid: int32, same shape. float64 is rounded in float64, all else in
     float32."""
-    x = x if x.dtype == torch.float64 else x.float()
-    return torch.round(x * 2.0**fraction_bits).to(torch.int32)
+    if x.dtype == torch.float64:
+        return torch.round(x * 2.0**fraction_bits).to(torch.int32)
+    # float32 and int32 are of one size: the product is made and rounded where the result will be, so that nothing
+    # else is allocated.
+    stream = torch.empty_like(x, dtype=torch.int32)
+    value = stream.view(torch.float32)
+    value.copy_(x).mul_(2.0**fraction_bits).round_()
+    return stream.copy_(value)
 
 
 def dequantize(stream: Tensor, fraction_bits: int, dtype: torch.dtype) -> Tensor:
     """The value of an int32 stream in `dtype`. Rounds where `dtype` has fewer digits than the stream."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return (stream.to(wide) * 2.0**-fraction_bits).to(dtype)
+    return stream.to(wide).mul_(2.0**-fraction_bits).to(dtype)
 
 
 def pack_bits(values: Tensor, m: int) -> Tensor:
@@ -94,7 +100,8 @@ def innovation_forward(
         innovation -= predicted
     bits = None
     if m:
-        bits = pack_bits((innovation & ((1 << m) - 1)).to(torch.uint8), m)
+        # The cast keeps the low 8 bits.
+        bits = pack_bits(innovation.to(torch.uint8).bitwise_and_((1 << m) - 1), m)
         innovation >>= m
     if sign is not None:
         innovation *= sign
@@ -127,22 +134,28 @@ def checksum(stream: Tensor) -> Tensor:
     """64-bit checksum of an int32 stream (..., D): a 0-dim int64 tensor, on the stream's device, without
     synchronisation.
 
-    Every element is weighted with an odd number that depends on its channel and its token, and everything is added
-    modulo 2**64, so that the result does not depend on the order of summation.
+    Two neighbouring elements are one 64-bit number. Every number is weighted with an odd one that depends on its
+    channels and its token, and everything is added modulo 2**64, so that the result does not depend on the order of
+    summation, and no change of a single number goes unseen.
     """
     D = stream.shape[-1]
-    channel = torch.arange(1, D + 1, dtype=torch.int32, device=stream.device) * 0x3C6EF35F
-    # Not proportional to the channel: small changes in two channels could cancel.
-    channel ^= channel >> 15
-    channel *= 0x2C1B3C6D
-    channel |= 1
-    # The high bits are folded into the low ones first: a product modulo 2**32 would lose most of what differs only
-    # there.
-    mixed = stream.reshape(-1, D) >> 16
-    mixed ^= stream.reshape(-1, D)
-    mixed *= channel
-    rows = mixed.sum(-1, dtype=torch.int64)
-    token = torch.arange(1, rows.shape[0] + 1, dtype=torch.int64, device=stream.device) * 0x5851F42D4C957F2D
-    token ^= token >> 31
-    token |= 1
-    return (rows * token).sum()
+    rows = stream.reshape(-1, D)
+    if D % 2:
+        rows = torch.nn.functional.pad(rows, (0, 1))
+    pairs = rows.view(torch.int64)
+    # High bits are folded into low ones first: of what differs only there a product modulo 2**64 keeps little.
+    mixed = pairs >> 32
+    mixed ^= pairs
+    mixed *= odd_numbers(pairs.shape[1], 0x5851F42D4C957F2D, stream.device)
+    rows = mixed.sum(-1)
+    rows ^= rows >> 32
+    return (rows * odd_numbers(rows.shape[0], 0x2545F4914F6CDD1D, stream.device)).sum()
+
+
+def odd_numbers(count: int, seed: int, device: torch.device) -> Tensor:
+    """int64, spread over 64 bits. Not proportional to their place: small changes in two places could cancel."""
+    numbers = torch.arange(1, count + 1, dtype=torch.int64, device=device) * seed
+    numbers ^= numbers >> 31
+    numbers *= 0x1B873593CC9E2D51
+    numbers ^= numbers >> 29
+    return numbers | 1

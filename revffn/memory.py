@@ -25,6 +25,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from .host_weights import NUM_SLOTS, layer_states, num_bytes
 from .losses import chunk_size
 from .optim import OptimizerInBackward
 from .simulation import PARTS, LiveBytes, Method, RealOptimizer, build, run_step
@@ -101,9 +103,12 @@ class Counts:
     num_parameters: int
     num_trainable: int
     weight_bytes: int
-    """Parameters and buffers."""
+    """Parameters and buffers, on the device."""
     trainable_bytes: int
     optimizer_bytes: int
+    """On the device."""
+    host_bytes: int
+    """Weights and states that live in host memory."""
     makes_scores: bool
     """The attention makes its scores (attention sinks have no fused kernel): T x T per head."""
 
@@ -135,12 +140,27 @@ def count(model_and_method: tuple[PreTrainedConfig, Method]) -> Counts:
     optimizer = RealOptimizer(model, method)
     parameters = list(model.parameters())
     trainable = [p for p in parameters if p.requires_grad]
+    weight_bytes = sum(t.nbytes for t in (*parameters, *model.buffers()))
+    optimizer_bytes = sum(t.nbytes for t in optimizer.state_tensors())
+    host_bytes = 0
+    if method.weights == "host":
+        layers = [list(layer.parameters()) for layer in model.model.layers]
+        states = [layer_states(optimizer.optimizer, parameters) for parameters in layers]
+        states = [[values[name] for values, name in of_layer] for of_layer in states]
+        on_host = sum(t.nbytes for t in chain(*layers)), sum(t.nbytes for t in chain(*states))
+        slots = (min(NUM_SLOTS, len(layers)) * max(map(num_bytes, tensors)) for tensors in (layers, states))
+        weight_bytes, optimizer_bytes = (
+            total - moved + slot
+            for total, moved, slot in zip((weight_bytes, optimizer_bytes), on_host, slots, strict=True)
+        )
+        host_bytes = sum(on_host)
     return Counts(
         sum(p.numel() for p in parameters),
         sum(p.numel() for p in trainable),
-        sum(t.nbytes for t in (*parameters, *model.buffers())),
+        weight_bytes,
         sum(p.nbytes for p in trainable),
-        sum(t.nbytes for t in optimizer.state_tensors()),
+        optimizer_bytes,
+        host_bytes,
         # Known only now: a config leaves the choice to the model.
         model.config._attn_implementation == "eager",
     )
@@ -248,7 +268,8 @@ def measure(model_and_method: tuple[PreTrainedConfig, Method], batch: int, token
     """Bytes per part in every phase of a step of B x T tokens, of the model's full depth."""
     hf_config, method = model_and_method
     full = count(hf_config, method)
-    small_config, small_method = shallow(hf_config, method)
+    # Where weights lie makes no difference to what the step makes on top.
+    small_config, small_method = shallow(hf_config, replace(method, weights="device"))
     small = count(small_config, small_method)
     special = num_special_layers(hf_config, method)
     for shape in {tuple(p) for p in parameter_shapes(small_config, small_method)}:
@@ -439,7 +460,7 @@ class Predictor:
             parts=phases[phase],
             phase=phase,
             reserve_bytes=RESERVE_BYTES,
-            host_bytes=HOST_BYTES + offloaded,
+            host_bytes=HOST_BYTES + offloaded + counts.host_bytes,
         )
 
     def largest_batch(self, tokens: int, budget: int) -> int:

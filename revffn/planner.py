@@ -28,8 +28,8 @@ from transformers import PreTrainedConfig
 
 from .architectures import ARCHITECTURES
 from .config import ReversibleConfig
-from .memory import RESERVE_BYTES, Phases, Plan, Predictor, gib, load_config, measure, parse_bytes, shallow
-from .simulation import PARTS, Method, simulate_step
+from .memory import RESERVE_BYTES, Phases, Plan, Predictor, count, gib, load_config, measure, parse_bytes, shallow
+from .simulation import PARTS, Method, build, simulate_step
 
 OUTSIDE_LAYERS = ("embedding", "forward", "loss", "top", "top after lm_head.weight", "optimizer")
 """Phases in which backward is not among the decoder layers."""
@@ -82,7 +82,8 @@ def label_of(method: Method) -> str:
         "cross_branch": f" {settings.query_stream}",
         "none": ", inputs in host memory" if settings.offload_inputs else ", inputs stored",
     }
-    return f"{settings.coupling}{details[settings.coupling]}, {method.optimizer}"
+    where = ", weights on the host" * (method.weights == "host")
+    return f"{settings.coupling}{details[settings.coupling]}, {method.optimizer}{where}"
 
 
 def predictor(hf_config: PreTrainedConfig, method: Method, label: str | None = None) -> Predictor:
@@ -172,7 +173,8 @@ class Change:
     """Something that makes a run fit."""
 
     settings: dict[str, Any]
-    """New values by the name of the setting: batch, tokens, tile_tokens, side_bits, optimizer, rounding, coupling."""
+    """New values by the name of the setting: batch, tokens, tile_tokens, side_bits, optimizer, rounding, coupling,
+    weights."""
     text: str
     """The same for people."""
     total_bytes: int
@@ -240,7 +242,7 @@ def what_would_fit(
 
 def changed_method(method: Method, settings: dict[str, Any]) -> Method:
     """A method with new values, those of its `ReversibleConfig` included; `batch` and `tokens` are none of it."""
-    outer = {name: settings[name] for name in ("optimizer", "rounding") if name in settings}
+    outer = {name: settings[name] for name in ("optimizer", "rounding", "weights") if name in settings}
     inner = {name: value for name, value in settings.items() if name not in (*outer, "batch", "tokens")}
     if inner:
         outer["reversible"] = replace(method.reversible, **inner)
@@ -260,10 +262,46 @@ def single_changes(method: Method) -> Iterator[tuple[dict[str, Any], str]]:
         yield {"coupling": "innovation"}, "coupling innovation instead of none"
     if reversible.coupling == "innovation" and reversible.side_bits not in (0, 1):
         yield {"side_bits": 1}, f"side_bits 1 instead of {reversible.side_bits}"
+    if method.weights == "device" and method.optimizer_in_backward:
+        yield {"weights": "host"}, "weights in host memory"
     before = reversible.tile_tokens
     for tile_tokens in (1024, 512, 256):
         if before is None or tile_tokens <= before // 2:
             yield {"tile_tokens": tile_tokens}, f"tile_tokens {tile_tokens} instead of {before or 'the whole batch'}"
+
+
+# --- weights in host memory: what is copied -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What a step with weights in host memory copies, and from how many tokens on that hides behind computing."""
+
+    to_device_bytes: int
+    to_host_bytes: int
+    break_even_tokens: int
+    """Per step."""
+
+
+def traffic(hf_config: PreTrainedConfig, method: Method, link_bytes_per_s: float, flops_per_s: float) -> Traffic:
+    """From the model's sizes and two rates of the machine, which are the caller's.
+
+    Forward copies every layer in and computes 2 operations per active weight and token, backward copies weights and
+    states in and what was trained out again, through one slot one after the other, and computes 6. Attention's scores
+    are left out: they only make computing longer.
+    """
+    with torch.device("meta"):
+        layers = [list(layer.parameters()) for layer in build(hf_config, method).model.layers]
+    parameters = [p for layer in layers for p in layer]
+    config = hf_config.get_text_config()
+    top_k = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", None) or 1
+    active = sum(p.numel() * min(1.0, top_k / p.shape[0]) if p.dim() == 3 else p.numel() for p in parameters)
+    weights = sum(p.nbytes for p in parameters)
+    trained = sum(p.nbytes for p in parameters if p.requires_grad)
+    states = count(hf_config, method).host_bytes - weights
+    forward = weights / link_bytes_per_s * flops_per_s / (2 * active)
+    backward = (weights + trained + 2 * states) / link_bytes_per_s * flops_per_s / (6 * active)
+    return Traffic(2 * weights + states, trained + states, math.ceil(max(forward, backward)))
 
 
 # --- predicted against simulated -------------------------------------------------------------------------------------
@@ -439,7 +477,13 @@ def plan_command(question: Any) -> str | None:
         tile_tokens=question.tile_tokens or None,
     )
     dtype = getattr(torch, question.dtype)
-    method = Method(reversible=reversible, optimizer=question.optimizer, rounding=question.rounding, dtype=dtype)
+    method = Method(
+        reversible=reversible,
+        optimizer=question.optimizer,
+        rounding=question.rounding,
+        dtype=dtype,
+        weights=question.weights,
+    )
     if question.plot is not None:
         require_picture(Path(question.plot))
     hf_config = load_config(question.model)
@@ -451,6 +495,9 @@ def plan_command(question: Any) -> str | None:
     if not fits:
         changes = what_would_fit(hf_config, question.batch, question.tokens, method, gpu_bytes=gpu_bytes)
     comparison = check(hf_config, question.batch, question.tokens, method, answer) if question.check else None
+    copied = None
+    if question.weights == "host":
+        copied = traffic(hf_config, method, question.link_gb_per_s * 1e9, question.tflops * 1e12)
     if question.plot is not None:
         title = f"{question.model}, {shape} tokens"
         plot(answer, title, Path(question.plot), gpu_bytes)
@@ -458,11 +505,18 @@ def plan_command(question: Any) -> str | None:
         values = answer.as_dict() | {"fits": fits} if gpu_bytes is not None else answer.as_dict()
         values |= {"would_fit": [vars(change) for change in changes]} if not fits else {}
         values |= {"check": comparison.as_dict()} if comparison else {}
+        values |= {"traffic": vars(copied)} if copied else {}
         print(json.dumps(values, indent=2))
         return comparison.problem if comparison else None
     print(f"{question.model}, {shape} tokens in a step, {answer.num_parameters / 1e9:.3f} B parameters\n")
     print(table(answer, question.gpu))
     print(f"\nThe peak is in: {answer.phase}. Reserve: CUDA context and kernels, workspaces, rounding up.")
+    if copied is not None:
+        print(
+            f"A step copies {gib(copied.to_device_bytes)} to the device and {gib(copied.to_host_bytes)} back. At "
+            f"{question.link_gb_per_s:g} GB/s and {question.tflops:g} TFLOP/s (assumed: --link-gb-per-s, --tflops) "
+            f"computing hides that from {copied.break_even_tokens:,} tokens per step on."
+        )
     if gpu_bytes is not None:
         print(f"{label_of(method)} {'fits' if fits else 'does not fit'} {question.gpu}.")
     if not fits and changes:

@@ -158,6 +158,7 @@ def method_of(config: RunConfig) -> Method:
         optimizer_in_backward=config.optimizer.in_backward,
         linear_cross_entropy=config.memory.linear_cross_entropy,
         dtype=getattr(torch, config.model.dtype),
+        weights=config.memory.weights,
     )
 
 

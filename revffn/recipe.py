@@ -85,6 +85,12 @@ class PlanConfig:
     """Of bfloat16 weights; `master` keeps float32 copies."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of weights, gradients and computation."""
+    weights: Literal["device", "host"] = "device"
+    """`host`: two decoder layers at a time on the device, the others in host memory."""
+    link_gb_per_s: float = 25.0
+    """With weights on the host: what a copy from pinned host memory reaches, one way. An assumption; measure yours."""
+    tflops: float = 400.0
+    """With weights on the host: matrix rate of the device in training. An assumption; measure yours."""
     gpu: str | None = None
     """Memory of the device, like 24GiB: the largest batch and the longest sequence that fit are looked for, and what
     would make the run fit if it does not."""
@@ -175,6 +181,10 @@ class MemoryConfig:
     """Start although the prediction does not fit. `--force` on the command line is short for it."""
     linear_cross_entropy: bool = True
     """Compute the loss in chunks of tokens, never the full logits. False leaves the loss to TRL."""
+    weights: Literal["device", "host"] = "device"
+    """`host`: decoder layers and the optimizer's states of them live in host memory, two layers at a time on the
+    device. Needs a coupling and the optimizer in backward; large steps hide the copies (`revffn plan` says how
+    large)."""
 
 
 @dataclass(kw_only=True)
@@ -271,6 +281,17 @@ class RunConfig:
                 "several up. Put the whole batch into training.batch_size, which is walked in tiles, or set "
                 "optimizer.in_backward: false."
             )
+        if self.memory.weights == "host":
+            for wrong, remedy in (
+                (self.reversible.coupling is None, "set reversible.coupling (none is a coupling too)"),
+                (not self.optimizer.in_backward, "set optimizer.in_backward: true, gradient_accumulation_steps: 1"),
+                (
+                    self.evaluation.compare_checkpointing,
+                    "set evaluation.compare_checkpointing: false, which needs all weights at once",
+                ),
+            ):
+                if wrong:
+                    raise ValueError(f"memory.weights: host does not go with these settings; {remedy}.")
 
 
 def _at_least(config: object, **least: float) -> None:

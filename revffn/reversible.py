@@ -126,7 +126,9 @@ class Walk:
 
     def note_finite(self, update: Tensor) -> None:
         """Forward: a cast to int32 hides what is not finite; `Finish` shows it again."""
-        finite = torch.isfinite(update).all()
+        # One pass without a temporary; both ends are NaN where an element is.
+        low, high = torch.aminmax(update)
+        finite = torch.isfinite(low) & torch.isfinite(high)
         self.finite = finite if self.finite is None else self.finite & finite
 
     def note_layer(self, layer: int, **values: Tensor | int) -> None:

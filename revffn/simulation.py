@@ -36,6 +36,7 @@ from transformers.integrations import moe
 
 from .config import ReversibleConfig
 from .conversion import convert, default_dtype, is_reversible
+from .host_weights import HostWeights
 from .losses import use_linear_cross_entropy
 from .optim import OptimizerInBackward, parameter_groups
 from .update_rules import make_code_books
@@ -130,14 +131,15 @@ class LiveBytes(TorchDispatchMode):
                 self.add(leaf, str(function))
         return out
 
-    def add(self, tensor: Tensor, operation: str = "given") -> None:
-        """Count a tensor's storage, if it is not counted yet."""
+    def add(self, tensor: Tensor, operation: str = "given", elsewhere: bool = False) -> None:
+        """Count a tensor's storage, if it is not counted yet; with `elsewhere`, as none: it stands for host memory."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self.storages:
             return
         self.clock += 1
-        record = Storage(storage.nbytes(), self.clock, self.phase, self.layer, operation, tensor)
+        size = 0 if elsewhere else storage.nbytes()
+        record = Storage(size, self.clock, self.phase, self.layer, operation, tensor)
         self.storages[key] = record
         record.watcher = weakref.ref(storage, lambda _, key=key: self.remove(key))
         self.live_bytes += record.num_bytes
@@ -229,10 +231,17 @@ class Method:
     """Train only low-rank updates of the attention's linear maps, of this rank; the model's weights are frozen."""
     dtype: torch.dtype = torch.bfloat16
     """Of weights and computation."""
+    weights: Literal["device", "host"] = "device"
+    """`host`: decoder layers live in host memory, with the optimizer's states of them; see `HostWeights`."""
 
     def __post_init__(self):
         if self.name not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}; got {self.name!r}.")
+        if self.weights == "host" and not (self.name == "reversible" and self.optimizer_in_backward):
+            raise ValueError(
+                "Weights in host memory need a reversible model (coupling innovation, cross_branch or none) and the "
+                "optimizer in backward (optimizer.in_backward: true)."
+            )
         if self.name == "reversible" and self.reversible is None:
             object.__setattr__(self, "reversible", ReversibleConfig(tile_tokens=2048))
 
@@ -508,13 +517,22 @@ def run_step(
     """
     counter = LiveBytes(sorter(model))
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for tensor in (*model.parameters(), *model.buffers()):
+    hooks = Hooks(model, counter, num_special)  # before the optimizer's, which takes the gradients away
+    optimizer = make_optimizer(model, method)
+    store, slots = None, []
+    if method.weights == "host":
+        # One kind of memory stands for both: what lies on the host counts nothing.
+        store = HostWeights(model)
+        store.keep_states_of(optimizer.optimizer)
+        for tensor in store.host_tensors():
+            counter.add(tensor, elsewhere=True)
+        store.make_room_for_states()
+        slots = store.slots
+    for tensor in (*model.parameters(), *model.buffers(), *(slot.weights for slot in slots)):
         counter.add(tensor)
         counter.tag(tensor, "weights")
     weight_bytes = counter.live_bytes
-    hooks = Hooks(model, counter, num_special)  # before the optimizer's, which takes the gradients away
-    optimizer = make_optimizer(model, method)
-    for tensor in optimizer.state_tensors():
+    for tensor in (*optimizer.state_tensors(), *(slot.states for slot in slots)):
         counter.add(tensor)
         counter.tag(tensor, "optimizer")
     optimizer_bytes = counter.live_bytes - weight_bytes
@@ -530,6 +548,8 @@ def run_step(
     finally:
         hooks.remove()
         optimizer.detach()
+        if store is not None:
+            store.remove()
     wrong = {name: f"{n} gradients" for name in trainable if (n := hooks.completed[name]) != 1}
     wrong |= {name: "no update" for name, p in trainable.items() if p._version == versions[name]}
     if wrong:

@@ -73,13 +73,13 @@ class InnovationMove:
 
     def middle_of(self, rows: slice) -> Tensor:
         """Backward: the middle state of one chunk."""
-        return self.tile.streams[0][:, rows] + quantize(self.attn[:, rows], self.fraction_bits)
+        return quantize(self.attn[:, rows], self.fraction_bits).add_(self.tile.streams[0][:, rows])
 
     def invert(self, index: int, middle: Tensor, mlp: Tensor) -> None:
         """Recover the past of one chunk from its feed-forward's result; after the last chunk move the streams back."""
         rows, tile, walk, k = self.chunks[index], self.tile, self.walk, self.k
         cur, following = tile.streams
-        updated = middle + quantize(mlp, self.fraction_bits)
+        updated = quantize(mlp, self.fraction_bits).add_(middle)
         if self.m is None:
             if walk.config.verify != "off" and is_concrete(updated):
                 walk.note_verdict(f"output of layer {k}", (updated != following[:, rows]).any())
@@ -260,7 +260,7 @@ def innovation_step(
     walk.note_finite(attn.detach())
     if predicted is not None:
         walk.note_finite(predicted.detach())
-    move.middle = cur + quantize(attn.detach(), fraction_bits)
+    move.middle = quantize(attn.detach(), fraction_bits).add_(cur)
     updated = middle
     for index, rows in enumerate(chunks):
         evaluation = Evaluation(partial(feed, rows=rows), device, rng)
@@ -295,7 +295,7 @@ class AdditiveStep(Function):
             kept = (canaries, *(stream.reshape(-1, stream.shape[-1])[canaries] for stream in tile.streams))
         ctx.num_kept = len(kept)
         walk.note_finite(update)
-        y = x + quantize(update, walk.config.fraction_bits)
+        y = quantize(update, walk.config.fraction_bits).add_(x)
         tile.streams = [y if i == which else s for i, s in enumerate(tile.streams)]
         tile.position = 2 * k + which + 1
         walk.remember(tile, y)
@@ -324,7 +324,7 @@ class AdditiveStep(Function):
             walk.note_layer(k, anchored=1, iterations=1)
         elif which not in reads:
             (update,) = evaluation.again(side, *[tile.streams[i] for i in reads])
-            tile.streams[which] = y - quantize(update, walk.config.fraction_bits)
+            tile.streams[which] = quantize(update, walk.config.fraction_bits).neg_().add_(y)
             if walk.config.verify != "off" and is_concrete(y):
                 differs = checksum(tile.streams[which]) != tile.checksums[number]
                 # What an exact state makes inexact is no drift: something changed.
@@ -382,7 +382,7 @@ def solve_fixed_point(
     for _ in range(config.num_iterations):
         (update,) = evaluation.again(side, x, other)
         iterations += 1
-        following = y - quantize(update, config.fraction_bits)
+        following = quantize(update, config.fraction_bits).neg_().add_(y)
         moved = (following - x).abs().amax(-1)
         x = following
         if is_concrete(moved) and bool((moved <= limit).all()):

@@ -35,6 +35,7 @@ from . import convert, coupling_parameters, is_reversible, reversible_report
 from .architectures import PREFIX, router_parameters
 from .data import batches
 from .evaluation import answer, coupled, heldout_loss, peak_bytes, step_bytes
+from .host_weights import HostWeights
 from .losses import MODEL_TYPES, use_linear_cross_entropy
 from .memory import gib
 from .optim import OptimizerInBackward, parameter_groups
@@ -59,6 +60,7 @@ class RevFFNTrainer(SFTTrainer):
             accuracy and entropy are not logged then.
         measure_step: Count live tensors during one step; on a CPU, where nobody else does. `measured` has them then.
         loaded_from: A checkpoint that `model` has been loaded from already; resuming from it does not read it again.
+        host_weights: Where the model's layers live, if in host memory; `measure_step` leaves that out.
     """
 
     def __init__(
@@ -69,13 +71,14 @@ class RevFFNTrainer(SFTTrainer):
         linear_cross_entropy: bool = False,
         measure_step: bool = False,
         loaded_from: str | Path | None = None,
+        host_weights: HostWeights | None = None,
         **kwargs: Any,
     ):
         if is_reversible(model):
             args.gradient_checkpointing = args.activation_checkpointing = False
         self.last_log: tuple[float, float] | None = None
         self.linear_cross_entropy, self.measure_step = linear_cross_entropy, measure_step
-        self.loaded_from = loaded_from
+        self.loaded_from, self.host_weights = loaded_from, host_weights
         self.measured: tuple[tuple[int, ...], int] | None = None
         """Shape (B, T) of the step that was measured, and the bytes of tensors at its peak."""
         self.in_backward: OptimizerInBackward | None = None
@@ -110,6 +113,12 @@ class RevFFNTrainer(SFTTrainer):
         if not self.measure_step or self.state.global_step != min(1, self.state.max_steps - 1):
             return super().training_step(model, inputs, *args, **kwargs)
         counter = LiveBytes()
+        if self.host_weights is not None:
+            for tensor in self.host_weights.host_tensors():
+                counter.add(tensor, elsewhere=True)
+            for slot in self.host_weights.slots:
+                counter.add(slot.weights)
+                counter.add(slot.states)
         optimizer_state = self.optimizer.state.values()
         state = (value for values in optimizer_state for value in values.values() if isinstance(value, Tensor))
         for tensor in (*self.model.parameters(), *self.model.buffers(), *state):
@@ -219,12 +228,17 @@ def train(config: RunConfig, recipe: Path | None = None) -> Path:
     model = AutoModelForCausalLM.from_pretrained(
         run.checkpoint or config.model.path, dtype=getattr(torch, config.model.dtype)
     )
-    if torch.cuda.is_available():
+    store = None
+    if config.memory.weights == "host":
+        store = HostWeights(model, "cuda" if torch.cuda.is_available() else "cpu")
+    elif torch.cuda.is_available():
         model.cuda()
     results = Results(run, model)
     if run.checkpoint is None:
         results.measure("before", ask=True)
         prepare(run, model, results)
+        if store is not None:
+            store.refresh()
         run.output_dir.mkdir(parents=True, exist_ok=True)
         results.write()
     else:
@@ -234,7 +248,7 @@ def train(config: RunConfig, recipe: Path | None = None) -> Path:
     if config.training.stage1_steps and not (run.checkpoint and run.checkpoint.parent.name == "stage2"):
         stages.insert(0, 1)
     for stage in stages:
-        train_stage(run, model, stage, trained, results)
+        train_stage(run, model, stage, trained, results, store)
         if stage == 1:
             results.measure("after_stage1")
             results.write()
@@ -272,7 +286,9 @@ def calibration(run: Run, num_batches: int, model: PreTrainedModel) -> Iterator[
     return batches(run.training[: num_batches * size], size, run.tokenizer.pad_token_id, model.device)
 
 
-def train_stage(run: Run, model: PreTrainedModel, stage: int, trained: set[str], results: Results) -> None:
+def train_stage(
+    run: Run, model: PreTrainedModel, stage: int, trained: set[str], results: Results, store: HostWeights | None
+) -> None:
     """Stage 1: the coupling's parameters. Stage 2: everything in `trained` but the routers."""
     config = run.config.training
     frozen = set()
@@ -289,6 +305,8 @@ def train_stage(run: Run, model: PreTrainedModel, stage: int, trained: set[str],
     resumed = run.checkpoint if run.checkpoint and run.checkpoint.parent.name == f"stage{stage}" else None
     optimizer = make_optimizer(run.config, model)
     optimizer.last_checkpoint = str(resumed) if resumed else None
+    if store is not None:
+        store.keep_states_of(optimizer)
     known = model.config.model_type.removeprefix(PREFIX) in MODEL_TYPES
     with default_forward(model):
         trainer = RevFFNTrainer(
@@ -296,6 +314,7 @@ def train_stage(run: Run, model: PreTrainedModel, stage: int, trained: set[str],
             arguments,
             linear_cross_entropy=run.config.memory.linear_cross_entropy and known,
             measure_step=stage == 2 and not torch.cuda.is_available(),
+            host_weights=store,
             loaded_from=run.checkpoint,
             optimizers=(optimizer, None),
             train_dataset=Dataset.from_list(run.training),

@@ -36,7 +36,7 @@ def refused(tmp_path, capsys, monkeypatch):
 
 
 BAD_DATA = {
-    "missing columns": ([{"question": "a", "answer": "b"}], "line 1: missing columns"),
+    "missing columns": ([{"question": "a", "reply": "b"}], "line 1: missing columns"),
     "empty file": ([], "no records"),
     "broken JSON line": (['{"instruction": "a", "response": "b"}', '{"instruction": '], "line 2: broken JSON"),
 }

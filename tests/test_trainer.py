@@ -140,15 +140,19 @@ def test_stage_1_moves_the_coupling_only(recipe_file, model_folder):
     assert losses["after_stage1"]["loss"] < losses["converted"]["loss"]
 
 
-@pytest.mark.parametrize("dtype, stage1_steps", [("float32", 0), ("bfloat16", 4)])  # stage 1 trains predictors
-def test_a_resumed_run_equals_one_that_did_not_stop(recipe_file, tmp_path, dtype, stage1_steps, monkeypatch):
-    """Stopped after 3 steps of 4 (of the last, or of the only stage), gone on from the checkpoint at 2."""
+@pytest.mark.parametrize(
+    "dtype, stage1_steps, where",
+    [("float32", 0, "device"), ("bfloat16", 4, "device"), ("bfloat16", 4, "host")],  # stage 1 trains predictors
+)
+def test_a_resumed_run_equals_one_that_did_not_stop(recipe_file, tmp_path, dtype, stage1_steps, where, monkeypatch):
+    """Stopped after 3 steps of 4 (of the last, or of the only stage), gone on from the checkpoint at 2; with weights
+    on the host it still equals the resident run."""
     recipe = recipe_file("optimizer:\n  learning_rate: 1e-3\n")
     same = ["--training.num_steps", "4", "--training.stage1_steps", str(stage1_steps), "--training.save_steps", "2"]
     same += ["--reversible.train_predictor", str(stage1_steps > 0)]
     same += ["--model.dtype", dtype]  # bf16 weights are rounded stochastically
     whole = run(recipe, *same, "--training.output_dir", str(tmp_path / "whole"))
-    halves = ["--training.output_dir", str(tmp_path / "halves")]
+    halves = ["--training.output_dir", str(tmp_path / "halves"), "--memory.weights", where]
 
     real = RevFFNTrainer.training_step
 
@@ -265,6 +269,22 @@ def test_a_gradient_that_is_not_finite_stops_the_run(recipe_file, tmp_path, monk
     assert "had already stepped" in message and str(tmp_path / "run" / "stage2" / "checkpoint-2") in message
     assert not (tmp_path / "run" / "model").exists()
     assert main([*words, "--training.resume", "true"]) == 0
+
+
+def test_memory_with_weights_on_the_host_is_predicted(recipe_file):
+    folder = run(recipe_file(), "--memory.weights", "host")
+    memory = json.loads((folder / "run.json").read_text())["memory"]
+    assert memory["predicted_bytes"] == pytest.approx(memory["measured_bytes"], rel=0.05)
+    resident = run(recipe_file(), "--training.output_dir", str(folder.parent / "resident"))
+    assert memory["measured_bytes"] < json.loads((resident / "run.json").read_text())["memory"]["measured_bytes"]
+
+
+@pytest.mark.parametrize(
+    "words", [["--reversible.coupling", "null"], ["--optimizer.in_backward", "false"]], ids=["plain", "after backward"]
+)
+def test_weights_in_host_memory_need_a_walk(recipe_file, words, capsys):
+    assert main(["train", str(recipe_file()), "--memory.weights", "host", *words]) == 2
+    assert "memory.weights: host" in capsys.readouterr().err
 
 
 def test_packed_sequences_train_the_same_tokens(recipe_file):
