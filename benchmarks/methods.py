@@ -389,7 +389,7 @@ def _transformers(description: str, name: str = "checkpointing", period: int = 1
 def _ours(words: str, **settings: Any) -> dict[str, BenchmarkMethod]:
     name = "_".join([settings["coupling"], *([settings["query_stream"]] if "query_stream" in settings else [])])
     start = partial(own_optimizer, of_simulation={"name": "reversible"})
-    rows = {
+    return {
         f"ours_{name}{'_tiles' if tiles else ''}": BenchmarkMethod(
             description=f"ours, {words}{', in tiles' if tiles else ''}",
             change=partial(reversible, tiles=tiles, **settings),
@@ -398,13 +398,6 @@ def _ours(words: str, **settings: Any) -> dict[str, BenchmarkMethod]:
         )
         for tiles in (False, True)
     }
-    rows[f"ours_{name}_tiles_host"] = BenchmarkMethod(
-        description=f"ours, {words}, in tiles, weights in host memory",
-        change=partial(reversible, tiles=True, host=True, **settings),
-        start=start,
-        tiles=True,
-    )
-    return rows
 
 
 def _peft(description: str, config_class: str, **settings: Any) -> BenchmarkMethod:
@@ -445,6 +438,12 @@ METHODS: dict[str, BenchmarkMethod] = {
         start=partial(galore, experts=False),
     ),
     **_ours("innovation, m = 2", coupling="innovation"),
+    "ours_innovation_tiles_host": BenchmarkMethod(
+        description="ours, innovation, m = 2, in tiles, weights in host memory",
+        change=partial(reversible, tiles=True, host=True, coupling="innovation"),
+        start=partial(own_optimizer, of_simulation={"name": "reversible"}),
+        tiles=True,
+    ),
     **_ours("cross_branch, queries from the right", coupling="cross_branch", query_stream="right"),
     **_ours("cross_branch, queries from the left", coupling="cross_branch", query_stream="left"),
     **_ours("layer inputs stored", coupling="none"),

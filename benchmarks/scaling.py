@@ -1,0 +1,181 @@
+"""How a step's time and memory grow with tokens, depth and experts -> one JSON, and a figure for each.
+
+    python benchmarks/scaling.py --out benchmarks/results/scaling.json     # about twenty minutes on a quiet machine
+    python benchmarks/scaling.py --draw benchmarks/results/scaling.json    # docs/figures/scaling_*.svg
+
+Memory: live tensors at the peak of a step at true width (Qwen1.5-MoE-A2.7B in bf16), planned from the config. Time: a
+small model of the same proportions in float32 on this machine. In every round each size takes one step, in turns; what
+is kept is the ratio of a size's step time to the first size's in the same round. Beside ours (innovation, m = 2, tiles
+of 2,048 tokens) stands transformers with activation checkpointing; both have adafactor in backward and linear
+cross-entropy, so that only what is compared differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from methods import start
+from run import device_facts, now, spread
+from simulate import provenance
+from workloads import Workload
+
+from revffn.memory import gib, load_config
+from revffn.planner import plan
+from revffn.simulation import Method
+
+ROOT = Path(__file__).resolve().parent.parent
+FIGURES = ROOT / "docs" / "figures"
+MODEL = "qwen1.5-moe-a2.7b"
+SIZES = {
+    "tokens": (1024, 4096, 16384, 65536, 131072),
+    "depth": (6, 12, 24, 48),
+    "experts": (8, 16, 32, 64, 128),
+}
+BASE = {"tokens": 4096, "depth": 24, "experts": 60}
+"""At true width; an axis changes one of them."""
+SMALL_BASE = {"tokens": 4096, "depth": 6, "experts": 16}
+LENGTH = 1024
+"""Tokens of a sequence; more tokens are more sequences."""
+SMALL = dict(
+    hidden_size=64, num_attention_heads=4, num_key_value_heads=4, head_dim=16, vocab_size=1024, intermediate_size=48,
+    moe_intermediate_size=32, shared_expert_intermediate_size=128, num_experts_per_tok=4,
+)  # fmt: skip
+METHODS = {
+    "ours_innovation_tiles": Method(),
+    "hf_checkpointing_linear_ce": Method(name="checkpointing"),
+}
+
+
+def overrides(sizes: dict[str, int]) -> dict[str, int]:
+    return {"num_hidden_layers": sizes["depth"], "num_experts": sizes["experts"]}
+
+
+def memory(axis: str) -> dict[str, list[dict[str, Any]]]:
+    """Planned bytes at every size, by method."""
+    out: dict[str, list[dict[str, Any]]] = {name: [] for name in METHODS}
+    for size in SIZES[axis]:
+        sizes = BASE | {axis: size}
+        for name, method in METHODS.items():
+            config = load_config(MODEL, **overrides(sizes))
+            answer = plan(config, sizes["tokens"] // LENGTH, LENGTH, method, with_alternatives=False)
+            out[name].append({"size": size, "peak_bytes": answer.peak_bytes, "parts": answer.parts})
+            print(f"{axis} {size}, {name}: {gib(answer.peak_bytes)}", flush=True)
+    return out
+
+
+def times(axis: str, rounds: int) -> dict[str, list[dict[str, Any]]]:
+    """Ratios of step times to the first size's, by method."""
+    out = {}
+    for name in METHODS:
+        trainings, batches = [], []
+        for size in SIZES[axis]:
+            sizes = SMALL_BASE | {axis: size}
+            workload = Workload(
+                model=MODEL,
+                batch=sizes["tokens"] // LENGTH,
+                tokens=LENGTH,
+                device="cpu",
+                dtype=torch.float32,
+                overrides=SMALL | overrides(sizes),
+            )
+            training = start(name, workload.hf_config(), "cpu", torch.float32, None, workload.tile_tokens)
+            trainings.append(training)
+            batches.append(workload.batches(1)[0])
+            training.step(batches[-1])
+        measured: list[list[float]] = [[] for _ in trainings]
+        for _ in range(rounds):
+            for seconds, training, batch in zip(measured, trainings, batches, strict=True):
+                began = time.perf_counter()
+                training.step(batch)
+                seconds.append(time.perf_counter() - began)
+        first = measured[0]
+        out[name] = [
+            {"size": size, "ratio": spread([a / b for a, b in zip(seconds, first, strict=True)])}
+            for size, seconds in zip(SIZES[axis], measured, strict=True)
+        ]
+        print(axis, name, [f"{point['ratio']['median']:.2f}" for point in out[name]], flush=True)
+    return out
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+NAMES = {
+    "ours_innovation_tiles": "ours, innovation m = 2",
+    "hf_checkpointing_linear_ce": "transformers + checkpointing",
+}
+COLORS = {"ours_innovation_tiles": "#5e81ac", "hf_checkpointing_linear_ce": "#bf616a"}
+
+
+def draw(result: dict[str, Any], axis: str, file: Path) -> None:
+    """Time on the left, memory on the right."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    for name in METHODS:
+        points = result[axis]["time"][name]
+        middle = [point["ratio"]["median"] for point in points]
+        low, high = zip(*(point["ratio"]["quartiles"] for point in points), strict=True)
+        sizes = [point["size"] for point in points]
+        left.plot(sizes, middle, "o-", color=COLORS[name], label=NAMES[name])
+        left.fill_between(sizes, low, high, color=COLORS[name], alpha=0.2, linewidth=0)
+        points = result[axis]["memory"][name]
+        sizes = [point["size"] for point in points]
+        right.plot(sizes, [p["peak_bytes"] / 2**30 for p in points], "o-", color=COLORS[name])
+        rest = [(p["peak_bytes"] - p["parts"]["weights"] - p["parts"]["optimizer"]) / 2**30 for p in points]
+        right.plot(sizes, rest, "o--", color=COLORS[name], markerfacecolor="white")
+    if axis == "tokens":
+        first = SIZES[axis][0]
+        left.plot(SIZES[axis], [size / first for size in SIZES[axis]], ":", color="black", label="linear")
+        for axes in (left, right):
+            axes.set_xscale("log", base=2)
+        left.set_yscale("log", base=2)
+    unit = {"tokens": "tokens per step", "depth": "decoder layers", "experts": "experts per layer"}[axis]
+    for axes, title in (
+        (left, f"step time, {SIZES[axis][0]} {unit} = 1 (small model)"),
+        (right, "peak, GiB (true width; dashed: without weights and optimizer)"),
+    ):
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_xlabel(unit)
+        axes.set_xticks(SIZES[axis], [f"{size // 1024}k" if size >= 1024 else str(size) for size in SIZES[axis]])
+        axes.minorticks_off()
+        axes.set_ylim(bottom=None if axes is left and axis == "tokens" else 0)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(True, color="#e5e9f0")
+    left.legend(frameon=False, fontsize=9)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="measure, and write the JSON to this file")
+    parser.add_argument("--draw", type=Path, help="draw the figures of this file")
+    parser.add_argument("--axes", nargs="*", choices=list(SIZES), default=list(SIZES))
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    if args.out is None and args.draw is None:
+        parser.error("nothing to do: give --out FILE, --draw FILE or both")
+    if args.out is not None:
+        result: dict[str, Any] = {"settings": {"model": MODEL, "base": BASE, "small_base": SMALL_BASE, "small": SMALL}}
+        result |= {"rounds": args.rounds, "date": now(), "device": device_facts("cpu"), **provenance()}
+        for axis in args.axes:
+            result[axis] = {"time": times(axis, args.rounds), "memory": memory(axis)}
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    if args.draw is not None:
+        result = json.loads(args.draw.read_text())
+        for axis in args.axes:
+            draw(result, axis, FIGURES / f"scaling_{axis}.svg")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    sys.exit(main())
