@@ -231,8 +231,34 @@ def pairs() -> str:
     return "\n".join(lines) if len(lines) > 2 else NO_RESULTS
 
 
+def scaling() -> str:
+    """Time and memory by size, ours and transformers' side by side."""
+    file = RESULTS / "scaling.json"
+    if not file.exists():
+        return NO_RESULTS
+    result = json.loads(file.read_text())
+    lines = []
+    for axis in ("tokens", "depth", "experts"):
+        lines += [
+            f"| {axis} | method | step time, first = 1 | quartiles | peak, GiB | without weights and optimizer |"
+        ]
+        lines += ["|---:|---|---:|---:|---:|---:|"]
+        for name, words in SCALED.items():
+            for time, memory in zip(result[axis]["time"][name], result[axis]["memory"][name], strict=True):
+                rest = memory["peak_bytes"] - memory["parts"]["weights"] - memory["parts"]["optimizer"]
+                low, high = time["ratio"]["quartiles"]
+                cells = (f"{time['size']:,}", words, f"{time['ratio']['median']:.2f}", f"{low:.2f}–{high:.2f}")
+                lines.append(f"| {' | '.join([*cells, gib(memory['peak_bytes']), gib(rest)])} |")
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+SCALED = {
+    "ours_innovation_tiles": "ours, innovation, m = 2, in tiles",
+    "hf_checkpointing_linear_ce": "transformers + checkpointing + linear cross-entropy",
+}
 TABLES = {"memory": memory, "first_steps": first_steps, "planner": planner, "terms": terms}
-TABLES |= {"speed": speed, "losses": losses, "pairs": pairs}
+TABLES |= {"speed": speed, "losses": losses, "pairs": pairs, "scaling": scaling}
 
 
 def main() -> int:
