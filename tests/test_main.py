@@ -12,29 +12,6 @@ import pytest
 
 from revffn.__main__ import COMMANDS, main
 
-
-def tree(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
-
-
-@pytest.fixture
-def refused(tmp_path, capsys, monkeypatch):
-    """`refused(words)`: the line that `revffn` refuses `words` with."""
-
-    def check(*words):
-        monkeypatch.chdir(tmp_path)
-        before = tree(tmp_path)
-        capsys.readouterr()
-        assert main([str(word) for word in words]) == 2
-        captured = capsys.readouterr()
-        assert tree(tmp_path) == before
-        assert captured.err.count("\n") == 1 and captured.err.startswith("revffn")
-        assert "Traceback" not in captured.err
-        return captured.err
-
-    return check
-
-
 BAD_DATA = {
     "missing columns": ([{"question": "a", "answer": "b"}], "line 1: missing columns"),
     "empty file": ([], "no records"),
