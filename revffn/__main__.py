@@ -127,7 +127,7 @@ def plan(words: list[str]) -> None:
 def with_values(words: list[str], switches: tuple[str, ...]) -> list[str]:
     """Alone, a switch means yes."""
     given = []
-    for word, following in zip(words, [*words[1:], "--"], strict=True):
+    for word, following in zip(words, [*words, "--"][1:], strict=True):
         given.append(word)
         if word in switches and following.startswith("--"):
             given.append("True")

@@ -130,7 +130,9 @@ def prepare_harness(
     from . import harness
 
     paths = {name: getattr(config, name) for name in ("mmlu_path", "gsm8k_path", "mgsm_path")}
-    subjects = config.mmlu_subjects.split(",") if config.mmlu_subjects is not None else None
+    subjects = None
+    if config.mmlu_subjects is not None:
+        subjects = [subject.strip() for subject in config.mmlu_subjects.split(",")]
     group = harness.load_task(task, paths, subjects)
 
     def run(model: PreTrainedModel) -> dict[str, Any]:

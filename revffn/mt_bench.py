@@ -212,6 +212,13 @@ def rating(judgment: str) -> float:
     return UNRATED
 
 
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect is an error: followed, it would carry the key to whoever it names."""
+
+    def redirect_request(self, *args: Any) -> None:
+        return None
+
+
 @dataclass
 class Judge:
     """A chat endpoint."""
@@ -230,12 +237,13 @@ class Judge:
         body = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": JUDGE_TOKENS}
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         address = f"{self.url.rstrip('/')}/chat/completions"
+        opener = urllib.request.build_opener(NoRedirect)
         problem = ""
         for attempt in range(self.attempts):
             request = urllib.request.Request(address, json.dumps(body).encode(), headers)
             wanted_pause = None
             try:
-                with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
+                with opener.open(request, timeout=TIMEOUT_SECONDS) as response:
                     return json.loads(response.read())["choices"][0]["message"]["content"]
             except urllib.error.HTTPError as error:
                 problem = f"HTTP {error.code}: {' '.join(error.read().decode(errors='replace').split())[:200]}"

@@ -116,6 +116,7 @@ def test_other_bad_command_lines(refused, tmp_path):
     assert "unknown command 'trian'" in refused("trian")
     assert "Usage: revffn export RUN OUT" in refused("export", "one")
     assert "output" in refused("upcycle")
+    assert "model" in refused("plan") and "model" in refused("evaluate")
     assert "--num_expert" in refused("upcycle", "--output", "out", "--num_expert", "4")
     assert "steps must be" in refused("upcycle", "--output", "out", "--steps", "0")
     assert "no model here" in refused("export", tmp_path / "nowhere", "out")
@@ -127,7 +128,7 @@ def test_help_names_every_command(capsys):
     assert all(name in out for name in COMMANDS)
 
 
-@pytest.mark.parametrize("command", ["train", "upcycle"])
+@pytest.mark.parametrize("command", ["train", "upcycle", "evaluate"])
 def test_help_of_a_command(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

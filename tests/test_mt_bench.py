@@ -205,6 +205,14 @@ def test_pauses_grow(judge, monkeypatch):
     assert judge.asked[0][1] is None  # no key, no header
 
 
+def test_a_redirect_is_not_followed(judge):
+    """It would get the key."""
+    judge.answers = [(302, {"Location": f"{judge.url}/elsewhere"})]
+    with pytest.raises(mt_bench.JudgeError, match="refuses with HTTP 302"):
+        mt_bench.Judge(judge.url, "judy", "secret", 3).ask([])
+    assert len(judge.asked) == 1
+
+
 def test_a_failure_keeps_what_was_judged(folder, bench, judge, tmp_path, capsys):
     """One line and status 1; the next call asks for the rest only, and answers nothing again."""
     output, files = tmp_path / "r.json", tmp_path / "r.mt_bench"
