@@ -110,12 +110,9 @@ def plan(words: list[str]) -> None:
     from . import recipe
 
     given = []
-    for word, following in zip(words, [*words[1:], "--"], strict=True):
-        # Alone, a switch means yes.
-        negated = word == "--no-alternatives"
-        given.append("--alternatives" if negated else word)
-        if negated or (word in ("--alternatives", "--check", "--json") and following.startswith("--")):
-            given.append(str(not negated))
+    for word in words:
+        given += ["--alternatives", "False"] if word == "--no-alternatives" else [word]
+    given = with_values(given, ("--alternatives", "--check", "--json"))
     config = recipe.from_words(recipe.PlanConfig, given, "revffn plan")
     from .planner import plan_command
 
@@ -127,7 +124,44 @@ def plan(words: list[str]) -> None:
         sys.exit(f"revffn plan: {problem}")
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"train": train, "upcycle": upcycle, "export": export, "plan": plan}
+def with_values(words: list[str], switches: tuple[str, ...]) -> list[str]:
+    """Alone, a switch means yes."""
+    given = []
+    for word, following in zip(words, [*words, "--"][1:], strict=True):
+        given.append(word)
+        if word in switches and following.startswith("--"):
+            given.append("True")
+    return given
+
+
+def evaluate(words: list[str]) -> None:
+    """Score a model, or compare scores: revffn evaluate MODEL --tasks mmlu,gsm8k --output FILE; --compare FILE FILE"""
+    from . import recipe
+
+    if words[:1] == ["--compare"]:
+        from .evaluate import compare_command
+
+        return compare_command(words[1:])
+    if words and not words[0].startswith("-"):
+        words = ["--model", *words]
+    words = with_values(words, ("--chat_template", "--chat-template"))
+    config = recipe.from_words(recipe.EvaluateConfig, words, "revffn evaluate MODEL")
+    from .evaluate import evaluate_command
+    from .mt_bench import JudgeError
+
+    try:
+        evaluate_command(config)
+    except JudgeError as error:
+        sys.exit(f"revffn evaluate: {error}")
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": train,
+    "upcycle": upcycle,
+    "export": export,
+    "plan": plan,
+    "evaluate": evaluate,
+}
 
 
 def main(words: list[str] | None = None) -> int:

@@ -40,7 +40,8 @@ def quantize(x: Tensor, fraction_bits: int) -> Tensor:
 
 def dequantize(stream: Tensor, fraction_bits: int, dtype: torch.dtype) -> Tensor:
     """The value of an int32 stream in `dtype`. Rounds where `dtype` has fewer digits than the stream."""
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    # By a power of two: rounding before the product is rounding after it, where the range is that of float32.
+    wide = dtype if dtype in (torch.float64, torch.bfloat16) else torch.float32
     return stream.to(wide).mul_(2.0**-fraction_bits).to(dtype)
 
 

@@ -30,6 +30,9 @@ from transformers import PreTrainedModel
 ALIGNMENT = 256
 """Bytes; what a caching allocator gives, and more than any kernel asks for."""
 NUM_SLOTS = 2
+BLOCK_BYTES = 4 * 2**30
+"""Most that is pinned at once. PyTorch rounds pinned memory up to a power of two; one block for several tensors loses
+less by that than each of them would."""
 
 
 def num_bytes(tensors: list[Tensor]) -> int:
@@ -44,6 +47,31 @@ def carve(buffer: Tensor, tensors: list[Tensor]) -> list[Tensor]:
         views.append(buffer[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape))
         start += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
     return views
+
+
+def pinned_bytes(size: int) -> int:
+    """What PyTorch's allocator takes for so many bytes of pinned memory."""
+    return 1 << max(0, size - 1).bit_length()
+
+
+def blocks(tensors: list[Tensor], limit: int = BLOCK_BYTES) -> list[list[Tensor]]:
+    """Tensors in their order, in groups that fit `limit` bytes (a larger one has a group of its own)."""
+    groups: list[list[Tensor]] = []
+    for tensor in tensors:
+        if groups and num_bytes([*groups[-1], tensor]) <= limit:
+            groups[-1].append(tensor)
+        else:
+            groups.append([tensor])
+    return groups
+
+
+@torch.no_grad()
+def into_blocks(parameters: list[nn.Parameter], pin: bool) -> None:
+    """Move parameters into few blocks of (pinned) host memory."""
+    for group in blocks(parameters):
+        block = torch.empty(num_bytes(group), dtype=torch.uint8, pin_memory=pin)
+        for parameter, view in zip(group, carve(block, group), strict=True):
+            parameter.data = view.copy_(parameter.data)
 
 
 def layer_states(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> list[tuple[dict[str, Any], str]]:
@@ -78,7 +106,7 @@ class HostWeights:
     The rest of the model is moved to the device, and later `model.to(device)` leaves the layers where they are.
     Between steps parameters and states are ordinary CPU tensors: `state_dict`, `save_pretrained` and
     `load_state_dict` work as usual. A gradient that no optimizer took in backward is moved to the host and added up
-    there, for any optimizer.
+    there, for any optimizer. Generating text copies all layers for every token.
 
     Args:
         model: Has its decoder layers in `model.model.layers`; changed in place.
@@ -115,8 +143,12 @@ class HostWeights:
     def refresh(self) -> None:
         """Take over parameters that were added to layers (by `convert`), and what was moved to the device since."""
         self.parameters = [list(layer.parameters()) for layer in self.layers]
-        for parameter in (p for parameters in self.parameters for p in parameters):
-            parameter.data = self.on_host(parameter.data)
+        everything = [p for parameters in self.parameters for p in parameters]
+        if self.device.type != "cuda":
+            for parameter in everything:
+                parameter.data = parameter.data.cpu()
+        else:
+            into_blocks([p for p in everything if not p.is_pinned()], pin=True)
         self.host = [[p.data for p in parameters] for parameters in self.parameters]
         for layer in self.layers:
             for module in layer.modules():
@@ -129,7 +161,7 @@ class HostWeights:
             self.slots = [Slot(size, self.device) for _ in range(min(NUM_SLOTS, len(self.layers)))]
 
     def on_host(self, tensor: Tensor) -> Tensor:
-        """In pinned memory, if copies are to run beside computation; the tensor itself where it is there already."""
+        """A state in pinned memory, if copies are to run beside computation; itself where it is there already."""
         if self.device.type != "cuda" or tensor.is_pinned():
             return tensor.cpu()
         return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor)

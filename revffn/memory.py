@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from .host_weights import NUM_SLOTS, layer_states, num_bytes
+from .host_weights import NUM_SLOTS, blocks, layer_states, num_bytes, pinned_bytes
 from .losses import chunk_size
 from .optim import OptimizerInBackward
 from .simulation import PARTS, LiveBytes, Method, RealOptimizer, build, run_step
@@ -108,7 +108,7 @@ class Counts:
     optimizer_bytes: int
     """On the device."""
     host_bytes: int
-    """Weights and states that live in host memory."""
+    """Of weights and states in host memory, as pinned memory is handed out: in powers of two."""
     makes_scores: bool
     """The attention makes its scores (attention sinks have no fused kernel): T x T per head."""
 
@@ -153,7 +153,8 @@ def count(model_and_method: tuple[PreTrainedConfig, Method]) -> Counts:
             total - moved + slot
             for total, moved, slot in zip((weight_bytes, optimizer_bytes), on_host, slots, strict=True)
         )
-        host_bytes = sum(on_host)
+        host_bytes = sum(pinned_bytes(num_bytes(block)) for block in blocks([*chain(*layers)]))
+        host_bytes += sum(pinned_bytes(t.nbytes) for t in chain(*states))
     return Counts(
         sum(p.numel() for p in parameters),
         sum(p.numel() for p in trainable),

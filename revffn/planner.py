@@ -28,8 +28,9 @@ from transformers import PreTrainedConfig
 
 from .architectures import ARCHITECTURES
 from .config import ReversibleConfig
-from .memory import RESERVE_BYTES, Phases, Plan, Predictor, count, gib, load_config, measure, parse_bytes, shallow
-from .simulation import PARTS, Method, build, simulate_step
+from .host_weights import layer_states
+from .memory import RESERVE_BYTES, Phases, Plan, Predictor, gib, load_config, measure, parse_bytes, shallow
+from .simulation import PARTS, Method, RealOptimizer, build, simulate_step
 
 OUTSIDE_LAYERS = ("embedding", "forward", "loss", "top", "top after lm_head.weight", "optimizer")
 """Phases in which backward is not among the decoder layers."""
@@ -291,14 +292,16 @@ def traffic(hf_config: PreTrainedConfig, method: Method, link_bytes_per_s: float
     are left out: they only make computing longer.
     """
     with torch.device("meta"):
-        layers = [list(layer.parameters()) for layer in build(hf_config, method).model.layers]
-    parameters = [p for layer in layers for p in layer]
+        model = build(hf_config, method)
+    parameters = list(model.model.layers.parameters())
     config = hf_config.get_text_config()
     top_k = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", None) or 1
     active = sum(p.numel() * min(1.0, top_k / p.shape[0]) if p.dim() == 3 else p.numel() for p in parameters)
     weights = sum(p.nbytes for p in parameters)
     trained = sum(p.nbytes for p in parameters if p.requires_grad)
-    states = count(hf_config, method).host_bytes - weights
+    states = sum(
+        values[name].nbytes for values, name in layer_states(RealOptimizer(model, method).optimizer, parameters)
+    )
     forward = weights / link_bytes_per_s * flops_per_s / (2 * active)
     backward = (weights + trained + 2 * states) / link_bytes_per_s * flops_per_s / (6 * active)
     return Traffic(2 * weights + states, trained + states, math.ceil(max(forward, backward)))

@@ -106,6 +106,65 @@ class PlanConfig:
 
 
 @dataclass(kw_only=True)
+class EvaluateConfig:
+    """What `revffn evaluate` is asked."""
+
+    model: str
+    """Folder of a Hugging Face model with its tokenizer, of a finished run, or of a saved reversible model (the
+    exported function is evaluated then); or a name on the Hub."""
+    tasks: str
+    """Some of mmlu, gsm8k, mgsm, mgsm_cot, perplexity, mt_bench, with commas between them."""
+    output: str
+    """JSON file for the results. With the same settings a second call goes on with the tasks that it lacks. Answers
+    and judgments of mt_bench are kept in a folder beside it."""
+    limit: int | None = None
+    """Only so many questions of each task (mmlu: of each subject; mgsm: of each language; mt_bench: spread over the
+    categories), or windows of perplexity."""
+    batch_size: int = 8
+    """Sequences per forward pass."""
+    chat_template: bool = False
+    """Put the prompts of mmlu, gsm8k and mgsm into the tokenizer's chat template, examples as turns of a conversation.
+    mt_bench always does."""
+    device: str | None = None
+    """cuda, cuda:1, cpu and so on; null is the GPU if there is one."""
+    mmlu_path: str | None = None
+    """Folder with test.jsonl.gz and dev.jsonl.gz; null is cais/mmlu on the Hub."""
+    mmlu_subjects: str | None = None
+    """Only these subjects, with commas between them. Null is all 57."""
+    gsm8k_path: str | None = None
+    """Folder with test.jsonl.gz; null is openai/gsm8k on the Hub."""
+    mgsm_path: str | None = None
+    """Folder with a mgsm_<language>.tsv for each language; null is juletxara/mgsm on the Hub."""
+    text: str | None = None
+    """Text file, or its .gz, for perplexity."""
+    window: int = 1024
+    """Tokens that perplexity sees at once."""
+    stride: int | None = None
+    """Tokens from one window of perplexity to the next: the others are context. Null is half a window."""
+    mt_bench_path: str | None = None
+    """Folder with question.jsonl, reference_answer/gpt-4.jsonl and judge_prompts.jsonl of FastChat."""
+    max_new_tokens: int = 1024
+    """Longest answer of mt_bench, each turn."""
+    seed: int = 0
+    """Of the answers of mt_bench that are drawn."""
+    judge_url: str | None = None
+    """Any OpenAI-compatible endpoint, up to and with /v1. Without one mt_bench only writes answers."""
+    judge_model: str | None = None
+    """Name of the judge at that endpoint."""
+    judge_key_variable: str = "OPENAI_API_KEY"
+    """Environment variable with the endpoint's key; none is sent if it is not set."""
+    judge_attempts: int = 6
+    """Tries of one judgment while the endpoint is busy or fails, with growing pauses."""
+
+    def __post_init__(self):
+        _at_least(self, limit=1, batch_size=1, window=2, stride=1, max_new_tokens=1, judge_attempts=1)
+        if self.stride is not None and self.stride > self.window:
+            raise ValueError(f"stride must be at most the window, {self.window}, got {self.stride}.")
+        if (self.judge_url is None) != (self.judge_model is None):
+            raise ValueError("judge_url and judge_model go together. Give both or none.")
+
+
+@dataclass(kw_only=True)
 class DataConfig:
     """The conversations to learn from. Only the responses count in the loss."""
 

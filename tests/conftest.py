@@ -1,4 +1,4 @@
-"""For all tests: a fixed seed each, one thread, no network, and a folder with a tiny model to train."""
+"""For all tests: a fixed seed each, one thread, no network, a folder with a tiny model to train, refused commands."""
 
 import json
 import os
@@ -109,3 +109,27 @@ def recipe_file(tmp_path, model_folder, data_file):
         return recipe
 
     return write
+
+
+def tree(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@pytest.fixture
+def refused(tmp_path, capsys, monkeypatch):
+    """`refused(words)`: the line that `revffn` refuses `words` with."""
+
+    from revffn.__main__ import main
+
+    def check(*words):
+        monkeypatch.chdir(tmp_path)
+        before = tree(tmp_path)
+        capsys.readouterr()
+        assert main([str(word) for word in words]) == 2
+        captured = capsys.readouterr()
+        assert tree(tmp_path) == before
+        assert captured.err.count("\n") == 1 and captured.err.startswith("revffn")
+        assert "Traceback" not in captured.err
+        return captured.err
+
+    return check

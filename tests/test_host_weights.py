@@ -14,7 +14,7 @@ from helpers import tiny_model
 from transformers import AutoModelForCausalLM
 
 import revffn
-from revffn import HostWeights, ReversibleConfig
+from revffn import HostWeights, ReversibleConfig, host_weights
 from revffn.memory import count, load_config
 from revffn.optim import OptimizerInBackward, parameter_groups
 from revffn.planner import check, plan, traffic, what_would_fit
@@ -201,6 +201,22 @@ def test_weights_can_be_changed_saved_and_loaded_between_steps(tmp_path):
     assert train(resident, optimizers[0], range(2, 4)) == train(again, optimizer, range(2, 4))
 
 
+def test_blocks_of_host_memory_train_and_are_saved_as_any(tmp_path, monkeypatch):
+    """As on a GPU, where several parameters lie in one block of pinned memory."""
+    monkeypatch.setattr(host_weights.blocks, "__defaults__", (20_000,))
+    resident, streamed = pair()
+    layer_parameters = [p for layer in streamed.model.layers for p in layer.parameters()]
+    host_weights.into_blocks(layer_parameters, pin=False)
+    storages = {p.untyped_storage().data_ptr() for p in layer_parameters}
+    assert 5 < len(storages) < len(layer_parameters)
+    optimizers = [optimizer_of(model) for model in (resident, streamed)]
+    HostWeights(streamed).keep_states_of(optimizers[1])
+    assert train(resident, optimizers[0], range(2)) == train(streamed, optimizers[1], range(2))
+    assert {p.untyped_storage().data_ptr() for p in layer_parameters} == storages
+    streamed.save_pretrained(tmp_path)
+    assert_same(resident, AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16))
+
+
 def test_frozen_layers_and_embeddings_are_passed():
     resident, streamed = pair()
     for model in (resident, streamed):
@@ -266,8 +282,10 @@ def test_simulated_peak_is_the_planned_one_and_flat_in_depth(optimizer):
     # Side bits and routing of four layers: 2 / 8 bytes per element, and 4 experts of one byte per token.
     assert 0 <= more <= 4 * 4 * 512 * (512 // 4 + 4 * 2) + 2**20
     resident = simulate_step(small_config(num_hidden_layers=8), 4, 512, Method(optimizer=optimizer))
-    counts = count(small_config(num_hidden_layers=8), method)
-    saved = counts.host_bytes * 6 / 8  # two of eight layers have room on the device
+    counts = [
+        count(small_config(num_hidden_layers=8), Method(optimizer=optimizer, weights=w)) for w in ("device", "host")
+    ]
+    saved = sum((c.weight_bytes + c.optimizer_bytes) * sign for c, sign in zip(counts, (1, -1), strict=True))
     assert resident["peak_bytes"] - deeper["peak_bytes"] == pytest.approx(saved, rel=0.05)
 
 
@@ -282,6 +300,19 @@ def test_the_planner_offers_it_and_says_from_when_it_is_free():
     assert slow.break_even_tokens == pytest.approx(2 * fast.break_even_tokens, abs=1)
     layers = sum(p.numel() for p in layer_parameters(config)) * 2
     assert fast.to_device_bytes == pytest.approx(2 * layers, rel=0.01)
+
+
+def test_host_memory_is_counted_as_it_is_pinned():
+    """In powers of two, several tensors to a block."""
+    sizes = [3 * 2**20, 5 * 2**20, 2**20, 9 * 2**20, 100]
+    tensors = [torch.empty(size, dtype=torch.uint8, device="meta") for size in sizes]
+    groups = host_weights.blocks(tensors, 9 * 2**20)
+    assert [[t.nbytes for t in group] for group in groups] == [sizes[:3], sizes[3:4], sizes[4:]]
+    assert [host_weights.pinned_bytes(size) for size in (1, 2, 3, 2**20, 2**20 + 1)] == [1, 2, 4, 2**20, 2**21]
+    config = load_config("qwen1.5-moe-a2.7b")
+    layers = sum(2 * p.numel() for p in layer_parameters(config))
+    predictors = 23 * 2048 * 2048 * 2
+    assert layers + predictors < count(config, Method(weights="host")).host_bytes < 1.25 * (layers + predictors)
 
 
 def layer_parameters(config):

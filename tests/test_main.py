@@ -12,29 +12,6 @@ import pytest
 
 from revffn.__main__ import COMMANDS, main
 
-
-def tree(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
-
-
-@pytest.fixture
-def refused(tmp_path, capsys, monkeypatch):
-    """`refused(words)`: the line that `revffn` refuses `words` with."""
-
-    def check(*words):
-        monkeypatch.chdir(tmp_path)
-        before = tree(tmp_path)
-        capsys.readouterr()
-        assert main([str(word) for word in words]) == 2
-        captured = capsys.readouterr()
-        assert tree(tmp_path) == before
-        assert captured.err.count("\n") == 1 and captured.err.startswith("revffn")
-        assert "Traceback" not in captured.err
-        return captured.err
-
-    return check
-
-
 BAD_DATA = {
     "missing columns": ([{"question": "a", "reply": "b"}], "line 1: missing columns"),
     "empty file": ([], "no records"),
@@ -139,6 +116,7 @@ def test_other_bad_command_lines(refused, tmp_path):
     assert "unknown command 'trian'" in refused("trian")
     assert "Usage: revffn export RUN OUT" in refused("export", "one")
     assert "output" in refused("upcycle")
+    assert "model" in refused("plan") and "model" in refused("evaluate")
     assert "--num_expert" in refused("upcycle", "--output", "out", "--num_expert", "4")
     assert "steps must be" in refused("upcycle", "--output", "out", "--steps", "0")
     assert "no model here" in refused("export", tmp_path / "nowhere", "out")
@@ -150,7 +128,7 @@ def test_help_names_every_command(capsys):
     assert all(name in out for name in COMMANDS)
 
 
-@pytest.mark.parametrize("command", ["train", "upcycle"])
+@pytest.mark.parametrize("command", ["train", "upcycle", "evaluate"])
 def test_help_of_a_command(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

