@@ -226,7 +226,10 @@ def pairs() -> str:
                 continue
             low, high = r["ratio"]["quartiles"]
             cells += [str(len(r["ratio"]["all"])), f"**{r['ratio']['median']:.3f}**", f"{low:.3f}–{high:.3f}"]
-            cells += [f"{r['cpu_ratio']['median']:.3f}", f"{r['flops_ratio']:.3f}"]
+            cells += [
+                f"{r['cpu_ratio']['median']:.3f}",
+                "–" if r["flops_ratio"] is None else f"{r['flops_ratio']:.3f}",
+            ]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) if len(lines) > 2 else NO_RESULTS
 

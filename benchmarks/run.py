@@ -178,6 +178,17 @@ def step_flops(name: str, workload: Workload, settings: OptimizerSettings) -> in
     return tiles * (less + (more - less) * ((whole - few) // period))
 
 
+def operations(name: str, workload: Workload, settings: OptimizerSettings) -> tuple[int | None, str | None]:
+    """`step_flops`, or why they are unknown: a peer may do what fake tensors cannot, and its times stand all the
+    same."""
+    try:
+        return step_flops(name, workload, settings), None
+    except Exception as error:
+        if METHODS[name].trains_everything:
+            raise
+        return None, one_line(error)
+
+
 # --- the device ------------------------------------------------------------------------------------------------------
 
 
@@ -319,14 +330,7 @@ def measure(name: str, workload: Workload, settings: OptimizerSettings, warmup: 
     if device == "cuda":
         torch.cuda.empty_cache()
     rate = matrix_flops_per_second(device, workload.dtype)
-    hardware, unknown = None, None
-    try:
-        hardware = step_flops(name, workload, settings)
-    except Exception as error:
-        # A peer may do what fake tensors cannot; its times stand all the same.
-        if METHODS[name].trains_everything:
-            raise
-        unknown = one_line(error)
+    hardware, unknown = operations(name, workload, settings)
     model = None
     if METHODS[name].trains_everything:
         model = hardware if name == "hf_plain" else step_flops("hf_plain", workload, settings)
@@ -367,14 +371,16 @@ def measure_pair(names: list[str], workload: Workload, settings: OptimizerSettin
             marks.mark()
             wall[index] += marks.between_ms()  # on a GPU this waits, outside what is timed
             cpu[index].append(1000 * (marks.cpu_seconds[1] - marks.cpu_seconds[0]))
-    flops = [step_flops(name, workload, settings) for name in names]
+    counted = [operations(name, workload, settings) for name in names]
+    flops = [number for number, _ in counted]
     return {
         "step_time_ms": [spread(values) for values in wall],
         "cpu_time_ms": [spread(values) for values in cpu],
         "ratio": spread([a / b for a, b in zip(*wall, strict=True)]),
         "cpu_ratio": spread([a / b for a, b in zip(*cpu, strict=True)]),
         "hardware_flops_per_step": flops,
-        "flops_ratio": flops[0] / flops[1],
+        "hardware_flops_unknown": [reason for _, reason in counted],
+        "flops_ratio": None if None in flops else flops[0] / flops[1],
     }
 
 
@@ -412,7 +418,7 @@ def summary(result: dict[str, Any]) -> str:
         return (
             f"{head}step time {wall['median']:.3f} ({wall['quartiles'][0]:.3f} to {wall['quartiles'][1]:.3f}), "
             f"CPU time {cpu['median']:.3f} ({cpu['quartiles'][0]:.3f} to {cpu['quartiles'][1]:.3f}), "
-            f"operations {result['flops_ratio']:.3f}"
+            f"operations {'unknown' if result['flops_ratio'] is None else format(result['flops_ratio'], '.3f')}"
         )
     times, share = result["step_time_ms"], result["model_flops_share"]
     share = "" if share is None else f", {share:.1%} of the matrix rate"
