@@ -21,7 +21,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +182,6 @@ def main() -> int:
             for task in arguments.tasks:
                 if task in result[side]:
                     continue
-                start = time.time()
                 rows = SIDES[side](
                     model.resolve(),
                     arguments.data.resolve(),
@@ -194,11 +192,11 @@ def main() -> int:
                 )
                 if arguments.output.exists():  # the other side may have been running beside this one
                     result = json.loads(arguments.output.read_text())
-                result[side][task] = {"rows": rows, "seconds": round(time.time() - start)}
+                result[side][task] = rows
                 arguments.output.write_text(json.dumps(result, indent=2) + "\n")
     both = result["harness"].keys() & result["revffn"].keys()
     result["differences"] = {
-        task: differences(result["harness"][task]["rows"], result["revffn"][task]["rows"]) for task in sorted(both)
+        task: differences(result["harness"][task], result["revffn"][task]) for task in sorted(both)
     }
     arguments.output.write_text(json.dumps(result, indent=2) + "\n")
     for task, found in result["differences"].items():

@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 parity = importlib.import_module("harness_parity")
 DATA = Path(os.environ.get("REVFFN_DATA", ROOT.parent / "shared" / "data"))
 SUBJECTS = ["anatomy", "management"]
+RECORDED = ROOT / "benchmarks" / "results" / "evaluate_smollm2.json"
 LANGUAGES = ["bn", "de", "en", "es", "fr", "ja", "ru", "sw", "te", "th", "zh"]
 TEXT = "The house is red, the tree is grün.\nOne river, two rivers: 東京. " * 7
 
@@ -172,6 +173,15 @@ def test_mgsm_is_the_mean_over_languages(name, asks, data, answers):
     assert rows[f"revffn_{name}"]["metrics"]["exact_match,flexible-extract"]["value"] == 0.5
     assert rows[f"revffn_{name}"]["questions"] == 22 and len(rows) == 12
     assert any(prompt.startswith("Frage: Zwei plus zwei?") and prompt.endswith(asks) for prompt in lm.prompts)
+
+
+def test_the_recorded_comparison_says_equal():
+    """benchmarks/results/evaluate_smollm2.json: SmolLM2, 100 questions a task."""
+    result = json.loads(RECORDED.read_text())
+    assert result["settings"]["limit"] == 100
+    for task in ("mmlu", "gsm8k"):
+        assert parity.differences(result["harness"][task], result["revffn"][task]) == []
+        assert result["differences"][task] == []
 
 
 @pytest.mark.slow
