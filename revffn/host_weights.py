@@ -159,6 +159,8 @@ class HostWeights:
         size = max(num_bytes(tensors) for tensors in self.host)
         if not self.slots or self.slots[0].weights.numel() != size:
             self.slots = [Slot(size, self.device) for _ in range(min(NUM_SLOTS, len(self.layers)))]
+            for slot in self.slots:
+                slot.free = self.mark()  # what the allocator hands out may still be read by kernels under way
 
     def on_host(self, tensor: Tensor) -> Tensor:
         """A state in pinned memory, if copies are to run beside computation; itself where it is there already."""

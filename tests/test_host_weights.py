@@ -36,22 +36,22 @@ def pair(coupling: str = "innovation", num_layers: int = 5, dtype: torch.dtype =
     return model.train(), copy.deepcopy(model).train()
 
 
-def batch(seed: int) -> dict[str, torch.Tensor]:
-    ids = torch.randint(0, 90, (4, 16), generator=torch.Generator().manual_seed(seed))
+def batch(seed: int, device: str = "cpu") -> dict[str, torch.Tensor]:
+    ids = torch.randint(0, 90, (4, 16), generator=torch.Generator().manual_seed(seed)).to(device)
     return dict(input_ids=ids, labels=ids, use_cache=False)
 
 
-def train(model, optimizer, steps: range) -> list[float]:
+def train(model, optimizer, steps: range, device: str = "cpu") -> list[float]:
     """Losses of training steps, and of an evaluation after each."""
     losses = []
     for step in steps:
         torch.manual_seed(step)
-        loss = model(**batch(step)).loss
+        loss = model(**batch(step, device)).loss
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
         with torch.no_grad():
-            losses.append(model.eval()(**batch(100)).loss.item())
+            losses.append(model.eval()(**batch(100, device)).loss.item())
         model.train()
     return losses
 
@@ -76,6 +76,24 @@ def test_training_is_bit_for_bit_the_resident_one(coupling, rule, tile_tokens):
     HostWeights(streamed).keep_states_of(optimizers[1])
     assert train(resident, optimizers[0], range(3)) == train(streamed, optimizers[1], range(3))
     assert_same(resident, streamed)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rule", ["adafactor", "adamw"])
+def test_on_a_gpu_it_is_the_resident_training_too(rule):
+    """With copies on streams of their own, a few steps long enough for them to be late."""
+    torch.manual_seed(0)
+    plain = tiny_model(num_hidden_layers=6, hidden_size=256, moe_intermediate_size=512).to(torch.bfloat16)
+    models = [revffn.convert(copy.deepcopy(plain)).train() for _ in range(2)]
+    models[0].cuda()
+    store = HostWeights(models[1], "cuda")
+    optimizers = [optimizer_of(model, rule) for model in models]
+    store.keep_states_of(optimizers[1])
+    assert train(models[0], optimizers[0], range(4), "cuda") == train(models[1], optimizers[1], range(4), "cuda")
+    models[0].cpu()
+    models[1].cpu()
+    assert_same(*models)
+    assert all(p.is_pinned() for layer in models[1].model.layers for p in layer.parameters())
 
 
 def test_master_weights_and_states_are_the_resident_ones_too():
