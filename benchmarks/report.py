@@ -9,12 +9,14 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/experiments.md", "docs/memory.md")
+NO_RESULTS = "*No results yet.*"
 TERMS_OF = "qwen1.5-moe-a2.7b 16x2048 innovation m=2 adafactor stochastic"
 PARTS = (
     ("weights",),
@@ -115,9 +117,67 @@ def terms() -> str:
     return "\n".join([*lines, "| **peak** | " + " | ".join(peaks) + " |"])
 
 
+# --- results of quality.py -------------------------------------------------------------------------------------------
+
+T_QUANTILE = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
+"""Two-sided 95 % of Student's distribution, by the number of seeds."""
+
+
+def interval(values: list[float]) -> str:
+    """Mean and half of the 95 % interval over seeds."""
+    mean = statistics.mean(values)
+    if len(values) == 1:
+        return f"{mean:+.4f}"
+    return f"{mean:+.4f} ± {T_QUANTILE[len(values)] * statistics.stdev(values) / len(values) ** 0.5:.4f}"
+
+
+def quality() -> str:
+    """One row for each workload and method: held-out loss, and what it is above plain SFT's with the same seeds."""
+    heads = (
+        "workload",
+        "method",
+        "seeds",
+        "steps",
+        "rate",
+        "held-out loss",
+        "above plain SFT",
+        "as trained",
+        "accuracy",
+    )
+    heads += ("divergence from the base", "kept bytes per layer and token")
+    lines = [f"| {' | '.join(heads)} |", "|---" * 2 + "|---:" * (len(heads) - 2) + "|"]
+    for folder in sorted(path for path in (RESULTS / "quality").glob("*") if path.is_dir()):
+        by_method: dict[str, dict[int, dict]] = {}
+        for file in sorted(folder.glob("*_seed*.json")):
+            result = json.loads(file.read_text())
+            by_method.setdefault(result["method"], {})[result["settings"]["seed"]] = result
+        plain = by_method.get("sft", {})
+        for seeds in by_method.values():
+            runs_of_method = list(seeds.values())
+            first = runs_of_method[0]
+            cells = [folder.name, first["description"], str(len(seeds)), str(first["settings"]["steps"])]
+            cells.append(f"{first['settings']['learning_rate']:g}")
+            if "failed" in first:
+                lines.append(f"| {' | '.join(cells)} | failed: {first['failed']} |" + " |" * (len(heads) - 6))
+                continue
+            last = [result["curve"][-1] for result in runs_of_method]
+            shared = [seed for seed in seeds if seed in plain]
+            gaps = [seeds[s]["curve"][-1]["exported"] - plain[s]["curve"][-1]["exported"] for s in shared]
+            each = first["kept_bytes"] / first["kept_bytes_of_tokens"]
+            cells += [
+                f"{statistics.mean(point['exported'] for point in last):.4f}",
+                interval(gaps) if gaps and seeds is not plain else "–",
+                f"{statistics.mean(p['trained'] for p in last):.4f}" if "trained" in last[0] else "–",
+                f"{statistics.mean(point['accuracy'] for point in last):.3f}",
+                f"{statistics.mean(r['drift']['after']['divergence'] for r in runs_of_method):.4f}",
+                f"{each:,.0f}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) if len(lines) > 2 else NO_RESULTS
+
+
 # --- results of run.py -----------------------------------------------------------------------------------------------
 
-NO_RESULTS = "*No results yet.*"
 SAME_FUNCTION = (
     "hf_plain",
     "hf_checkpointing",
@@ -260,7 +320,7 @@ SCALED = {
     "ours_innovation_tiles": "ours, innovation, m = 2, in tiles",
     "hf_checkpointing_linear_ce": "transformers + checkpointing + linear cross-entropy",
 }
-TABLES = {"memory": memory, "first_steps": first_steps, "planner": planner, "terms": terms}
+TABLES = {"memory": memory, "first_steps": first_steps, "quality": quality, "planner": planner, "terms": terms}
 TABLES |= {"speed": speed, "losses": losses, "pairs": pairs, "scaling": scaling}
 
 

@@ -19,7 +19,9 @@ from revffn import reversible_report
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # scripts that import each other
-methods, report, run, workloads = map(importlib.import_module, ("methods", "report", "run", "workloads"))
+methods, quality, report, run, workloads = map(
+    importlib.import_module, ("methods", "quality", "report", "run", "workloads")
+)
 
 SUITE = BENCHMARKS / "gpu_suite.sh"
 TINY = workloads.WORKLOADS["qwen1.5_16x2048"].tiny()
@@ -346,6 +348,54 @@ def test_tables_of_results(recordable, no_counting, monkeypatch, tmp_path):
     assert len(rows) == 4 and len(columns) == 1
     assert report.losses().splitlines()[-1].endswith("| 3 | 1.0e-02 |")
     assert "| 2 | **" in report.pairs()
+
+
+# --- quality ---------------------------------------------------------------------------------------------------------
+
+
+def test_quality_of_the_same_function_is_the_same_and_seeds_differ(model_folder, data_file):
+    """Plain SFT through our engine and through transformers with checkpointing; the coupling is another function."""
+    workload = quality.Workload(path=str(data_file()), steps=6, batch_size=2, max_length=64, num_heldout=4)
+    folder = str(model_folder())
+
+    def go(name: str, seed: int = 0) -> dict:
+        return quality.run(folder, quality.METHODS[name], workload, 1e-3, seed, name)
+
+    plain, checkpointing, other = go("sft"), go("sft_checkpointing"), go("sft", seed=1)
+    assert [point["step"] for point in plain["curve"]] == [0, 2, 4, 6] and len(plain["losses"]) == 6
+    assert plain["losses"] == pytest.approx(checkpointing["losses"], rel=1e-3)
+    assert plain["losses"] != other["losses"] and plain["curve"][0] == other["curve"][0]
+    assert plain["curve"][-1]["exported"] < plain["curve"][0]["exported"]
+    coupled = go("innovation_m1_rising")
+    assert coupled["curve"][0]["exported"] == pytest.approx(plain["curve"][0]["exported"], rel=1e-5)
+    assert coupled["curve"][0]["trained"] != coupled["curve"][0]["exported"] and coupled["mismatched_states"] == 0
+    assert coupled["drift"]["before"]["divergence"] < coupled["drift"]["after"]["divergence"]
+    adapters = go("cross_branch")
+    assert adapters["curve"][0]["exported"] != pytest.approx(plain["curve"][0]["exported"], rel=1e-2)
+
+
+def test_quality_tables_pair_seeds(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    assert report.quality() == report.NO_RESULTS
+    folder = tmp_path / "quality" / "dolly"
+    folder.mkdir(parents=True)
+    for method, losses in {"sft": [2.0, 2.2, 2.4], "innovation": [2.01, 2.22, 2.43], "galore": []}.items():
+        for seed, loss in enumerate(losses or [None]):
+            settings = {"seed": seed, "steps": 300, "learning_rate": 5e-5}
+            result = {"method": method, "description": method, "settings": settings, "failed": "IndexError: 3-D"}
+            if loss is not None:
+                result |= {
+                    "curve": [{"exported": loss, "accuracy": 0.5}],
+                    "kept_bytes": 900,
+                    "kept_bytes_of_tokens": 9,
+                }
+                result["drift"] = {"after": {"divergence": 0.1}}
+                del result["failed"]
+            (folder / f"{method}_seed{seed}.json").write_text(json.dumps(result))
+    rows = {line.split("|")[2].strip(): line for line in report.quality().splitlines()}
+    # Student's interval of 0.01, 0.02, 0.03: 4.303 * 0.01 / sqrt(3)
+    assert "| 2.2000 | – |" in rows["sft"] and "| 2.2200 | +0.0200 ± 0.0248 |" in rows["innovation"]
+    assert "failed: IndexError: 3-D" in rows["galore"] and len({line.count("|") for line in rows.values()}) == 1
 
 
 # --- on the device ---------------------------------------------------------------------------------------------------
