@@ -144,7 +144,7 @@ def quality() -> str:
         "as trained",
         "accuracy",
     )
-    heads += ("divergence from the base", "kept bytes per layer and token")
+    heads += ("divergence from the base", "kept bytes per token")
     lines = [f"| {' | '.join(heads)} |", "|---" * 2 + "|---:" * (len(heads) - 2) + "|"]
     for folder in sorted(path for path in (RESULTS / "quality").glob("*") if path.is_dir()):
         by_method: dict[str, dict[int, dict]] = {}
