@@ -1,6 +1,6 @@
 """How a step's time and memory grow with tokens, depth and experts -> one JSON, and a figure for each.
 
-    python benchmarks/scaling.py --out benchmarks/results/scaling.json     # about twenty minutes on a quiet machine
+    python benchmarks/scaling.py --out benchmarks/results/scaling.json     # wants a quiet machine
     python benchmarks/scaling.py --draw benchmarks/results/scaling.json    # docs/figures/scaling_*.svg
 
 Memory: live tensors at the peak of a step at true width (Qwen1.5-MoE-A2.7B in bf16), planned from the config. Time: a
