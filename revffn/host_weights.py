@@ -17,7 +17,7 @@ steps on the CPU; here the whole batch passes a layer at once.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -335,14 +335,15 @@ class HostWeights:
         self.use(index, backward=False)
         if not torch.is_grad_enabled():
             return None
+        end = partial(self.release, index, backward=True)
         if args:
-            return (AfterBackward.apply(args[0], self, index), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": AfterBackward.apply(kwargs["hidden_states"], self, index)}
+            return (InBackward.apply(args[0], end), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": InBackward.apply(kwargs["hidden_states"], end)}
 
     def leave(self, index: int, layer: nn.Module, args: tuple, output: Tensor) -> Tensor:
         """After a layer's forward."""
         self.release(index, backward=False)
-        return BeforeBackward.apply(output, self, index) if torch.is_grad_enabled() else output
+        return InBackward.apply(output, partial(self.begin_backward, index)) if torch.is_grad_enabled() else output
 
     def begin_backward(self, index: int) -> None:
         if not self.in_backward:
@@ -353,31 +354,19 @@ class HostWeights:
         self.use(index, backward=True)
 
 
-class BeforeBackward(Function):
-    """A layer's output: its backward is the first of the layer's."""
+class InBackward(Function):
+    """Passes a tensor through, and calls `action` when its gradient comes by.
+
+    On a layer's output this is the first of the layer's backward, on its input the last.
+    """
 
     @staticmethod
-    def forward(ctx, output: Tensor, store: HostWeights, index: int):
-        ctx.store, ctx.index = store, index
-        return output.view_as(output)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        ctx.store.begin_backward(ctx.index)
-        return grad, None, None
-
-
-class AfterBackward(Function):
-    """A layer's input: its backward is the last of the layer's."""
-
-    @staticmethod
-    def forward(ctx, hidden_states: Tensor, store: HostWeights, index: int):
-        ctx.store, ctx.index = store, index
-        return hidden_states.view_as(hidden_states)
+    def forward(ctx, tensor: Tensor, action: Callable[[], None]):
+        ctx.action = action
+        return tensor.view_as(tensor)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        ctx.store.release(ctx.index, backward=True)
-        return grad, None, None
+        ctx.action()
+        return grad, None
