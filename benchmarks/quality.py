@@ -130,9 +130,18 @@ METHODS: dict[str, Method] = {
     "innovation": _innovation("m = 2, random sign"),
     "innovation_fixed": _innovation("m = 2, fixed sign", random_sign=False),
     "innovation_m1": _innovation("m = 1, random sign", side_bits=1),
+    "innovation_m3": _innovation("m = 3, random sign", side_bits=3),
+    "innovation_m4": _innovation("m = 4, random sign", side_bits=4),
+    "innovation_m4_fixed": _innovation("m = 4, fixed sign", side_bits=4, random_sign=False),
     "innovation_m1_fixed": _innovation("m = 1, fixed sign", side_bits=1, random_sign=False),
     "innovation_m1_rising": _innovation(
         "m = 1, then 4 for the last fifth, random sign", {0.0: 1, 0.8: 4}, side_bits=1
+    ),
+    "innovation_m2_rising_fixed": _innovation(
+        "m = 2, then 4 for the last fifth, fixed sign", {0.0: 2, 0.8: 4}, random_sign=False
+    ),
+    "innovation_m1_rising_fixed": _innovation(
+        "m = 1, then 4 for the last fifth, fixed sign", {0.0: 1, 0.8: 4}, side_bits=1, random_sign=False
     ),
     "innovation_m2_rising": _innovation("m = 2, then 4 for the last fifth, random sign", {0.0: 2, 0.8: 4}),
     "innovation_plain2": _innovation("m = 2, random sign, two plain layers", plain_layers=2),
