@@ -52,6 +52,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "quality"
 UNRELATED = ROOT / "data" / "tiny_shakespeare" / "input.txt.gz"
 STAGE1_LEARNING_RATE = 1e-3
+CALIBRATION_ROWS = 256
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -308,7 +309,7 @@ def run(model_path: str, method: Method, workload: Workload, learning_rate: floa
     else:
         config = revffn.ReversibleConfig(**method.reversible)
         fits = config.coupling != "none"
-        revffn.convert(model, config, calibration=batches(training[: 32 * size], size, pad) if fits else None)
+        revffn.convert(model, config, calibration=batches(training[:CALIBRATION_ROWS], size, pad) if fits else None)
         calibration = getattr(model.config, "revffn_calibration", None)
     is_innovation = revffn.is_reversible(model) and config.coupling == "innovation"
     curve: list[dict[str, Any]] = []

@@ -69,6 +69,8 @@ def export(words: list[str]) -> None:
 
     import revffn
 
+    from .serving import fit_for_servers
+
     try:
         # A rehearsal without weights: what export refuses, it refuses before they are read.
         with torch.device("meta"):
@@ -76,10 +78,13 @@ def export(words: list[str]) -> None:
     except ValueError as error:
         raise InputError(f"{folder}: {error}") from None
     plain = revffn.export(AutoModelForCausalLM.from_pretrained(folder, dtype="auto"))
+    about_servers = fit_for_servers(plain)
     plain.save_pretrained(out)
     if (folder / "tokenizer_config.json").is_file():
         AutoTokenizer.from_pretrained(folder).save_pretrained(out)
     print(f"{out}: {type(plain).__name__}, loadable without revffn.")
+    for line in about_servers:
+        print(line)
     report_gap(run)
 
 
