@@ -1,6 +1,6 @@
 """Held-out quality of ways to fine-tune: one method on one workload with one seed -> one JSON.
 
-    python benchmarks/quality.py --model runs/smollm2-moe --workload dolly --methods sft innovation --seeds 0 1 2
+    python benchmarks/quality.py --model runs/smollm2-moe --workload dolly --methods sft innovation_fixed --seeds 0 1 2
     python benchmarks/quality.py --model runs/smollm2-moe --workload dolly --methods sft lora --sweep
     python benchmarks/quality.py --list
 
@@ -97,7 +97,7 @@ class Method:
 def _innovation(words: str, schedule: dict[float, int] | None = None, **settings: Any) -> Method:
     return Method(
         description=f"innovation, {words}",
-        reversible=dict(coupling="innovation", **settings),
+        reversible={"coupling": "innovation", "random_sign": False, **settings},
         schedule=schedule or {},
         rate_of="sft",
     )
@@ -128,27 +128,16 @@ METHODS: dict[str, Method] = {
     "sft_checkpointing": Method(
         description="transformers SFT + activation checkpointing", change=_checkpointing, rate_of="sft"
     ),
-    "innovation": _innovation("m = 2, random sign"),
-    "innovation_fixed": _innovation("m = 2, fixed sign", random_sign=False),
-    "innovation_m1": _innovation("m = 1, random sign", side_bits=1),
-    "innovation_m3": _innovation("m = 3, random sign", side_bits=3),
-    "innovation_m4": _innovation("m = 4, random sign", side_bits=4),
-    "innovation_m4_fixed": _innovation("m = 4, fixed sign", side_bits=4, random_sign=False),
-    "innovation_m1_fixed": _innovation("m = 1, fixed sign", side_bits=1, random_sign=False),
-    "innovation_m1_rising": _innovation(
-        "m = 1, then 4 for the last fifth, random sign", {0.0: 1, 0.8: 4}, side_bits=1
-    ),
-    "innovation_m2_rising_fixed": _innovation(
-        "m = 2, then 4 for the last fifth, fixed sign", {0.0: 2, 0.8: 4}, random_sign=False
-    ),
-    "innovation_m1_rising_fixed": _innovation(
-        "m = 1, then 4 for the last fifth, fixed sign", {0.0: 1, 0.8: 4}, side_bits=1, random_sign=False
-    ),
-    "innovation_m2_rising": _innovation("m = 2, then 4 for the last fifth, random sign", {0.0: 2, 0.8: 4}),
-    "innovation_plain2": _innovation("m = 2, random sign, two plain layers", plain_layers=2),
-    "innovation_rank64": _innovation("m = 2, random sign, predictors of rank 64", predictor_rank=64),
-    "innovation_identity": _innovation("m = 2, random sign, identity predictors (BDIA)", predictor_rank=0),
-    "innovation_trained": _innovation("m = 2, random sign, trained predictors", train_predictor=True),
+    "innovation_fixed": _innovation("m = 2, fixed sign"),
+    "innovation_m1_fixed": _innovation("m = 1, fixed sign", side_bits=1),
+    "innovation_m4_fixed": _innovation("m = 4, fixed sign", side_bits=4),
+    "innovation_m1_rising": _innovation("m = 1, then 4 for the last fifth, fixed sign", {0.0: 1, 0.8: 4}, side_bits=1),
+    "innovation_random": _innovation("m = 2, random sign", random_sign=True),
+    "innovation_m1_random": _innovation("m = 1, random sign", side_bits=1, random_sign=True),
+    "innovation_plain2": _innovation("m = 2, two plain layers", plain_layers=2),
+    "innovation_rank64": _innovation("m = 2, predictors of rank 64", predictor_rank=64),
+    "innovation_identity": _innovation("m = 2, identity predictors (BDIA)", predictor_rank=0),
+    "innovation_trained": _innovation("m = 2, trained predictors", train_predictor=True),
     "lora": _peft("LoRA, rank 16 on all linear maps", "LoraConfig", **benchmark_methods.LORA),
     "dora": _peft("DoRA, rank 16 on all linear maps", "LoraConfig", use_dora=True, **benchmark_methods.LORA),
     "ia3": _peft("IA3", "IA3Config", **benchmark_methods.IA3),
@@ -166,8 +155,8 @@ METHODS: dict[str, Method] = {
         dtype=torch.bfloat16,
     ),
     "innovation_adafactor": Method(
-        description="innovation, m = 2, random sign, adafactor, bf16",
-        reversible=dict(coupling="innovation"),
+        description="innovation, m = 2, fixed sign, adafactor, bf16",
+        reversible=dict(coupling="innovation", random_sign=False),
         rule="adafactor",
         dtype=torch.bfloat16,
         rate_of="sft_adafactor",

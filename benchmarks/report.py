@@ -11,11 +11,12 @@ import json
 import re
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/experiments.md", "docs/memory.md")
+DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/experiments.md", "docs/memory.md", "docs/serving.md")
 NO_RESULTS = "*No results yet.*"
 TERMS_OF = "qwen1.5-moe-a2.7b 16x2048 innovation m=2 adafactor stochastic"
 PARTS = (
@@ -131,7 +132,7 @@ def interval(values: list[float]) -> str:
     return f"{mean:+.4f} ± {T_QUANTILE[len(values)] * statistics.stdev(values) / len(values) ** 0.5:.4f}"
 
 
-def quality() -> str:
+def quality(results: str = "quality") -> str:
     """One row for each workload and method: held-out loss, and what it is above plain SFT's with the same seeds."""
     heads = (
         "workload",
@@ -146,9 +147,10 @@ def quality() -> str:
     )
     heads += ("divergence from the base", "kept bytes per token")
     lines = [f"| {' | '.join(heads)} |", "|---" * 2 + "|---:" * (len(heads) - 2) + "|"]
-    for folder in sorted(path for path in (RESULTS / "quality").glob("*") if path.is_dir()):
+    for folder in sorted(path for path in (RESULTS / results).glob("*") if path.is_dir()):
         by_method: dict[str, dict[int, dict]] = {}
-        for file in sorted(folder.glob("*_seed*.json")):
+        shared_plain = (RESULTS / "quality" / folder.name).glob("sft_seed*.json") if results != "quality" else ()
+        for file in sorted({*folder.glob("*_seed*.json"), *shared_plain}):
             result = json.loads(file.read_text())
             by_method.setdefault(result["method"], {})[result["settings"]["seed"]] = result
         plain = by_method.get("sft", {})
@@ -320,8 +322,65 @@ SCALED = {
     "ours_innovation_tiles": "ours, innovation, m = 2, in tiles",
     "hf_checkpointing_linear_ce": "transformers + checkpointing + linear cross-entropy",
 }
+
+
+def coupling_loss() -> str:
+    """What the coupling adds to the loss of the untrained model, by how its predictors were fitted."""
+    file = RESULTS / "coupling_loss.json"
+    if not file.exists():
+        return NO_RESULTS
+    result = json.loads(file.read_text())
+    columns = [(m, random) for m in (1, 2) for random in (False, True)]
+    names = [f"m = {m}, {'random' if random else 'fixed'} sign" for m, random in columns]
+    lines = [f"| calibration rows | ridge | {' | '.join(names)} |", "|---:|---:" + "|---:" * len(names) + "|"]
+    rows = {(r["rows"], r["ridge"]): {} for r in result["settings"]}
+    for r in result["settings"]:
+        rows[r["rows"], r["ridge"]][r["m"], r["random_sign"]] = r["loss"] - result["plain"]
+    for (count, ridge), losses in rows.items():
+        lines.append(f"| {count} | {ridge:g} | {' | '.join(f'{losses[column]:+.3f}' for column in columns)} |")
+    lines += ["", "| the predictor sees | " + " | ".join(f"layer {k}" for k in explained_layers(result)) + " |"]
+    lines.append("|---" + "|---:" * len(explained_layers(result)) + "|")
+    for name in dict.fromkeys(r["inputs"] for r in result["features"]):
+        shares = [f"{r['explained']:.3f}" for r in result["features"] if r["inputs"] == name]
+        lines.append(f"| {name} | {' | '.join(shares)} |")
+    lines += ["", "| one sign for | m = 1 | m = 2 |", "|---|---:|---:|"]
+    for group in dict.fromkeys(r["group"] for r in result["chosen_signs"]):
+        words = {None: "all: +1", 1: "each channel of each token, chosen"}.get(group, f"{group} channels, chosen")
+        cells = [f"{r['loss'] - result['plain']:+.3f}" for r in result["chosen_signs"] if r["group"] == group]
+        lines.append(f"| {words} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def explained_layers(result: dict) -> list[int]:
+    return list(dict.fromkeys(r["layer"] for r in result["features"]))
+
+
+def serving() -> str:
+    """What servers generate with an exported model, against transformers."""
+    lines = [
+        "| model | engine | versions | tokens equal | largest difference of a log-probability |",
+        "|---|---|---|---:|---:|",
+    ]
+    for file in sorted(RESULTS.glob("serving_*.json")):
+        result = json.loads(file.read_text())
+        for name, found in result["engines"].items():
+            if name == "transformers":
+                continue
+            if "failed" in found:
+                lines.append(f"| {result['model']} | {name} | | failed | |")
+                continue
+            versions = ", ".join(f"{k} {v}" for k, v in found["versions"].items())
+            against = found["against_transformers"]
+            worst = against["largest_logprob_difference"]
+            difference = "no number" if worst is None else f"{worst:.1e}"
+            cells = (result["model"], name, versions, f"{against['equal_tokens']} of {against['tokens']}", difference)
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) if len(lines) > 2 else NO_RESULTS
+
+
 TABLES = {"memory": memory, "first_steps": first_steps, "quality": quality, "planner": planner, "terms": terms}
-TABLES |= {"speed": speed, "losses": losses, "pairs": pairs, "scaling": scaling}
+TABLES |= {"speed": speed, "losses": losses, "pairs": pairs, "scaling": scaling, "serving": serving}
+TABLES |= {"coupling_loss": coupling_loss, "quality_ridge": partial(quality, "quality_ridge_0.001")}
 
 
 def main() -> int:

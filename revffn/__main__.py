@@ -104,8 +104,8 @@ def report_gap(run: Path) -> None:
     if gap > ACCEPTED_GAP:
         print(
             f"revffn export: warning: the exported model is worse than the trained one by more than {ACCEPTED_GAP} "
-            "nats. It was trained to rely on the coupling: train with reversible.random_sign: true, or more "
-            "reversible.side_bits.",
+            "nats. It was trained to rely on the coupling: train with more reversible.side_bits, or more "
+            "training.calibration_tokens.",
             file=sys.stderr,
         )
 

@@ -268,8 +268,9 @@ class TrainingConfig:
     """Leave the routers as pretrained. Null does so if the model has any (as the paper); true insists that it has."""
     router_aux_loss_coef: float | None = None
     """Weight of the load-balancing loss; null is 0 with frozen routers and else what the model's config says."""
-    calibration_batches: int = 4
-    """Batches of training data that `convert` sees: they set the grid and fit the predictors."""
+    calibration_tokens: int = 16384
+    """Tokens of training data, rounded up to whole batches, that `convert` sees: they set the grid and fit the
+    predictors. Some ten times the hidden size and more; 0 fits nothing."""
     activation_checkpointing: bool = False
     """Recompute each layer from its stored input. Only with `reversible.coupling: null`; the others do it
     themselves."""
@@ -283,9 +284,7 @@ class TrainingConfig:
     """Seed of the order of the data, of the random signs and of everything else random."""
 
     def __post_init__(self):
-        _at_least(
-            self, stage1_steps=0, num_steps=0, batch_size=1, gradient_accumulation_steps=1, calibration_batches=0
-        )
+        _at_least(self, stage1_steps=0, num_steps=0, batch_size=1, gradient_accumulation_steps=1, calibration_tokens=0)
         _at_least(self, log_steps=1, save_steps=1, router_aux_loss_coef=0)
         if self.num_epochs <= 0:
             raise ValueError(f"num_epochs must be above 0, got {self.num_epochs}.")

@@ -272,7 +272,7 @@ def prepare(run: Run, model: PreTrainedModel, results: Results) -> None:
         getattr(model, f"{kind}_checkpointing_disable")()
     if reversible is None:
         return
-    given = config.training.calibration_batches
+    given = config.training.calibration_tokens
     convert(model, reversible, calibration=calibration(run, given, model) if given else None)
     if config.evaluation.compare_checkpointing:
         results.bytes[reversible.coupling] = step_bytes(model, sample)
@@ -280,10 +280,14 @@ def prepare(run: Run, model: PreTrainedModel, results: Results) -> None:
         results.measure("converted")
 
 
-def calibration(run: Run, num_batches: int, model: PreTrainedModel) -> Iterator[dict[str, torch.Tensor]]:
-    """The first batches of the training data."""
+def calibration(run: Run, num_tokens: int, model: PreTrainedModel) -> Iterator[dict[str, torch.Tensor]]:
+    """The first batches of the training data, until they hold `num_tokens`."""
     size = run.config.training.batch_size
-    return batches(run.training[: num_batches * size], size, run.tokenizer.pad_token_id, model.device)
+    for batch in batches(run.training, size, run.tokenizer.pad_token_id, model.device):
+        yield batch
+        num_tokens -= int(batch["attention_mask"].sum())
+        if num_tokens <= 0:
+            return
 
 
 def train_stage(

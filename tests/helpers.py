@@ -122,6 +122,7 @@ def coupled(
     model = tiny_model(model_type, dtype, **(overrides or {}))
     calibration = [tiny_batch(4, 13, seed=7)] if calibrate else None
     settings.setdefault("train_predictor", True)  # so that every gradient there can be is looked at
+    settings.setdefault("random_sign", True)  # and every factor
     return revffn.convert(model, revffn.ReversibleConfig(**settings), calibration=calibration).train()
 
 

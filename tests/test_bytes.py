@@ -217,7 +217,7 @@ def test_backward_holds_one_layer_at_a_time():
 
 FULL_D, FULL_K, TOKENS = 2048, 4, 2048
 FULL = {
-    "innovation": (dict(side_bits=2), TOKENS * (FULL_D * 2 // 8 + FULL_K) + CHECKSUM + SIGN),
+    "innovation": (dict(side_bits=2), TOKENS * (FULL_D * 2 // 8 + FULL_K) + CHECKSUM),
     "cross_right": (RIGHT, TOKENS * FULL_K + 2 * CHECKSUM),
     "none": (dict(coupling="none"), TOKENS * (FULL_D * 2 + FULL_K)),
 }

@@ -100,7 +100,7 @@ def test_export_says_what_it_costs(recipe_file, tmp_path, capsys):
     losses = json.loads((folder / "run.json").read_text())["heldout"]
     exported, trained = losses["after"]["loss"], losses["after, as trained"]["loss"]
     assert exported != trained
-    # The coupled function, measured by hand: signs are drawn from the seed.
+    # The coupled function, measured by hand.
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
     rows = check(load_run_config(recipe_file(), ["--training.output_dir", str(tmp_path / "other")])).heldout
     with coupled(model):
@@ -114,7 +114,7 @@ def test_export_says_what_it_costs(recipe_file, tmp_path, capsys):
     summary["heldout"]["after, as trained"]["loss"] = exported - 0.021
     (folder / "run.json").write_text(json.dumps(summary))
     assert main(["export", str(folder), str(tmp_path / "again")]) == 0
-    assert "warning" in (error := capsys.readouterr().err) and "random_sign" in error
+    assert "warning" in (error := capsys.readouterr().err) and "calibration_tokens" in error
 
 
 def test_stage_2_moves_everything_but_the_routers(recipe_file, model_folder):

@@ -1,0 +1,150 @@
+"""What the innovation coupling costs a pretrained model before any training, in nats of held-out loss.
+
+    python benchmarks/coupling_loss.py --model runs/smollm2-moe --output benchmarks/results/coupling_loss.json
+
+`settings`: the library's coupling by ridge, calibration rows, m and sign. `features`: the share of the last update's
+energy that a predictor explains on held-out tokens, by what it sees. `chosen_signs`: signs not drawn but chosen for
+every token and group of channels so that they undo what the coupling has added so far, in plain floating point. The
+last two are not in the library: what they would win is measured here first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import quality
+import torch
+from simulate import git_state
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import revffn
+from revffn import conversion
+from revffn.data import batches
+from revffn.evaluation import coupled, heldout_loss
+
+WORKLOAD = quality.WORKLOADS["dolly"]
+HELDOUT_ROWS = 32
+
+
+@torch.no_grad()
+def settings(model: PreTrainedModel, training: list, held: list, pad: int) -> list[dict[str, Any]]:
+    found = []
+    for rows in (64, 256):
+        for ridge in (1e-3, 1e-2, 1e-1, 1.0):
+            conversion.RIDGE = ridge
+            revffn.convert(model, revffn.ReversibleConfig(), calibration=batches(training[:rows], 8, pad))
+            for m in (1, 2):
+                for layer in model.model.layers[1:]:
+                    layer.coupling.side_bits = m
+                for random_sign in (False, True):
+                    model.config.revffn["random_sign"] = random_sign
+                    with coupled(model):
+                        loss = heldout_loss(model, held, 8, pad)["loss"]
+                    found.append(dict(rows=rows, ridge=ridge, m=m, random_sign=random_sign, loss=loss))
+                    print(found[-1], flush=True)
+            revffn.export(model)
+    return found
+
+
+@torch.no_grad()
+def states(model: PreTrainedModel, rows: list, pad: int) -> list[Tensor]:
+    """s_0 to s_{L-1} of all tokens, L of (N, D), float64."""
+    parts = []
+    for batch in batches(rows, 8, pad):
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        found = model.model(**inputs, use_cache=False, output_hidden_states=True).hidden_states[:-1]
+        parts.append([state[batch["attention_mask"].bool()].double() for state in found])
+    return [torch.cat(states_of_layer) for states_of_layer in zip(*parts, strict=True)]
+
+
+def ridge_fit(x: Tensor, y: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    x0, y0 = x - x.mean(0), y - y.mean(0)
+    covariance = x0.T @ x0
+    covariance += ridge * torch.diag(covariance.diagonal())
+    weight = torch.linalg.solve(covariance, x0.T @ y0)
+    return weight, y.mean(0) - x.mean(0) @ weight
+
+
+def features(now: list[Tensor], held: list[Tensor]) -> list[dict[str, Any]]:
+    def unit(s: Tensor) -> Tensor:
+        return s * s.square().mean(1, keepdim=True).rsqrt()
+
+    inputs: dict[str, Callable[[list[Tensor], int], Tensor]] = {
+        "s_k": lambda s, k: s[k],
+        "s_k and f_k(s_k)": lambda s, k: torch.cat([s[k], s[k + 1] - s[k]], 1),
+        "s_k and the embedding": lambda s, k: torch.cat([s[k], s[0]], 1),
+        "s_k and s_k scaled to norm 1": lambda s, k: torch.cat([s[k], unit(s[k])], 1),
+    }
+    found = []
+    for k in range(5, len(now) - 1, 5):
+        for name, take in inputs.items():
+            weight, bias = ridge_fit(take(now, k), now[k - 1] - now[k], 3e-3)
+            target = held[k - 1] - held[k]
+            left = (target - take(held, k) @ weight - bias).square().sum() / (target - target.mean(0)).square().sum()
+            found.append(dict(layer=k, inputs=name, explained=1 - left.item()))
+            print(found[-1], flush=True)
+    return found
+
+
+def chosen_signs(model: PreTrainedModel, now: list[Tensor], held: list, pad: int) -> list[dict[str, Any]]:
+    layers = model.model.layers
+    maps = {k: [t.float() for t in ridge_fit(now[k], now[k - 1] - now[k], 0.1)] for k in range(1, len(layers))}
+    memory: dict[str, Any] = {}
+
+    def hook(k: int, gain: float, group: int | None, state: Tensor, output: Tensor) -> Tensor:
+        if k == 0:
+            memory.update(added=torch.zeros_like(state), previous=state)
+            return output
+        weight, bias = maps[k]
+        change = gain * (memory["previous"] - state - state @ weight - bias)
+        if group is not None:
+            split = (*change.shape[:-1], -1, group)
+            product = (memory["added"].view(split) * change.view(split)).sum(-1, keepdim=True)
+            change = (change.view(split) * torch.where(product > 0, -1.0, 1.0)).view_as(change)
+        memory.update(added=memory["added"] + change, previous=state)
+        return output + change
+
+    found = []
+    for m in (1, 2):
+        for group in (None, 1, 8, state_size := now[0].shape[1]):
+            handles = [
+                layer.register_forward_hook(
+                    lambda _, args, output, k=k: hook(k, 2.0**-m, group, args[0], output)  # noqa: B023
+                )
+                for k, layer in enumerate(layers)
+            ]
+            loss = heldout_loss(model, held, 8, pad)["loss"]
+            for handle in handles:
+                handle.remove()
+            found.append(dict(m=m, group=group, of=state_size, loss=loss))
+            print(found[-1], flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="runs/smollm2-moe")
+    parser.add_argument("--output", type=Path, required=True)
+    arguments = parser.parse_args()
+    git = git_state()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    pad = tokenizer.pad_token_id
+    training, held = quality.load(WORKLOAD, tokenizer, 0)
+    held = held[:HELDOUT_ROWS]
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
+    result: dict[str, Any] = {"model": arguments.model, "heldout_rows": len(held), "git": git}
+    result["plain"] = heldout_loss(model, held, 8, pad)["loss"]
+    now, later = states(model, training[:128], pad), states(model, held, pad)
+    result["features"] = features(now, later)
+    result["chosen_signs"] = chosen_signs(model, now, held, pad)
+    result["settings"] = settings(model, training, held, pad)
+    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
