@@ -47,7 +47,7 @@ def settings(model: PreTrainedModel, training: list, held: list, pad: int) -> li
                         loss = heldout_loss(model, held, 8, pad)["loss"]
                     found.append(dict(rows=rows, ridge=ridge, m=m, random_sign=random_sign, loss=loss))
                     print(found[-1], flush=True)
-            revffn.export(model)
+            model = revffn.export(model)
     return found
 
 

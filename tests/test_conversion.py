@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2MoeConfig, Qwen3MoeConfig
 
 import revffn
+from revffn import conversion
 from revffn.architectures import ARCHITECTURES, router_parameters
 
 COUPLINGS = {
@@ -413,23 +414,26 @@ def test_higher_rank_explains_more():
     assert shares[-2] == pytest.approx(shares[-1], abs=1e-3)
 
 
-def test_fit_is_the_least_squares_solution():
-    """Against `lstsq` on the same states: the ridge costs next to nothing."""
+def test_fit_is_the_ridge_regression():
+    """Against `lstsq` on the same states, with a row for the ridge of each standardised channel."""
     batches = [tiny_batch(8, 40, seed=seed) for seed in range(3)]
     model = tiny_model().double().eval()
     model.set_experts_implementation("eager")
     with torch.no_grad():
         per_batch = [model.model(b["input_ids"], output_hidden_states=True).hidden_states for b in batches]
     x, past = (torch.cat([states[k].reshape(-1, 32) for states in per_batch]) for k in (2, 1))
-    ones = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], dim=1)
-    solution = torch.linalg.lstsq(ones, past - x).solution
-    best = 1 - (past - x - ones @ solution).square().sum() / (past - x).square().sum()
+    update = past - x
+    centred = x - x.mean(0)
+    penalty = torch.diag(centred.std(0, correction=0)) * (conversion.RIDGE * len(x)) ** 0.5
+    rows = torch.cat([centred, penalty])
+    solution = torch.linalg.lstsq(rows, torch.cat([update - update.mean(0), torch.zeros_like(penalty)])).solution
+    expected = centred @ solution + update.mean(0)
     revffn.convert(model, calibration=batches)
     predictor = model.model.layers[2].coupling.predictor
     with torch.no_grad():
-        ours = 1 - (past - x - predictor(x)).square().sum() / (past - x).square().sum()
-    assert best - 1e-3 <= ours <= best + 1e-9
-    assert model.config.revffn_calibration["explained"]["2"] == pytest.approx(ours.item(), abs=1e-3)
+        assert torch.allclose(predictor(x), expected, rtol=0, atol=1e-6 * expected.abs().max().item())
+    explained = 1 - (update - expected).square().sum() / update.square().sum()
+    assert model.config.revffn_calibration["explained"]["2"] == pytest.approx(explained.item(), abs=1e-3)
 
 
 def test_fitted_predictors_bring_the_coupled_model_nearer_to_the_plain_one():

@@ -125,9 +125,9 @@ def test_llama_cpp_generates_what_transformers_generates(tmp_path, tokenizer, mo
     prompts = [row[:length].tolist() for row, length in zip(inputs["input_ids"], (11, 7, 3), strict=True)]
     theirs = serving.generate("llama.cpp", file, prompts, 8, sys.executable, serving.LLAMA_CPP)
     mine = serving.transformers_engine(str(folder), prompts, 8)
-    found = serving.difference(theirs["rows"], mine)
+    found = serving.difference(theirs["rows"], mine, serving.parts_of_characters(tokenizer))
     if alike:
-        assert found["equal_tokens"] == found["tokens"] == 24
+        assert found["equal_tokens"] == found["tokens"] > 16
         # observed 1.6e-4 for gpt_oss, else 8e-6; CPU, 2026-11
         assert found["largest_logprob_difference"] < (1e-3 if model_type == "gpt_oss" else 5e-5)
     else:
