@@ -17,11 +17,14 @@ def fit_for_servers(model: PreTrainedModel) -> list[str]:
     qwen2_moe: vLLM's class always has biases in q_proj, k_proj and v_proj, and leaves them undefined where the
     checkpoint has none (every log-probability is NaN then); missing ones are added as zeros. llama.cpp's graph has
     output weights of its own and does not divide the probabilities of the chosen experts by their sum.
+    olmoe: llama.cpp does not clip queries, keys and values.
 
     Args:
         model: A plain model, as `revffn.export` returns it.
     """
     config, said = model.config, []
+    if config.model_type == "olmoe" and config.clip_qkv is not None:
+        said.append("llama.cpp computes another function than this model: it does not support clip_qkv in olmoe.")
     if config.model_type != "qwen2_moe":
         return said
     if not config.qkv_bias:
