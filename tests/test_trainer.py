@@ -21,7 +21,7 @@ from revffn.evaluation import coupled, heldout_loss, response_loss, step_bytes
 from revffn.planner import plan
 from revffn.preflight import check, method_of
 from revffn.recipe import load_run_config
-from revffn.trainer import RevFFNTrainer, train
+from revffn.trainer import RevFFNTrainer, calibration, train
 
 ASK = ("--evaluation.prompt", "Say red 2 times.", "--evaluation.max_new_tokens", "4")
 
@@ -92,6 +92,20 @@ def test_innovation_exports_to_what_was_evaluated(recipe_file, tmp_path):
     reversible = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
     inputs = torch.arange(3, 20)[None]
     torch.testing.assert_close(plain.eval()(inputs).logits, reversible(inputs).logits, rtol=0, atol=0)
+
+
+def test_calibration_takes_the_first_batches_that_hold_the_tokens(recipe_file):
+    checked = check(load_run_config(recipe_file()))
+    size = checked.config.training.batch_size
+    lengths = [len(row["input_ids"]) for row in checked.training]
+    first, second = sum(lengths[:size]), sum(lengths[: 2 * size])
+    model = tiny_model()  # its device is looked at
+    for num_tokens, num_batches in ((1, 1), (first, 1), (first + 1, 2), (second, 2)):
+        taken = list(calibration(checked, num_tokens, model))
+        assert len(taken) == num_batches
+        assert sum(int(batch["attention_mask"].sum()) for batch in taken) == sum(lengths[: num_batches * size])
+    everything = list(calibration(checked, 10**9, model))  # more than there is
+    assert sum(len(batch["input_ids"]) for batch in everything) == len(lengths)
 
 
 def test_export_says_what_it_costs(recipe_file, tmp_path, capsys):
