@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Iterator
 from types import MethodType
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import revffn
 from revffn.architectures import ARCHITECTURES
+from revffn.optim import OptimizerInBackward
 from revffn.reversible import Tile
 from revffn.routing import RecordRouting, ReplayRouting
 from revffn.sublayers import attention, cross_attention, feed_forward, half_feed_forward
@@ -395,3 +397,43 @@ class LiveBytes(TorchDispatchMode):
             self.live -= nbytes
 
         weakref.finalize(storage, gone)
+
+
+# --- shared by several test files ------------------------------------------------------------------------------------
+
+COUPLINGS = {
+    "innovation": dict(coupling="innovation"),
+    "cross_right": dict(coupling="cross_branch", query_stream="right"),
+    "cross_left": dict(coupling="cross_branch", query_stream="left", anchor_layers=[0, 1, 2, 3]),
+    "none": dict(coupling="none"),
+}
+couplings = pytest.mark.parametrize("coupling", COUPLINGS)
+exact_couplings = pytest.mark.parametrize("coupling", ["innovation", "cross_right"])
+
+
+def assert_equal(ours, others) -> None:
+    assert set(ours) == set(others), set(ours) ^ set(others)
+    for name in ours:
+        assert torch.equal(ours[name], others[name]), name
+
+
+def loss_of(model, inputs, seed=5):
+    torch.manual_seed(seed)
+    return model(**inputs).loss
+
+
+RULES = {
+    "sgd": dict(rule="sgd", lr=0.05),
+    "sgd_momentum": dict(rule="sgd", lr=0.05, momentum=0.9),
+    "adamw": dict(rule="adamw", lr=1e-3),
+    "adamw8bit": dict(rule="adamw8bit", lr=1e-3),
+    "adafactor": dict(rule="adafactor", lr=1e-3),
+    "adafactor_momentum": dict(rule="adafactor", lr=1e-3, momentum=0.9),
+}
+rules = pytest.mark.parametrize("rule", RULES)
+
+
+def build(rule, params, **options):
+    if rule == "adamw8bit":
+        pytest.importorskip("torchao", reason="optional package torchao; ends when it is installed")
+    return OptimizerInBackward(params, **{**RULES[rule], **options})
