@@ -136,7 +136,7 @@ METHODS: dict[str, Method] = {
     "innovation_m1_random": _innovation("m = 1, random sign", side_bits=1, random_sign=True),
     "innovation_plain2": _innovation("m = 2, two plain layers", plain_layers=2),
     "innovation_rank64": _innovation("m = 2, predictors of rank 64", predictor_rank=64),
-    "innovation_identity": _innovation("m = 2, identity predictors (BDIA)", predictor_rank=0),
+    "innovation_identity": _innovation("m = 2, identity predictors", predictor_rank=0),
     "innovation_trained": _innovation("m = 2, trained predictors", train_predictor=True),
     "lora": _peft("LoRA, rank 16 on all linear maps", "LoraConfig", **benchmark_methods.LORA),
     "dora": _peft("DoRA, rank 16 on all linear maps", "LoraConfig", use_dora=True, **benchmark_methods.LORA),

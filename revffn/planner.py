@@ -262,7 +262,7 @@ def single_changes(method: Method) -> Iterator[tuple[dict[str, Any], str]]:
     if reversible.coupling == "none":
         yield {"coupling": "innovation"}, "coupling innovation instead of none"
     if reversible.coupling == "innovation" and reversible.side_bits not in (0, 1):
-        yield {"side_bits": 1}, f"side_bits 1 instead of {reversible.side_bits}"
+        yield {"side_bits": 1}, f"side_bits 1 instead of {reversible.side_bits} (a worse held-out loss)"
     if method.weights == "device" and method.optimizer_in_backward:
         yield {"weights": "host"}, "weights in host memory"
     before = reversible.tile_tokens
