@@ -437,10 +437,10 @@ METHODS: dict[str, BenchmarkMethod] = {
         change=strongest,
         start=partial(galore, experts=False),
     ),
-    **_ours("innovation, m = 2", coupling="innovation"),
+    **_ours("innovation, m = 2", coupling="innovation", side_bits=2),
     "ours_innovation_tiles_host": BenchmarkMethod(
         description="ours, innovation, m = 2, in tiles, weights in host memory",
-        change=partial(reversible, tiles=True, host=True, coupling="innovation"),
+        change=partial(reversible, tiles=True, host=True, coupling="innovation", side_bits=2),
         start=partial(own_optimizer, of_simulation={"name": "reversible"}),
         tiles=True,
     ),

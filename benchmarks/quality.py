@@ -97,7 +97,7 @@ class Method:
 def _innovation(words: str, schedule: dict[float, int] | None = None, **settings: Any) -> Method:
     return Method(
         description=f"innovation, {words}",
-        reversible={"coupling": "innovation", "random_sign": False, **settings},
+        reversible={"coupling": "innovation", "side_bits": 2, "random_sign": False, **settings},
         schedule=schedule or {},
         rate_of="sft",
     )
@@ -155,8 +155,8 @@ METHODS: dict[str, Method] = {
         dtype=torch.bfloat16,
     ),
     "innovation_adafactor": Method(
-        description="innovation, m = 2, fixed sign, adafactor, bf16",
-        reversible=dict(coupling="innovation", random_sign=False),
+        description="innovation, m = 4, fixed sign, adafactor, bf16",
+        reversible=dict(coupling="innovation", side_bits=4, random_sign=False),
         rule="adafactor",
         dtype=torch.bfloat16,
         rate_of="sft_adafactor",

@@ -25,6 +25,7 @@ from run import device_facts, now, spread
 from simulate import provenance
 from workloads import Workload
 
+from revffn.config import ReversibleConfig
 from revffn.memory import gib, load_config
 from revffn.planner import plan
 from revffn.simulation import Method
@@ -47,7 +48,7 @@ SMALL = dict(
     moe_intermediate_size=32, shared_expert_intermediate_size=128, num_experts_per_tok=4,
 )  # fmt: skip
 METHODS = {
-    "ours_innovation_tiles": Method(),
+    "ours_innovation_tiles": Method(reversible=ReversibleConfig(side_bits=2, tile_tokens=2048)),
     "hf_checkpointing_linear_ce": Method(name="checkpointing"),
 }
 

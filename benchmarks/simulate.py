@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="simulate only so many decoder layers")
     parser.add_argument("--method", choices=METHODS, default="reversible")
     parser.add_argument("--coupling", choices=("innovation", "cross_branch", "none"), default="innovation")
-    parser.add_argument("--side-bits", type=int, default=2)
+    parser.add_argument("--side-bits", type=int, default=4)
     parser.add_argument("--tile-tokens", type=int, default=2048, help="0: the whole batch at once")
     parser.add_argument("--optimizer", choices=("adafactor", "adamw", "adamw8bit", "sgd"), default="adafactor")
     parser.add_argument("--rounding", choices=("stochastic", "nearest", "master"), default="stochastic")

@@ -19,9 +19,10 @@ class ReversibleConfig:
     coupling: Literal["innovation", "cross_branch", "none"] = "innovation"
     """`innovation` keeps the pretrained function and exports to it; `cross_branch` is the RevFFN paper's; `none` is
     the plain model with each layer's input stored. See docs/how_it_works.md."""
-    side_bits: int | list[int] = 2
+    side_bits: int | list[int] = 4
     """Innovation: m, the low bits of the innovation kept per element and layer, 0 to 4; the past enters with gain
-    2^-m. A list gives one value per decoder layer (the entries of plain layers are ignored)."""
+    2^-m. Fewer bits keep less and export worse (docs/benchmarks.md#quality). A list gives one value per decoder
+    layer (the entries of plain layers are ignored)."""
     random_sign: bool = False
     """Innovation: draw the sign of the gain per sequence and layer in every training forward, so that the
     perturbation has mean zero. False: the sign is always +1, which changes the pretrained function less and exported

@@ -197,7 +197,7 @@ def convert(
 
     Args:
         model: A `<stem>ForCausalLM` of one of `ARCHITECTURES`, on any device, also meta or fake.
-        config: How; the default is the innovation coupling with two side bits.
+        config: How; the default is the innovation coupling with four side bits.
         calibration: Batches (`input_ids` (B, T), optional `attention_mask`) that the plain model is run on once,
             without gradients: the grid is chosen from the largest hidden state and the predictors are fitted in
             closed form (ridge regression). Without it predictors start as the identity and `config.fraction_bits`
