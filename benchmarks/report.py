@@ -163,8 +163,7 @@ def quality(results: str = "quality") -> str:
                 lines.append(f"| {' | '.join(cells)} | failed: {first['failed']} |" + " |" * (len(heads) - 6))
                 continue
             last = [result["curve"][-1] for result in runs_of_method]
-            shared = [seed for seed in seeds if seed in plain]
-            gaps = [seeds[s]["curve"][-1]["exported"] - plain[s]["curve"][-1]["exported"] for s in shared]
+            gaps = gaps_of(seeds, plain)
             each = first["kept_bytes"] / first["kept_bytes_of_tokens"]
             cells += [
                 f"{statistics.mean(point['exported'] for point in last):.4f}",
@@ -176,6 +175,70 @@ def quality(results: str = "quality") -> str:
             ]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) if len(lines) > 2 else NO_RESULTS
+
+
+TIMED_AS = {
+    "sft": "ours_none-vs-hf_checkpointing_linear_ce",
+    "innovation_fixed": "ours_innovation-vs-hf_checkpointing",
+    "cross_branch": "ours_cross_branch_right-vs-hf_checkpointing",
+    **{name: f"{name}-vs-hf_checkpointing" for name in ("lora", "dora", "ia3", "lomo", "galore", "galore_linear")},
+}
+"""Of quality.py's methods: the pair of run.py that says how long a step takes."""
+
+
+def overview() -> str:
+    """One row for each method of quality.py: loss on every workload, bytes, time."""
+    folders = sorted(path for path in (RESULTS / "quality").glob("*") if path.is_dir())
+    found: dict[str, dict[str, dict[int, dict]]] = {}
+    for folder in folders:
+        for file in sorted(folder.glob("*_seed*.json")):
+            result = json.loads(file.read_text())
+            seeds = found.setdefault(result["method"], {}).setdefault(folder.name, {})
+            seeds[result["settings"]["seed"]] = result
+    if "sft" not in found:
+        return NO_RESULTS
+    heads = ["method", *(f"{folder.name}: above plain SFT (seeds)" for folder in folders)]
+    heads += ["kept bytes per token", "trained parameters", "step time, checkpointing = 1"]
+    lines = [f"| {' | '.join(heads)} |", "|---" + "|---:" * (len(heads) - 1) + "|"]
+    for method, workloads in sorted(
+        found.items(), key=lambda item: (item[0] != "sft", mean_gap(item[1], found["sft"]))
+    ):
+        first = next(iter(next(iter(workloads.values())).values()))
+        cells = [first["description"]]
+        for folder in folders:
+            seeds = workloads.get(folder.name, {})
+            gaps = gaps_of(seeds, found["sft"].get(folder.name, {}))
+            if any("failed" in result for result in seeds.values()):
+                cells.append("failed")
+            elif method == "sft":
+                loss = statistics.mean(result["curve"][-1]["exported"] for result in seeds.values())
+                cells.append(f"its loss is {loss:.4f} ({len(seeds)})")
+            else:
+                cells.append(f"{interval(gaps)} ({len(gaps)})" if gaps else "–")
+        if "failed" in first:
+            cells += ["–", "–"]
+        else:
+            each = first["kept_bytes"] / first["kept_bytes_of_tokens"]
+            cells += [f"{each:,.0f}", f"{first['trained_parameters'] / 1e6:,.1f} M"]
+        pair = RESULTS / f"pair_cpu_cpu_float32_{TIMED_AS.get(method)}.json"
+        timed = json.loads(pair.read_text()) if pair.exists() else {"status": "none"}
+        cells.append(f"{timed['ratio']['median']:.3f}" if timed["status"] == "ok" else "–")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def gaps_of(seeds: dict[int, dict], plain: dict[int, dict]) -> list[float]:
+    """Held-out loss above plain SFT's, by seed."""
+    both = [
+        (result, plain[seed]) for seed, result in sorted(seeds.items()) if seed in plain and "failed" not in result
+    ]
+    return [ours["curve"][-1]["exported"] - theirs["curve"][-1]["exported"] for ours, theirs in both]
+
+
+def mean_gap(workloads: dict[str, dict[int, dict]], plain: dict[str, dict[int, dict]]) -> float:
+    """For the order of rows; without any, at the end."""
+    means = [statistics.mean(gaps) for name in workloads if (gaps := gaps_of(workloads[name], plain.get(name, {})))]
+    return statistics.mean(means) if means else float("inf")
 
 
 # --- results of run.py -----------------------------------------------------------------------------------------------
@@ -377,6 +440,7 @@ def serving() -> str:
 
 TABLES = {"memory": memory, "first_steps": first_steps, "quality": quality, "planner": planner, "terms": terms}
 TABLES |= {"speed": speed, "losses": losses, "pairs": pairs, "scaling": scaling, "serving": serving}
+TABLES |= {"overview": overview}
 TABLES |= {"coupling_loss": coupling_loss, "quality_ridge": partial(quality, "quality_ridge_0.001")}
 
 
