@@ -7,8 +7,8 @@
 Equal for every method: the model, the tokens and their order, the number of steps, the schedule (warm-up over a tenth
 of the steps, then linear decay to zero), clipping at norm 1 and, where a method has no rule of its own, AdamW in
 float32 without weight decay. The learning rate is the one with the lowest held-out loss in the method's own sweep
-(`--sweep`); a method with `rate_of` takes another's, untuned. All parameters but the routers are trained, or what the
-method trains instead.
+(`--sweep`: three rates, then further ones while the best is the lowest or the highest of them); a method with
+`rate_of` takes another's, untuned. All parameters but the routers are trained, or what the method trains instead.
 
 Measured on examples nobody trains on, in nats per response token: `exported`, the function a user gets (for
 innovation the original architecture; for cross_branch its own), and `trained`, the coupled function that was trained.
@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import math
 import os
 import platform
 import statistics
@@ -91,7 +92,7 @@ class Method:
     rate_of: str | None = None
     """Takes the learning rate found for this method."""
     rates: tuple[float, ...] = (5e-5, 1e-4, 2e-4)
-    """Of the sweep."""
+    """The sweep's first three, rising."""
 
 
 def _innovation(words: str, schedule: dict[float, int] | None = None, **settings: Any) -> Method:
@@ -107,7 +108,7 @@ def _peft(description: str, config_class: str, **settings: Any) -> Method:
     def change(model: PreTrainedModel) -> Any:
         return benchmark_methods.peft(model, None, config_class, **settings)
 
-    return Method(description=description, change=change, rates=(2e-4, 5e-4, 1e-3, 2e-3, 5e-3))
+    return Method(description=description, change=change, rates=(5e-4, 1e-3, 2e-3))
 
 
 def _checkpointing(model: PreTrainedModel) -> Any:
@@ -119,7 +120,6 @@ def _cross_branch(words: str, **settings: Any) -> Method:
         description=f"cross_branch, {words}",
         reversible=dict(coupling="cross_branch", verify="report", **settings),
         stage1=0.5,
-        rates=(5e-5, 1e-4, 2e-4, 5e-4),
     )
 
 
@@ -141,7 +141,7 @@ METHODS: dict[str, Method] = {
     "lora": _peft("LoRA, rank 16 on all linear maps", "LoraConfig", **benchmark_methods.LORA),
     "dora": _peft("DoRA, rank 16 on all linear maps", "LoraConfig", use_dora=True, **benchmark_methods.LORA),
     "ia3": _peft("IA3", "IA3Config", **benchmark_methods.IA3),
-    "lomo": Method(description="LOMO", change=_checkpointing, rule="lomo", rates=(1e-3, 1e-2, 3e-2, 1e-1)),
+    "lomo": Method(description="LOMO", change=_checkpointing, rule="lomo", rates=(1e-2, 3e-2, 1e-1)),
     "galore": Method(description="GaLore, experts projected", change=_checkpointing, rule="galore"),
     "galore_linear": Method(
         description="GaLore, experts with plain AdamW", change=_checkpointing, rule="galore_linear"
@@ -370,20 +370,50 @@ def file_of(workload: str, method: str, seed: int, learning_rate: float | None =
 
 
 def final(result: dict) -> float:
-    return result["curve"][-1]["exported"] if result.get("curve") else float("inf")
+    """Held-out loss at the end; infinite for a run that failed or diverged."""
+    loss = result["curve"][-1]["exported"] if result.get("curve") else math.inf
+    return loss if math.isfinite(loss) else math.inf
+
+
+def swept(workload: str, method: str) -> dict[float, float]:
+    """Held-out loss by learning rate, as far as the method's sweep has come."""
+    found = {}
+    for file in (RESULTS / workload / "sweep").glob(f"{method}_*.json"):
+        result = json.loads(file.read_text())
+        if result["method"] == method:
+            found[result["settings"]["learning_rate"]] = final(result)
+    return found
 
 
 def chosen_rate(workload: str, method: str) -> float:
     """The learning rate with the lowest held-out loss in the sweep."""
     name = METHODS[method].rate_of or method
-    found = {}
-    for file in (RESULTS / workload / "sweep").glob(f"{name}_*.json"):
-        result = json.loads(file.read_text())
-        if result["method"] == name:
-            found[result["settings"]["learning_rate"]] = final(result)
+    found = swept(workload, name)
     if not found:
         raise SystemExit(f"No learning rate for {method} on {workload}: run --methods {name} --sweep first.")
     return min(found, key=found.get)
+
+
+def next_rate(found: dict[float, float]) -> float | None:
+    """The rate beyond the best one where that is the lowest or the highest tried; None where it lies between others,
+    or where nothing trained."""
+    rates = sorted(found)
+    best = min(rates, key=found.get)
+    if len(rates) < 2 or found[best] == math.inf or rates[0] < best < rates[-1]:
+        return None
+    neighbour = rates[1] if best == rates[0] else rates[-2]
+    return float(f"{best * best / neighbour:.2g}")
+
+
+def sweep(arguments: argparse.Namespace, name: str) -> None:
+    rates = list(METHODS[name].rates)
+    while rates:
+        rate = rates.pop(0)
+        one(arguments, name, 0, rate, file_of(arguments.workload, name, 0, rate))
+        found = swept(arguments.workload, name)
+        if not rates and set(METHODS[name].rates) <= set(found):
+            further = next_rate(found)
+            rates += [] if further is None else [further]
 
 
 def one(arguments: argparse.Namespace, name: str, seed: int, learning_rate: float, file: Path) -> None:
@@ -454,8 +484,7 @@ def main() -> None:
         return
     for name in arguments.methods if arguments.sweep else ():
         if METHODS[name].rate_of is None:
-            for rate in METHODS[name].rates:
-                one(arguments, name, 0, rate, file_of(arguments.workload, name, 0, rate))
+            sweep(arguments, name)
     for seed in () if arguments.sweep else arguments.seeds:
         for name in arguments.methods:
             file = file_of(arguments.workload, name, seed)

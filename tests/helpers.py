@@ -148,6 +148,23 @@ def read(stream: Tensor, dtype: torch.dtype) -> Tensor:
     return stream if dtype == torch.float64 else stream.float().to(dtype)
 
 
+def tile_rows(config, batch_size: int, num_tokens: int) -> list[slice]:
+    """The sequences of each tile. A product of another number of rows rounds otherwise: the twin cuts as the engine."""
+    size = max(1, config.tile_tokens // num_tokens) if config.tile_tokens else batch_size
+    return [slice(start, start + size) for start in range(0, batch_size, size)]
+
+
+def sequences(value, tile: slice, batch_size: int):
+    """What of a layer's keyword arguments belongs to the sequences of `tile`."""
+    if isinstance(value, dict):
+        return {key: sequences(item, tile, batch_size) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(sequences(item, tile, batch_size) for item in value)
+    if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == batch_size:
+        return value[tile]
+    return value
+
+
 @contextlib.contextmanager
 def reference_layers(model, signs: Tensor | None):
     """While open, `model`'s layers compute the coupled function with plain autograd."""
@@ -173,9 +190,13 @@ def reference_layers(model, signs: Tensor | None):
             state["now"] = on_grid(hidden, S)
         now = state["now"]
         x = read(now, dtype)
-        middle = wrapped(now + on_grid(attention(layer, x, kwargs), S), S)
-        chunks = read(middle, dtype).split(config.tile_tokens or middle.shape[1], dim=1)
-        following = middle + on_grid(torch.cat([feed_forward(layer, chunk) for chunk in chunks], dim=1), S)
+        rows = tile_rows(config, *x.shape[:2])
+        update = [attention(layer, x[tile], sequences(kwargs, tile, x.shape[0])) for tile in rows]
+        middle = wrapped(now + on_grid(torch.cat(update), S), S)
+        read_middle, size = read(middle, dtype), config.tile_tokens or middle.shape[1]
+        chunks = [read_middle[tile].split(size, dim=1) for tile in rows]
+        update = [torch.cat([feed_forward(layer, chunk) for chunk in row], dim=1) for row in chunks]
+        following = middle + on_grid(torch.cat(update), S)
         m = layer.coupling.side_bits
         if m is not None:
             innovation = state["past"] - now

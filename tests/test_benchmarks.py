@@ -3,8 +3,10 @@
 Run: pytest tests/test_benchmarks.py; the dry run of the whole GPU list (some minutes) with -m slow.
 """
 
+import argparse
 import importlib
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -372,6 +374,28 @@ def test_quality_of_the_same_function_is_the_same_and_seeds_differ(model_folder,
     assert coupled["drift"]["before"]["divergence"] < coupled["drift"]["after"]["divergence"]
     adapters = go("cross_branch")
     assert adapters["curve"][0]["exported"] != pytest.approx(plain["curve"][0]["exported"], rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("best", "tried"),
+    [(1e-4, [5e-5, 1e-4, 2e-4]), (1.25e-5, [5e-5, 1e-4, 2e-4, 2.5e-5, 1.2e-5, 5.8e-6]), (None, [5e-5, 1e-4, 2e-4])],
+)
+def test_a_sweep_goes_on_past_its_edge(best, tried, tmp_path, monkeypatch):
+    """Until the best rate lies between two others; `best` None: no rate trains."""
+    monkeypatch.setattr(quality, "RESULTS", tmp_path)
+    made = []
+
+    def one(arguments, name, seed, rate, file):
+        made.append(rate)
+        curve = [{"exported": abs(math.log(rate / best)) if rate < 2e-4 else math.nan}] if best else []
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"method": name, "settings": {"learning_rate": rate}, "curve": curve}))
+
+    monkeypatch.setattr(quality, "one", one)
+    quality.sweep(argparse.Namespace(workload="dolly"), "sft")
+    assert made == pytest.approx(tried)
+    if best:
+        assert quality.chosen_rate("dolly", "innovation_fixed") == pytest.approx(best, rel=0.1)
 
 
 def test_quality_tables_pair_seeds(tmp_path, monkeypatch):

@@ -118,7 +118,7 @@ def test_flipped_bit_of_a_saved_stream_raises(coupling, which, bit):
 
 
 def test_flipped_side_bit_raises():
-    model, inputs = coupled(), tiny_batch()
+    model, inputs = coupled(side_bits=2), tiny_batch()
     flipped = []
 
     def unpack(tensor):

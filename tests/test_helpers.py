@@ -117,21 +117,25 @@ def test_three_way_sees_a_flipped_expert():
 
 def test_truth_takes_the_experts_of_the_test_dtype():
     """With bf16 weights float64 would choose other experts for some tokens; the truth must not."""
-    model, inputs = coupled(dtype=torch.bfloat16), tiny_batch(4, 40)
+    model, inputs = coupled(dtype=torch.bfloat16, overrides=dict(num_experts_per_tok=1)), tiny_batch(4, 40)
     with torch.no_grad():  # nearly tied experts: rounding decides
         for router in routers(model):
-            router.weight[1::2] = router.weight[::2] * (1 + 2**-8)
+            either_way = torch.randint_like(router.weight[::2], 0, 2) * 2 - 1
+            router.weight[1::2] = router.weight[::2] * (1 + 2**-8 * either_way)
     seen = {}
     for dtype in (torch.bfloat16, torch.float64):
-        other = copy.deepcopy(model)
-        experts = other.model.layers[3].mlp.experts
+        other, choices = copy.deepcopy(model), []
+        seen[dtype] = choices
 
-        def note(_, args, dtype=dtype):
-            seen.setdefault(dtype, args[1].clone())
+        def note(_, args, choices=choices):
+            choices.append(args[1].clone())
 
-        experts.register_forward_pre_hook(note)
+        for module in other.modules():
+            if hasattr(module, "experts"):
+                module.experts.register_forward_pre_hook(note)
         run_reference(other.to(dtype) if dtype == torch.bfloat16 else _double(other), inputs)
-    assert not torch.equal(seen[torch.bfloat16], seen[torch.float64]), "rounding does not decide anywhere"
+    both = zip(*seen.values(), strict=True)
+    assert not all(torch.equal(a, b) for a, b in both), "rounding does not decide anywhere"
     three_way(model, inputs)
 
 
