@@ -149,7 +149,7 @@ def read(stream: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def tile_rows(config, batch_size: int, num_tokens: int) -> list[slice]:
-    """The sequences of each tile. A product of another number of rows rounds otherwise: the twin cuts as the engine."""
+    """The sequences of each tile, as the engine cuts them: a product of another number of rows rounds otherwise."""
     size = max(1, config.tile_tokens // num_tokens) if config.tile_tokens else batch_size
     return [slice(start, start + size) for start in range(0, batch_size, size)]
 
