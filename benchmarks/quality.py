@@ -98,7 +98,7 @@ class Method:
 def _innovation(words: str, schedule: dict[float, int] | None = None, **settings: Any) -> Method:
     return Method(
         description=f"innovation, {words}",
-        reversible={"coupling": "innovation", "side_bits": 2, "random_sign": False, **settings},
+        reversible={"coupling": "innovation", "side_bits": 2, "random_sign": False, "grid_growth": 0, **settings},
         schedule=schedule or {},
         rate_of="sft",
     )
@@ -128,6 +128,9 @@ METHODS: dict[str, Method] = {
     "sft_checkpointing": Method(
         description="transformers SFT + activation checkpointing", change=_checkpointing, rate_of="sft"
     ),
+    "innovation_grown": _innovation("m = 2, growing grid", grid_growth=None),
+    "innovation_m1_grown": _innovation("m = 1, growing grid", side_bits=1, grid_growth=None),
+    "innovation_m0_grown": _innovation("m = 0, growing grid", side_bits=0, grid_growth=None),
     "innovation_fixed": _innovation("m = 2, fixed sign"),
     "innovation_m1_fixed": _innovation("m = 1, fixed sign", side_bits=1),
     "innovation_m4_fixed": _innovation("m = 4, fixed sign", side_bits=4),
@@ -155,8 +158,8 @@ METHODS: dict[str, Method] = {
         dtype=torch.bfloat16,
     ),
     "innovation_adafactor": Method(
-        description="innovation, m = 4, fixed sign, adafactor, bf16",
-        reversible=dict(coupling="innovation", side_bits=4, random_sign=False),
+        description="innovation, m = 2, growing grid, adafactor, bf16",
+        reversible=dict(coupling="innovation", side_bits=2, random_sign=False),
         rule="adafactor",
         dtype=torch.bfloat16,
         rate_of="sft_adafactor",

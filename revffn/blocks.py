@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .couplings import quantize
+from .couplings import Grid, quantize
 from .reversible import Enter, Evaluation, Finish, Leave, Read, Start, Tile, Walk
 from .steps import Release, StoredStep, cross_branch_step, innovation_step
 from .sublayers import CrossBranchCoupling, GradientSum, cross_attention, expert_sums, half_feed_forward, uses_rng
@@ -55,7 +55,7 @@ def run_on_streams(
     if layer.layer_index == 0:
         walk.begin(hidden_states)
         halves = walk.config.coupling == "cross_branch"
-        split = partial(split_streams, walk.config.fraction_bits, halves)
+        split = partial(split_streams, walk.grids[0], halves)
         carriers = Start.apply(hidden_states, walk, split, JOIN_GRADS[halves])
     else:
         carriers = Enter.apply(hidden_states, *walk.carriers)
@@ -85,7 +85,7 @@ class ReversibleNorm(nn.Module):
             return super().forward(hidden_states)
         plain = super().forward
         halves = walk.config.coupling == "cross_branch"
-        read = partial(read_streams, walk.config.fraction_bits, halves, walk.dtype)
+        read = partial(read_streams, walk.grids[-1], halves, walk.dtype)
 
         def function(*carriers_and_streams: Tensor) -> tuple[Tensor]:
             half = len(carriers_and_streams) // 2
@@ -103,16 +103,16 @@ class ReversibleNorm(nn.Module):
 
 
 def read_streams(
-    fraction_bits: int, halves: bool, dtype: torch.dtype, carriers: tuple[Tensor, ...], streams: tuple[Tensor, ...]
+    grid: Grid, halves: bool, dtype: torch.dtype, carriers: tuple[Tensor, ...], streams: tuple[Tensor, ...]
 ) -> Tensor:
-    values = [Read.apply(c, s, fraction_bits, dtype) for c, s in zip(carriers, streams, strict=True)]
+    values = [Read.apply(c, s, grid, dtype) for c, s in zip(carriers, streams, strict=True)]
     return torch.cat(values, dim=-1) if halves else values[0]
 
 
-def split_streams(fraction_bits: int, halves: bool, hidden: Tensor) -> list[Tensor]:
+def split_streams(grid: Grid, halves: bool, hidden: Tensor) -> list[Tensor]:
     if halves:
-        return [quantize(half, fraction_bits) for half in hidden.chunk(2, dim=-1)]
-    stream = quantize(hidden, fraction_bits)
+        return [quantize(half, grid) for half in hidden.chunk(2, dim=-1)]
+    stream = quantize(hidden, grid)
     return [stream, stream]
 
 

@@ -6,7 +6,7 @@ from a recipe (YAML) by `revffn train`, with command-line overrides.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 MAX_SIDE_BITS = 4
@@ -19,10 +19,10 @@ class ReversibleConfig:
     coupling: Literal["innovation", "cross_branch", "none"] = "innovation"
     """`innovation` keeps the pretrained function and exports to it; `cross_branch` is the RevFFN paper's; `none` is
     the plain model with each layer's input stored. See docs/how_it_works.md."""
-    side_bits: int | list[int] = 4
+    side_bits: int | list[int] = 2
     """Innovation: m, the low bits of the innovation kept per element and layer, 0 to 4; the past enters with gain
-    2^-m. Fewer bits keep less and export worse (docs/benchmarks.md#quality). A list gives one value per decoder
-    layer (the entries of plain layers are ignored)."""
+    2^-m, or less (`grid_growth`). Fewer bits keep less and export worse (docs/benchmarks.md#quality). A list gives one
+    value per decoder layer (the entries of plain layers are ignored)."""
     random_sign: bool = False
     """Innovation: draw the sign of the gain per sequence and layer in every training forward, so that the
     perturbation has mean zero. False: the sign is always +1, which changes the pretrained function less and exported
@@ -55,8 +55,18 @@ class ReversibleConfig:
     max_drift: float = 0.05
     """Cross-branch, left: largest canary error, relative to the stream's root mean square, before `verify` acts."""
     fraction_bits: int = 14
-    """Binary digits after the point of the int32 streams. `convert(calibration=...)` sets it from the largest hidden
-    state seen; 14 holds magnitudes up to 131,072."""
+    """Binary digits after the point of the int32 streams; of the first state where `grid_growth` is not 0. 14 holds
+    magnitudes up to 131,072. `convert(calibration=...)` sets it from the hidden states seen."""
+    grid_growth: int | None = None
+    """Innovation: binary digits that the last state has more than the first; those between grow evenly. A state whose
+    grid is finer by one digit than that of the state two before takes in the past with half the gain and keeps no bit
+    for it: digits that the streams have to spare stand in for side bits. None: as many as
+    `convert(calibration=...)` finds to spare, else 0."""
+    wide_channels: list[int] = field(default_factory=list)
+    """Innovation: channels with values too large for the finest grid; `wide_growth` is theirs.
+    `convert(calibration=...)` sets both."""
+    wide_growth: int = 0
+    """Innovation: `grid_growth` of `wide_channels`, not more than the others'."""
     offload_inputs: bool = False
     """Coupling `none`: keep the stored layer inputs in host memory."""
     tile_tokens: int | None = None
@@ -85,8 +95,16 @@ class ReversibleConfig:
         for name, least in (("plain_layers", 1), ("num_iterations", 1), ("num_canaries", 0), ("fraction_bits", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
-        if self.fraction_bits > 30:
-            raise ValueError(f"fraction_bits must be at most 30 (the streams are int32), got {self.fraction_bits}.")
+        growth = self.grid_growth or 0
+        if growth < 0:
+            raise ValueError(f"grid_growth must be None (automatic) or at least 0, got {growth}.")
+        if not 0 <= self.wide_growth <= growth:
+            raise ValueError(f"wide_growth must be 0 to grid_growth, {growth}; got {self.wide_growth}.")
+        if self.fraction_bits + growth > 30:
+            raise ValueError(
+                "fraction_bits and grid_growth must be at most 30 together (the streams are int32), got "
+                f"{self.fraction_bits} and {growth}."
+            )
         if self.predictor_rank is not None and self.predictor_rank < 0:
             raise ValueError(f"predictor_rank must be None (full) or at least 0, got {self.predictor_rank}.")
         if self.tile_tokens is not None and self.tile_tokens < 1:
@@ -95,6 +113,11 @@ class ReversibleConfig:
     def side_bits_of(self, layer: int) -> int:
         """m of one decoder layer."""
         return self.side_bits[layer] if isinstance(self.side_bits, list) else self.side_bits
+
+    def fraction_bits_of(self, state: int, num_layers: int, wide: bool = False) -> int:
+        """Binary digits of state 0 (the embedding) to `num_layers`; of the wide channels or the others."""
+        growth = (self.wide_growth if wide else self.grid_growth or 0) if self.coupling == "innovation" else 0
+        return self.fraction_bits + growth * state // num_layers
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -15,6 +15,7 @@ import logging
 import math
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -197,11 +198,11 @@ def convert(
 
     Args:
         model: A `<stem>ForCausalLM` of one of `ARCHITECTURES`, on any device, also meta or fake.
-        config: How; the default is the innovation coupling with four side bits.
+        config: How; the default is the innovation coupling with two side bits.
         calibration: Batches (`input_ids` (B, T), optional `attention_mask`) that the plain model is run on once,
-            without gradients: the grid is chosen from the largest hidden state and the predictors are fitted in
-            closed form (ridge regression). Without it predictors start as the identity and `config.fraction_bits`
-            holds.
+            without gradients: the grids are chosen from the hidden states and the predictors are fitted in closed
+            form (ridge regression). Without it predictors start as the identity and `config.fraction_bits` and
+            `config.grid_growth` hold.
 
     Returns:
         `model`, now a `RevFFN<stem>ForCausalLM`. Training mode runs reversibly; eval mode runs the plain function
@@ -221,6 +222,9 @@ def convert(
     wrong = [k for k in config.anchor_layers or () if not 0 <= k < len(layers)]
     if wrong:
         raise ValueError(f"anchor_layers {wrong} do not exist; the model's decoder layers are 0 to {len(layers) - 1}.")
+    wrong = [c for c in config.wide_channels if not 0 <= c < model.config.hidden_size]
+    if wrong:
+        raise ValueError(f"wide_channels {wrong} do not exist; the model has {model.config.hidden_size} channels.")
     if config.coupling == "innovation" and config.plain_layers >= len(layers) and len(layers) > 1:
         raise ValueError(
             f"plain_layers={config.plain_layers} leaves none of the model's {len(layers)} layers to couple."
@@ -233,7 +237,9 @@ def convert(
     fitted = None
     if calibration is not None and config.coupling != "none":
         fitted = _fit(model, config, calibration)
-        config = ReversibleConfig(**{**config.to_dict(), "fraction_bits": fitted["fraction_bits"]})
+        config = replace(config, **fitted["grids"])
+    elif config.grid_growth is None:
+        config = replace(config, grid_growth=0)
     plain_type = model.config.model_type
     model.config.__class__ = CLASSES[plain_type]["config"]
     model.config.model_type = PREFIX + plain_type
@@ -361,17 +367,22 @@ def _fit(model: PreTrainedModel, config: ReversibleConfig, batches: Iterable[dic
         else ()
     )
     moments: dict[int, Tensor] = {}
-    largest = torch.zeros((), dtype=torch.float64)
+    # Of all states: the largest magnitude in each channel; of each: the sum of squares in each channel.
+    largest: Tensor | None = None
+    energy: dict[int, Tensor] = {}
     num_tokens = 0
     state: dict[str, Any] = {"previous": None, "mask": None}
 
     def see(index: int, hidden: Tensor) -> None:
         nonlocal largest
-        largest = torch.maximum(largest, hidden.abs().amax().double().cpu())
         current = hidden.reshape(-1, hidden.shape[-1])
+        here = current.abs().amax(0).double()
+        largest = here if largest is None else torch.maximum(largest, here)
         if state["mask"] is not None:
             current = current[state["mask"]]
         current = current.double()
+        squares = current.square().sum(0)
+        energy[index] = energy[index] + squares if index in energy else squares
         if index in coupled:
             ones = current.new_ones(current.shape[0], 1)
             rows = torch.cat([current, ones, state["previous"] - current], dim=1)
@@ -407,20 +418,54 @@ def _fit(model: PreTrainedModel, config: ReversibleConfig, batches: Iterable[dic
         model.train(training)
     if num_tokens == 0:
         raise ValueError("calibration holds no token. Give at least one batch with input_ids, or calibration=None.")
-    if not math.isfinite(float(largest)):
+    if not largest.isfinite().all():
         raise ValueError(
             "The model's hidden states are not finite on the calibration batches; check its weights and dtype."
         )
-    # Four times the largest state seen fits: 2**(29 + 2) is the end of int32.
-    bits = 29 - math.ceil(math.log2(max(float(largest), 1e-6)))
+    typical = min(float((squares / num_tokens).sqrt().median()) for squares in energy.values())
     solutions = {index: _solve(moments.pop(index), config.predictor_rank) for index in coupled}
     return {
-        "fraction_bits": max(0, min(MAX_FRACTION_BITS, bits)),
-        "largest_hidden_state": float(largest),
+        "grids": _choose_grids(config, largest, typical),
+        "largest_hidden_state": float(largest.max()),
         "num_tokens": num_tokens,
         "explained": {str(index): round(solution[-1], 4) for index, solution in solutions.items()},
         "solutions": solutions,
     }
+
+
+def _choose_grids(config: ReversibleConfig, largest: Tensor, typical: float) -> dict[str, Any]:
+    """`fraction_bits`, `grid_growth`, `wide_channels` and `wide_growth`.
+
+    Args:
+        largest: (D,) the largest magnitude seen in each channel.
+        typical: Of the state with the smallest values: the root mean square of the median channel.
+    """
+
+    def fitting(magnitude: float, margin: int) -> int:
+        """Digits with which 2**margin times `magnitude` is inside int32."""
+        return min(MAX_FRACTION_BITS, 31 - margin - math.ceil(math.log2(max(magnitude, 1e-6))))
+
+    widest = max(0, fitting(float(largest.max()), 2))
+    plain = {"fraction_bits": widest, "grid_growth": 0, "wide_channels": [], "wide_growth": 0}
+    if config.coupling != "innovation" or config.grid_growth == 0:
+        return plain
+    # The first grid rounds a typical value by about one per cent, once: the first layers add much more to it. The last
+    # leaves a factor of 8 for what training and other text bring, but in the wide channels, which have a factor of 4.
+    first = min(widest, 5 + math.ceil(-math.log2(max(typical, 1e-6))))
+    fit = torch.tensor([fitting(magnitude, 3) for magnitude in largest.tolist()])
+    most = MAX_FRACTION_BITS - first if config.grid_growth is None else config.grid_growth
+
+    def spare(growth: int) -> float:
+        """Digits won, on average over the channels."""
+        wide = (fit < first + growth).double().mean().item()
+        return (1 - wide) * growth + wide * min(growth, widest - first)
+
+    growth = max(range(max(most, 0) + 1), key=spare)
+    if first < 0 or growth == 0:
+        return plain
+    wide = torch.nonzero(fit < first + growth).flatten().tolist()
+    wide_growth = min(growth, widest - first) if wide else 0
+    return {"fraction_bits": first, "grid_growth": growth, "wide_channels": wide, "wide_growth": wide_growth}
 
 
 def _solve(moments: Tensor, rank: int | None) -> tuple[Tensor, Tensor | None, Tensor, float]:

@@ -1,11 +1,12 @@
 """Couplings as pairs of pure functions, forward and inverse, on int32 fixed-point streams.
 
-A stream holds `value * 2**fraction_bits` in int32. Additions are done on the integers, where they form a group: what
-one pass adds the other takes away bit for bit, also when a value wraps around. Reading a stream turns it into floats
-for a sublayer; a sublayer's result is rounded onto the grid before it is added.
+A stream holds `value * 2**bits` in int32; `Grid` says how many bits. Additions are done on the integers, where they
+form a group: what one pass adds the other takes away bit for bit, also when a value wraps around. Reading a stream
+turns it into floats for a sublayer; a sublayer's result is rounded onto the grid before it is added.
 
     innovation     i = s_{k-1} - s_k - P_k(s_k)            what a linear predictor P cannot say about the past
                    s_{k+1} = s_k + f_k(s_k) + sign * (i >> m)         the m low bits of i are kept aside
+                   (i in grid units of s_{k-1}, the rest in those of s_{k+1}: what that grid is finer, i weighs less)
     additive       y = x + F(.)                                       both halves of cross_branch
 
 R_k of docs/how_it_works.md is `identity + P_k`: the identity part is taken on the integers and never rounded.
@@ -25,24 +26,55 @@ from torch import Tensor
 SATURATION = 2**30
 
 
-def quantize(x: Tensor, fraction_bits: int) -> Tensor:
+class Grid:
+    """How many binary digits one state's integers have after the point.
+
+    Args:
+        bits: In all channels but the wide ones.
+        wide: (D,) bool, the channels with `wide_bits` digits; None where there are none.
+    """
+
+    def __init__(self, bits: int, wide: Tensor | None = None, wide_bits: int | None = None):
+        self.bits, self.wide_bits = bits, bits if wide_bits is None else wide_bits
+        self.wide = None if bits == self.wide_bits else wide
+        self.scale: float | Tensor = 2.0**bits
+        self.step: float | Tensor = 2.0**-bits
+        if self.wide is not None:
+            self.scale = torch.where(wide, 2.0**wide_bits, self.scale).float()
+            self.step = torch.where(wide, 2.0**-wide_bits, self.step).float()
+
+    def finer_than(self, other: Grid) -> int | Tensor:
+        """Digits that this grid has more than `other`, by channel (D,) int32 where they differ."""
+        more, wide_more = self.bits - other.bits, self.wide_bits - other.wide_bits
+        wide = other.wide if self.wide is None else self.wide
+        return more if wide is None or more == wide_more else torch.where(wide, wide_more, more).int()
+
+
+def quantize(x: Tensor, grid: Grid) -> Tensor:
     """Round a floating-point tensor onto the grid: int32, same shape. float64 is rounded in float64, all else in
     float32."""
     if x.dtype == torch.float64:
-        return torch.round(x * 2.0**fraction_bits).to(torch.int32)
+        return torch.round(x * grid.scale).to(torch.int32)
     # float32 and int32 are of one size: the product is made and rounded where the result will be, so that nothing
     # else is allocated.
     stream = torch.empty_like(x, dtype=torch.int32)
     value = stream.view(torch.float32)
-    value.copy_(x).mul_(2.0**fraction_bits).round_()
+    value.copy_(x).mul_(grid.scale).round_()
     return stream.copy_(value)
 
 
-def dequantize(stream: Tensor, fraction_bits: int, dtype: torch.dtype) -> Tensor:
+def add_refined(target: Tensor, stream: Tensor, finer: int | Tensor) -> Tensor:
+    """Add, in place, a stream to one on a grid that is `finer` by so many digits. Exact."""
+    if isinstance(finer, Tensor):
+        return target.add_(stream << finer)
+    return target.add_(stream, alpha=2**finer)
+
+
+def dequantize(stream: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
     """The value of an int32 stream in `dtype`. Rounds where `dtype` has fewer digits than the stream."""
     # By a power of two: rounding before the product is rounding after it, where the range is that of float32.
     wide = dtype if dtype in (torch.float64, torch.bfloat16) else torch.float32
-    return stream.to(wide).mul_(2.0**-fraction_bits).to(dtype)
+    return stream.to(wide).mul_(grid.step).to(dtype)
 
 
 def pack_bits(values: Tensor, m: int) -> Tensor:
@@ -80,23 +112,30 @@ def unpack_bits(packed: Tensor, m: int, shape: torch.Size) -> Tensor:
 
 
 def innovation_forward(
-    prev: Tensor, cur: Tensor, updated: Tensor, predicted: Tensor | None, sign: Tensor | None, m: int
+    prev: Tensor,
+    cur: Tensor,
+    updated: Tensor,
+    predicted: Tensor | None,
+    sign: Tensor | None,
+    m: int,
+    finer: int | Tensor = 0,
 ) -> tuple[Tensor, Tensor | None]:
     """One step of the innovation coupling on int32 streams of one shape (B, T, D).
 
-        next = updated + sign * ((prev - cur - predicted) >> m)
+        next = updated + sign * ((prev - (cur >> finer) - predicted) >> m)
 
     Args:
-        prev, cur: s_{k-1} and s_k.
-        updated: s_k + f_k(s_k) on the grid.
-        predicted: P_k(s_k) on the grid, or None for the identity predictor.
+        prev, cur: s_{k-1} and s_k, each on its own grid.
+        updated: s_k + f_k(s_k) on the grid of s_{k+1}.
+        predicted: P_k(s_k) on the grid of s_{k-1}, or None for the identity predictor.
         sign: +1 or -1, int32, broadcastable (B, 1, 1), or None for +1.
-        m: The gain is 2**-m.
+        m: The gain is 2**-m, and less by what the grid of s_{k+1} is finer than that of s_{k-1}.
+        finer: Digits that the grid of s_k has more than that of s_{k-1}, at least 0.
 
     Returns:
         (next, bits): s_{k+1}, and the packed low bits that `innovation_inverse` needs (None for m = 0).
     """
-    innovation = prev - cur
+    innovation = past_difference(prev, cur, finer)
     if predicted is not None:
         innovation -= predicted
     bits = None
@@ -117,6 +156,7 @@ def innovation_inverse(
     sign: Tensor | None,
     bits: Tensor | None,
     m: int,
+    finer: int | Tensor = 0,
 ) -> Tensor:
     """Recover `prev` of `innovation_forward` from `following` (its `next`), bit for bit."""
     prev = following - updated
@@ -125,10 +165,22 @@ def innovation_inverse(
     if m:
         prev <<= m
         prev |= unpack_bits(bits, m, prev.shape)
-    prev += cur
+    prev += cur if is_zero(finer) else cur >> finer
     if predicted is not None:
         prev += predicted
     return prev
+
+
+def past_difference(prev: Tensor, cur: Tensor, finer: int | Tensor) -> Tensor:
+    """prev - (cur >> finer), with one allocation."""
+    if is_zero(finer):
+        return prev - cur
+    coarse = cur >> finer
+    return torch.sub(prev, coarse, out=coarse)
+
+
+def is_zero(finer: int | Tensor) -> bool:
+    return not isinstance(finer, Tensor) and finer == 0
 
 
 def checksum(stream: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ class PlanConfig:
     """Tokens per sequence."""
     coupling: Literal["innovation", "cross_branch", "none"] = "innovation"
     """See `ReversibleConfig`."""
-    side_bits: int = 4
+    side_bits: int = 2
     """See `ReversibleConfig`."""
     query_stream: Literal["left", "right"] = "left"
     """See `ReversibleConfig`."""

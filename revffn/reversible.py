@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .config import ReversibleConfig
-from .couplings import SATURATION, checksum, dequantize
+from .couplings import SATURATION, Grid, checksum, dequantize
 from .routing import RecordRouting, ReplayRouting
 
 # B = batch, T = tokens, D = hidden size
@@ -71,6 +71,18 @@ class Tile:
             self.evaluations[part] = evaluation
 
 
+def state_grids(config: ReversibleConfig, num_layers: int, like: Tensor) -> list[Grid]:
+    """The grid of every state, s_0 to s_L, for hidden states `like` (..., D)."""
+    wide = None
+    if config.wide_channels:
+        wide = torch.zeros(like.shape[-1], dtype=torch.bool, device=like.device)
+        wide[config.wide_channels] = True
+    states = range(num_layers + 1)
+    bits = [tuple(config.fraction_bits_of(k, num_layers, wide) for wide in (False, True)) for k in states]
+    grids = {b: Grid(b[0], wide, b[1]) for b in set(bits)}
+    return [grids[b] for b in bits]
+
+
 class Walk:
     """One forward call of a model and the walk back through it.
 
@@ -84,6 +96,7 @@ class Walk:
         self.config, self.num_layers, self.report = config, num_layers, report
         self.tiles: list[Tile] = []
         self.carriers: list[Tensor] = []
+        self.grids: list[Grid] = []
         self.signs: Tensor | None = None
         self.kept: list[Tensor] = []
         self.dtype: torch.dtype = torch.float32
@@ -145,13 +158,14 @@ class Walk:
     # --- life of a walk --------------------------------------------------------------------------------------------
 
     def begin(self, hidden: Tensor) -> None:
-        """Take dtype, tiles and signs from the embedding (B, T, D)."""
+        """Take dtype, grids, tiles and signs from the embedding (B, T, D)."""
         batch_size, num_tokens = hidden.shape[:2]
         self.dtype, self.batch_size = hidden.dtype, batch_size
         if self.config.coupling == "innovation" and self.config.random_sign:
             # From the default generator: seeds, checkpoints of its state and ranks then behave as they do for dropout.
             flips = torch.randint(0, 2, (self.num_layers, batch_size), dtype=torch.int32, device=hidden.device)
             self.signs = 2 * flips - 1
+        self.grids = state_grids(self.config, self.num_layers, hidden)
         rows = batch_size
         if self.config.tile_tokens is not None:
             rows = max(1, min(batch_size, self.config.tile_tokens // num_tokens))
@@ -448,9 +462,9 @@ class Read(Function):
     """carrier, int32 stream -> the stream's value in the model's dtype."""
 
     @staticmethod
-    def forward(ctx, carrier: Tensor, stream: Tensor, fraction_bits: int, dtype: torch.dtype):
+    def forward(ctx, carrier: Tensor, stream: Tensor, grid: Grid, dtype: torch.dtype):
         ctx.carrier_dtype = carrier.dtype
-        return dequantize(stream, fraction_bits, dtype)
+        return dequantize(stream, grid, dtype)
 
     @staticmethod
     @once_differentiable

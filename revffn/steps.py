@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .couplings import checksum, dequantize, innovation_forward, innovation_inverse, quantize
+from .couplings import Grid, add_refined, checksum, dequantize, innovation_forward, innovation_inverse, quantize
 from .reversible import Evaluation, Read, Tile, Walk, carrier_like, is_concrete
 from .sublayers import GradientSum, attention, cross_attention, feed_forward, half_feed_forward, uses_rng
 
@@ -32,7 +32,8 @@ class InnovationMove:
 
     def __init__(self, walk: Walk, tile: Tile, k: int, m: int | None, chunks: list[slice]):
         self.walk, self.tile, self.k, self.m, self.chunks = walk, tile, k, m, chunks
-        self.fraction_bits = walk.config.fraction_bits
+        # Of s_{k-1}, s_k and s_{k+1}; what is added in between is on the last.
+        self.past_grid, self.grid, self.next_grid = walk.grids[max(k - 1, 0)], walk.grids[k], walk.grids[k + 1]
         # Alive only while forward or backward is inside the layer. Forward: the middle state on the grid; backward:
         # what the attention added to s_k, from which every chunk takes its middle state.
         self.middle: Tensor | None = None
@@ -48,7 +49,16 @@ class InnovationMove:
         return None if walk.signs is None else walk.signs[self.k, self.tile.rows].view(-1, 1, 1)
 
     def grid_prediction(self, rows: slice) -> Tensor | None:
-        return None if self.predicted is None else quantize(self.predicted[:, rows], self.fraction_bits)
+        return None if self.predicted is None else quantize(self.predicted[:, rows], self.past_grid)
+
+    def gain(self, like: Tensor) -> float | Tensor:
+        """2**-m, and less where the grid has become finer in between."""
+        gain = 2.0**-self.m * self.past_grid.scale * self.next_grid.step
+        return gain.to(like.dtype) if isinstance(gain, Tensor) else gain
+
+    def add_now(self, update: Tensor, now: Tensor) -> Tensor:
+        """s_k and the attention's result on the grid of s_{k+1}: the middle state."""
+        return add_refined(quantize(update, self.next_grid), now, self.next_grid.finer_than(self.grid))
 
     def forward(self, updated: Tensor) -> tuple[Tensor, ...]:
         """Move the streams on; returns the tensors that the inverse needs: packed bits per chunk, or a plain layer's
@@ -60,9 +70,16 @@ class InnovationMove:
             kept = [prev] if self.k else []
         else:
             parts = []
+            finer = self.grid.finer_than(self.past_grid)
             for rows in self.chunks:
                 part, bits = innovation_forward(
-                    prev[:, rows], cur[:, rows], updated[:, rows], self.grid_prediction(rows), self.sign(), self.m
+                    prev[:, rows],
+                    cur[:, rows],
+                    updated[:, rows],
+                    self.grid_prediction(rows),
+                    self.sign(),
+                    self.m,
+                    finer,
                 )
                 parts.append(part)
                 kept += [] if bits is None else [bits]
@@ -73,13 +90,13 @@ class InnovationMove:
 
     def middle_of(self, rows: slice) -> Tensor:
         """Backward: the middle state of one chunk."""
-        return quantize(self.attn[:, rows], self.fraction_bits).add_(self.tile.streams[0][:, rows])
+        return self.add_now(self.attn[:, rows], self.tile.streams[0][:, rows])
 
     def invert(self, index: int, middle: Tensor, mlp: Tensor) -> None:
         """Recover the past of one chunk from its feed-forward's result; after the last chunk move the streams back."""
         rows, tile, walk, k = self.chunks[index], self.tile, self.walk, self.k
         cur, following = tile.streams
-        updated = quantize(mlp, self.fraction_bits).add_(middle)
+        updated = quantize(mlp, self.next_grid).add_(middle)
         if self.m is None:
             if walk.config.verify != "off" and is_concrete(updated):
                 walk.note_verdict(f"output of layer {k}", (updated != following[:, rows]).any())
@@ -93,6 +110,7 @@ class InnovationMove:
                 self.sign(),
                 self.bits[index] if self.m else None,
                 self.m,
+                self.grid.finer_than(self.past_grid),
             )
         if len(self.chunks) == 1:
             self.prev = past
@@ -168,7 +186,7 @@ class Attended(Function):
         ours = ours and grad_attn is not grad_middle
         if grad is None:
             return None, grad_middle, grad_attn, None, None
-        grad_past = grad * 2.0**-move.m
+        grad_past = grad * move.gain(grad)
         sign = move.sign()
         if sign is not None:
             grad_past *= sign
@@ -187,7 +205,7 @@ class FeedStep(Function):
     def forward(ctx, middle: Tensor, mlp: Tensor, move: InnovationMove, index: int, evaluation: Evaluation):
         ctx.move, ctx.index, ctx.evaluation, ctx.dtype = move, index, evaluation, mlp.dtype
         move.walk.note_finite(mlp)
-        move.middle[:, move.chunks[index]] += quantize(mlp, move.fraction_bits)
+        move.middle[:, move.chunks[index]] += quantize(mlp, move.next_grid)
         ctx.save_for_backward(*evaluation.side_tensors())
         return middle.view_as(middle)
 
@@ -208,10 +226,10 @@ class ReadChunk(Function):
 
     @staticmethod
     def forward(
-        ctx, carrier: Tensor, stream: Tensor, fraction_bits: int, dtype: torch.dtype, move: InnovationMove, rows: slice
+        ctx, carrier: Tensor, stream: Tensor, grid: Grid, dtype: torch.dtype, move: InnovationMove, rows: slice
     ):
         ctx.move, ctx.rows, ctx.shape = move, rows, carrier.shape
-        return dequantize(stream, fraction_bits, dtype)
+        return dequantize(stream, grid, dtype)
 
     @staticmethod
     @once_differentiable
@@ -233,11 +251,10 @@ def innovation_step(
     past: Tensor,
     now: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    fraction_bits, dtype = walk.config.fraction_bits, walk.dtype
-    predictor = layer.coupling.predictor
+    dtype, predictor = walk.dtype, layer.coupling.predictor
 
     def attend(carrier: Tensor, stream: Tensor) -> tuple[Tensor, ...]:
-        x = Read.apply(carrier, stream, fraction_bits, dtype)
+        x = Read.apply(carrier, stream, move.grid, dtype)
         attn = attention(layer, x, walk.fetch(kwargs_handle, tile))
         return (attn,) if predictor is None else (attn, predictor(x))
 
@@ -246,9 +263,9 @@ def innovation_step(
 
     def feed(carrier: Tensor, stream: Tensor, rows: slice) -> tuple[Tensor]:
         if len(chunks) == 1:
-            hidden = Read.apply(carrier, stream, fraction_bits, dtype)
+            hidden = Read.apply(carrier, stream, move.next_grid, dtype)
         else:
-            hidden = ReadChunk.apply(carrier, stream, fraction_bits, dtype, move, rows)
+            hidden = ReadChunk.apply(carrier, stream, move.next_grid, dtype, move, rows)
         return (feed_forward(layer, hidden, sums),)
 
     rng, device = uses_rng(layer), now.device
@@ -260,7 +277,7 @@ def innovation_step(
     walk.note_finite(attn.detach())
     if predicted is not None:
         walk.note_finite(predicted.detach())
-    move.middle = quantize(attn.detach(), fraction_bits).add_(cur)
+    move.middle = move.add_now(attn.detach(), cur)
     updated = middle
     for index, rows in enumerate(chunks):
         evaluation = Evaluation(partial(feed, rows=rows), device, rng)
@@ -295,7 +312,7 @@ class AdditiveStep(Function):
             kept = (canaries, *(stream.reshape(-1, stream.shape[-1])[canaries] for stream in tile.streams))
         ctx.num_kept = len(kept)
         walk.note_finite(update)
-        y = quantize(update, walk.config.fraction_bits).add_(x)
+        y = quantize(update, walk.grids[0]).add_(x)
         tile.streams = [y if i == which else s for i, s in enumerate(tile.streams)]
         tile.position = 2 * k + which + 1
         walk.remember(tile, y)
@@ -317,14 +334,14 @@ class AdditiveStep(Function):
         if ctx.anchored:
             tile.streams = list(kept)
             (update,) = evaluation.again(side, *[tile.streams[i] for i in reads])
-            differs = (kept[which] + quantize(update, walk.config.fraction_bits) != y).any()
+            differs = (kept[which] + quantize(update, walk.grids[0]) != y).any()
             if walk.config.verify != "off" and is_concrete(y):
                 walk.note_verdict(f"left output of layer {k}", differs, differs & exactness(tile, differs))
             tile.exact = torch.ones_like(differs)
             walk.note_layer(k, anchored=1, iterations=1)
         elif which not in reads:
             (update,) = evaluation.again(side, *[tile.streams[i] for i in reads])
-            tile.streams[which] = quantize(update, walk.config.fraction_bits).neg_().add_(y)
+            tile.streams[which] = quantize(update, walk.grids[0]).neg_().add_(y)
             if walk.config.verify != "off" and is_concrete(y):
                 differs = checksum(tile.streams[which]) != tile.checksums[number]
                 # What an exact state makes inexact is no drift: something changed.
@@ -382,7 +399,7 @@ def solve_fixed_point(
     for _ in range(config.num_iterations):
         (update,) = evaluation.again(side, x, other)
         iterations += 1
-        following = quantize(update, config.fraction_bits).neg_().add_(y)
+        following = quantize(update, walk.grids[0]).neg_().add_(y)
         moved = (following - x).abs().amax(-1)
         x = following
         if is_concrete(moved) and bool((moved <= limit).all()):
@@ -400,19 +417,19 @@ def cross_branch_step(
     left: Tensor,
     right: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    fraction_bits, dtype = walk.config.fraction_bits, walk.dtype
+    grid, dtype = walk.grids[0], walk.dtype  # the same for all states
 
     def attend_left(c1: Tensor, c2: Tensor, s1: Tensor, s2: Tensor) -> tuple[Tensor]:
-        x2 = Read.apply(c2, s2, fraction_bits, dtype)
-        x1 = Read.apply(c1, s1, fraction_bits, dtype)
+        x2 = Read.apply(c2, s2, grid, dtype)
+        x1 = Read.apply(c1, s1, grid, dtype)
         return (cross_attention(layer, x1, x2, walk.fetch(kwargs_handle, tile)),)
 
     def attend_right(c2: Tensor, s2: Tensor) -> tuple[Tensor]:
-        x2 = Read.apply(c2, s2, fraction_bits, dtype)
+        x2 = Read.apply(c2, s2, grid, dtype)
         return (cross_attention(layer, x2, x2, walk.fetch(kwargs_handle, tile)),)
 
     def feed(c1: Tensor, s1: Tensor) -> tuple[Tensor]:
-        return (half_feed_forward(layer, Read.apply(c1, s1, fraction_bits, dtype), sums),)
+        return (half_feed_forward(layer, Read.apply(c1, s1, grid, dtype), sums),)
 
     k, rng = layer.layer_index, uses_rng(layer)
     reads = (0, 1) if walk.config.query_stream == "left" else (1,)

@@ -131,17 +131,28 @@ def coupled(
 # --- the twin --------------------------------------------------------------------------------------------------------
 
 
-def on_grid(x: Tensor, fraction_bits: int) -> Tensor:
+def grid_scale(config, state: int, num_layers: int, width: int) -> Tensor:
+    """Grid units per unit of state number `state`, by channel, float64."""
+    bits, wide_bits = (
+        config.fraction_bits + growth * state // num_layers for growth in (config.grid_growth or 0, config.wide_growth)
+    )
+    scale = torch.full((width,), 2.0**bits, dtype=torch.float64)
+    scale[config.wide_channels] = 2.0**wide_bits
+    return scale
+
+
+def on_grid(x: Tensor, scale: Tensor) -> Tensor:
     wide = x.double()
-    rounded = torch.round((x if x.dtype == torch.float64 else x.float()) * 2.0**fraction_bits).to(torch.int32)
-    return wide + (rounded.double() * 2.0**-fraction_bits - wide).detach()
+    x = x if x.dtype == torch.float64 else x.float()
+    rounded = torch.round(x * scale.to(x.dtype)).to(torch.int32)
+    return wide + (rounded.double() / scale - wide).detach()
 
 
-def wrapped(stream: Tensor, fraction_bits: int) -> Tensor:
+def wrapped(stream: Tensor, scale: Tensor) -> Tensor:
     """What int32 makes of a stream that has left its range; the gradient passes."""
-    grid = stream.detach() * 2.0**fraction_bits
+    grid = stream.detach() * scale
     inside = torch.remainder(grid + 2.0**31, 2.0**32) - 2.0**31
-    return stream + (inside - grid) * 2.0**-fraction_bits
+    return stream + (inside - grid) / scale
 
 
 def read(stream: Tensor, dtype: torch.dtype) -> Tensor:
@@ -169,13 +180,17 @@ def sequences(value, tile: slice, batch_size: int):
 def reference_layers(model, signs: Tensor | None):
     """While open, `model`'s layers compute the coupled function with plain autograd."""
     config = model.reversible_config
-    S, halves = config.fraction_bits, config.coupling == "cross_branch"
+    halves = config.coupling == "cross_branch"
     state: dict[str, Tensor] = {}
-    last = len(model.model.layers) - 1
+    num_layers = len(model.model.layers)
+    last = num_layers - 1
+    width = model.config.hidden_size // (2 if halves else 1)
+    scales = [grid_scale(config, k, num_layers, width) for k in range(num_layers + 1)]
 
     def forward(layer, hidden, *args, walk=None, **kwargs):
         k, dtype = layer.layer_index, layer.input_layernorm.weight.dtype
         dtype = state.setdefault("dtype", hidden.dtype)
+        S = scales[k + 1]
         if halves:
             if k == 0:
                 state["left"], state["right"] = (on_grid(x, S) for x in hidden.chunk(2, dim=-1))
@@ -187,7 +202,7 @@ def reference_layers(model, signs: Tensor | None):
             out = torch.cat([state["left"], state["right"]], dim=-1)
             return read(out, dtype) if k == last else out
         if k == 0:
-            state["now"] = on_grid(hidden, S)
+            state["now"] = on_grid(hidden, scales[0])
         now = state["now"]
         x = read(now, dtype)
         rows = tile_rows(config, *x.shape[:2])
@@ -199,12 +214,13 @@ def reference_layers(model, signs: Tensor | None):
         following = middle + on_grid(torch.cat(update), S)
         m = layer.coupling.side_bits
         if m is not None:
-            innovation = state["past"] - now
+            past_S = scales[k - 1]
+            innovation = state["past"] - (now + (torch.floor(now.detach() * past_S) / past_S - now).detach())
             if layer.coupling.predictor is not None:
-                innovation = innovation - on_grid(layer.coupling.predictor(x), S)
-            innovation = wrapped(innovation, S)
-            scaled = innovation * 2.0**-m
-            floored = torch.floor(innovation.detach() * 2.0**S * 2.0**-m) * 2.0**-S
+                innovation = innovation - on_grid(layer.coupling.predictor(x), past_S)
+            innovation = wrapped(innovation, past_S)
+            scaled = innovation * 2.0**-m * past_S / S
+            floored = torch.floor(innovation.detach() * past_S * 2.0**-m) / S
             scaled = scaled + (floored - scaled).detach()
             following = following + scaled * (1 if signs is None else signs[k].view(-1, 1, 1))
         following = wrapped(following, S)

@@ -50,7 +50,7 @@ def per_layer(settings: dict, batch: int, tokens: int) -> int:
     if settings["coupling"] == "none":
         return batch * tokens * D * 2 + routing
     if settings["coupling"] == "innovation":
-        side_bits = packed(batch * tokens * D, settings.get("side_bits", 4))
+        side_bits = packed(batch * tokens * D, settings.get("side_bits", 2))
         return side_bits + routing + CHECKSUM + SIGN * batch * settings.get("random_sign", True)
     canaries = 0
     if settings["query_stream"] == "left":
@@ -104,7 +104,7 @@ def test_a_plain_layer_keeps_its_predecessors_input():
     shape = 2, 16
     one, three = (bytes_saved(4, *shape, coupling="innovation", plain_layers=n) for n in (1, 3))
     elements = 2 * 16 * D
-    assert three - one == 2 * (elements * 4 - packed(elements, 4))
+    assert three - one == 2 * (elements * 4 - packed(elements, 2))
 
 
 def test_an_anchor_keeps_both_streams():

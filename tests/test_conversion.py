@@ -18,8 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2MoeConfig, Qwen3MoeConfig
 
 import revffn
-from revffn import conversion
+from revffn import ReversibleConfig, conversion
 from revffn.architectures import ARCHITECTURES, router_parameters
+from revffn.conversion import _choose_grids
 
 COUPLINGS = {
     "innovation": dict(coupling="innovation", side_bits=[0, 1, 3, 2], predictor_rank=5),
@@ -378,7 +379,36 @@ def test_calibration_measures_the_plain_model(model_type):
     assert found["largest_hidden_state"] >= largest * 0.999
     assert sorted(found["explained"], key=int) == ["1", "2", "3"]
     assert all(0 <= share <= 1 for share in found["explained"].values())
-    assert model.reversible_config.fraction_bits <= 24
+    settings = model.reversible_config
+    assert settings.fraction_bits + settings.grid_growth <= 24 and settings.grid_growth > 0
+
+
+def test_calibration_chooses_the_grids():
+    """Eight times the largest value fits, in wide channels four times; the digits to spare are all taken."""
+    largest = torch.tensor([60.0] * 90 + [250.0] * 6 + [26_000.0] * 4, dtype=torch.float64)
+    found = ReversibleConfig(**_choose_grids(ReversibleConfig(), largest, typical=0.1))
+    assert found.wide_channels == list(range(90, 100)) and found.fraction_bits == 9
+    assert found.fraction_bits + found.grid_growth == 31 - 3 - 6
+    assert found.fraction_bits + found.wide_growth == 31 - 2 - 15
+    assert [found.fraction_bits_of(k, 26) for k in (0, 1, 2, 13, 26)] == [9, 9, 10, 15, 22]
+    few = ReversibleConfig(**_choose_grids(ReversibleConfig(grid_growth=3), largest, typical=0.1))
+    assert few.grid_growth == 3 and few.wide_channels == [96, 97, 98, 99][: len(few.wide_channels)]
+    for config in (ReversibleConfig(grid_growth=0), ReversibleConfig(coupling="cross_branch")):
+        none = ReversibleConfig(**_choose_grids(config, largest, typical=0.1))
+        assert (none.fraction_bits, none.grid_growth, none.wide_channels) == (31 - 2 - 15, 0, [])
+
+
+@pytest.mark.parametrize(
+    "settings", [dict(grid_growth=-1), dict(grid_growth=17), dict(wide_growth=1), dict(grid_growth=2, wide_growth=3)]
+)
+def test_grids_that_cannot_be_are_refused(settings):
+    with pytest.raises(ValueError, match="grid_growth"):
+        ReversibleConfig(**settings)
+
+
+def test_without_calibration_the_grid_stays_as_it_is():
+    model = revffn.convert(tiny_model())
+    assert (model.reversible_config.fraction_bits, model.reversible_config.grid_growth) == (14, 0)
 
 
 def test_calibration_leaves_mode_hooks_and_gradients_alone():
@@ -449,17 +479,23 @@ def test_fitted_predictors_bring_the_coupled_model_nearer_to_the_plain_one():
     assert distances[0] < 0.8 * distances[1]
 
 
-def test_finer_gain_is_nearer_to_the_plain_model():
+@pytest.mark.parametrize(
+    "settings",
+    [[dict(side_bits=m, grid_growth=0) for m in range(5)], [dict(side_bits=0, grid_growth=g) for g in (0, 4, 8, 12)]],
+    ids=["side_bits", "grid_growth"],
+)
+def test_a_smaller_gain_is_nearer_to_the_plain_model(settings):
+    """Also where no bit is kept for it."""
     inputs = tiny_batch()
     with torch.no_grad():
         plain = tiny_model().eval()(**inputs).logits
         distances = []
-        for m in range(5):
-            model = coupled(side_bits=m)
+        for s in settings:
+            model = coupled(**s)
             torch.manual_seed(5)
             distances.append((model(**inputs).logits - plain).norm().item())
     assert distances == sorted(distances, reverse=True)
-    assert distances[4] < 0.3 * distances[0]
+    assert distances[-1] < 0.3 * distances[0]
 
 
 # --- without weights -------------------------------------------------------------------------------------------------

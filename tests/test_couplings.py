@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from revffn.couplings import (
+    Grid,
+    add_refined,
     checksum,
     dequantize,
     innovation_forward,
@@ -40,11 +42,12 @@ def signs(batch: int) -> list[torch.Tensor | None]:
 def test_innovation_is_undone_bit_for_bit(m, shape, bits):
     """Small values, large ones, and values all over int32, where every addition wraps around."""
     prev, cur, updated, predicted = (random_stream(shape, bits) for _ in range(4))
-    for sign, prediction in itertools.product(signs(shape[0]), (None, predicted)):
+    by_channel = torch.randint(0, 9, shape[-1:], dtype=torch.int32)
+    for sign, prediction, finer in itertools.product(signs(shape[0]), (None, predicted), (0, 3, by_channel)):
         copies = [x.clone() for x in (prev, cur, updated)]
-        following, packed = innovation_forward(prev, cur, updated, prediction, sign, m)
+        following, packed = innovation_forward(prev, cur, updated, prediction, sign, m, finer)
         assert (packed is None) == (m == 0) and following.dtype == torch.int32
-        back = innovation_inverse(following, cur, updated, prediction, sign, packed, m)
+        back = innovation_inverse(following, cur, updated, prediction, sign, packed, m, finer)
         assert torch.equal(back, copies[0])
         assert all(torch.equal(x, y) for x, y in zip((prev, cur, updated), copies, strict=True)), "inputs were changed"
 
@@ -61,15 +64,17 @@ def test_innovation_at_the_ends_of_int32(m, with_prediction):
         assert torch.equal(innovation_inverse(following, cur, updated, prediction, sign, packed, m), prev)
 
 
+@pytest.mark.parametrize("finer", [0, 2, torch.tensor([0, 1, 2, 3, 4, 5, 6, 7], dtype=torch.int32)], ids=str)
 @pytest.mark.parametrize("m", range(5))
-def test_innovation_is_the_documented_function(m):
+def test_innovation_is_the_documented_function(m, finer):
     """Against exact integers, without wrap-around."""
     shape = (2, 5, 8)
     prev, cur, updated, predicted = (random_stream(shape, 20) for _ in range(4))
     sign = torch.tensor([1, -1], dtype=torch.int32).view(2, 1, 1)
-    following, _ = innovation_forward(prev, cur, updated, predicted, sign, m)
+    following, _ = innovation_forward(prev, cur, updated, predicted, sign, m, finer)
     wide = [x.long() for x in (prev, cur, updated, predicted)]
-    expected = wide[2] + sign * torch.div(wide[0] - wide[1] - wide[3], 2**m, rounding_mode="floor")
+    coarse = torch.floor(wide[1].double() / 2.0**finer).long()
+    expected = wide[2] + sign * torch.div(wide[0] - coarse - wide[3], 2**m, rounding_mode="floor")
     assert torch.equal(following.long(), expected)
 
 
@@ -133,10 +138,10 @@ def test_packing_of_a_view(m):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_quantize_rounds_to_the_nearest(dtype):
     x = torch.randn(1000).mul(50).to(dtype)
-    stream = quantize(x, 14)
+    stream = quantize(x, Grid(14))
     assert stream.dtype == torch.int32
     assert (stream.double() * 2.0**-14 - x.double()).abs().max() <= 2.0**-15
-    back = dequantize(stream, 14, dtype)
+    back = dequantize(stream, Grid(14), dtype)
     assert back.dtype == dtype
     eps = torch.finfo(dtype).eps
     assert ((back.double() - x.double()).abs() <= 2.0**-15 + eps * x.double().abs()).all()
@@ -144,15 +149,38 @@ def test_quantize_rounds_to_the_nearest(dtype):
 
 def test_values_on_the_grid_survive():
     stream = random_stream((4, 5, 6), 23)
-    assert torch.equal(quantize(dequantize(stream, 14, torch.float32), 14), stream)
+    assert torch.equal(quantize(dequantize(stream, Grid(14), torch.float32), Grid(14)), stream)
     stream = random_stream((4, 5, 6), 31)
-    assert torch.equal(quantize(dequantize(stream, 14, torch.float64), 14), stream)
+    assert torch.equal(quantize(dequantize(stream, Grid(14), torch.float64), Grid(14)), stream)
 
 
 def test_dequantize_is_reproducible_beyond_float32():
     """Values with more digits than float32 has round, always the same way."""
     stream = random_stream((4, 5, 6), 31)
-    assert torch.equal(dequantize(stream, 14, torch.bfloat16), dequantize(stream.clone(), 14, torch.bfloat16))
+    first, again = (dequantize(x, Grid(14), torch.bfloat16) for x in (stream, stream.clone()))
+    assert torch.equal(first, again)
+
+
+# --- grids -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_grid_with_wide_channels_is_two_grids():
+    wide = torch.tensor([True, False, False, True, False])
+    grid, coarse = Grid(14, wide, 9), Grid(12, wide, 9)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        x = torch.randn(3, 4, 5).mul(50).to(dtype)
+        stream = quantize(x, grid)
+        assert torch.equal(stream[..., wide], quantize(x[..., wide], Grid(9)))
+        assert torch.equal(stream[..., ~wide], quantize(x[..., ~wide], Grid(14)))
+        back = dequantize(stream, grid, dtype)
+        assert back.dtype == dtype and torch.equal(back[..., wide], dequantize(stream[..., wide], Grid(9), dtype))
+        assert torch.equal(back[..., ~wide], dequantize(stream[..., ~wide], Grid(14), dtype))
+    assert grid.finer_than(coarse).tolist() == [0, 2, 2, 0, 2] and grid.finer_than(grid) == 0
+    assert Grid(14).finer_than(Grid(12)) == 2
+    # The same value, on the finer grid.
+    stream = random_stream((3, 4, 5), 20)
+    refined = add_refined(torch.zeros_like(stream), stream, grid.finer_than(coarse))
+    assert torch.equal(dequantize(refined, grid, torch.float64), dequantize(stream, coarse, torch.float64))
 
 
 # --- checksum --------------------------------------------------------------------------------------------------------
