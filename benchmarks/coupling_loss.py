@@ -1,11 +1,15 @@
 """What the innovation coupling costs a pretrained model before any training, in nats of held-out loss.
 
-    python benchmarks/coupling_loss.py --model runs/smollm2-moe --output benchmarks/results/coupling_loss.json
+    python benchmarks/coupling_loss.py --model runs/smollm2-moe --parts features chosen_signs settings \
+        --output benchmarks/results/coupling_loss.json
+    python benchmarks/coupling_loss.py --model runs/smollm2-moe --parts grids \
+        --output benchmarks/results/coupling_loss_grids.json
 
 `settings`: the library's coupling by ridge, calibration rows, m and sign. `features`: the share of the last update's
 energy that a predictor explains on held-out tokens, by what it sees. `chosen_signs`: signs not drawn but chosen for
 every token and group of channels so that they undo what the coupling has added so far, in plain floating point. The
-last two are not in the library: what they would win is measured here first.
+last two are not in the library: what they would win is measured here first. `grids`: the library's coupling by how
+much finer the grid becomes with depth, and by how coarse one grid for all states may be.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ from revffn.evaluation import coupled, heldout_loss
 
 WORKLOAD = quality.WORKLOADS["dolly"]
 HELDOUT_ROWS = 32
+PARTS = ("features", "chosen_signs", "settings", "grids")
 
 
 @torch.no_grad()
@@ -37,7 +42,8 @@ def settings(model: PreTrainedModel, training: list, held: list, pad: int) -> li
     for rows in (64, 256):
         for ridge in (1e-3, 1e-2, 1e-1, 1.0):
             conversion.RIDGE = ridge
-            revffn.convert(model, revffn.ReversibleConfig(), calibration=batches(training[:rows], 8, pad))
+            config = revffn.ReversibleConfig(grid_growth=0)
+            revffn.convert(model, config, calibration=batches(training[:rows], 8, pad))
             for m in (1, 2):
                 for layer in model.model.layers[1:]:
                     layer.coupling.side_bits = m
@@ -48,6 +54,35 @@ def settings(model: PreTrainedModel, training: list, held: list, pad: int) -> li
                     found.append(dict(rows=rows, ridge=ridge, m=m, random_sign=random_sign, loss=loss))
                     print(found[-1], flush=True)
             model = revffn.export(model)
+    return found
+
+
+@torch.no_grad()
+def grids(model: PreTrainedModel, training: list, held: list, pad: int) -> list[dict[str, Any]]:
+    found = []
+
+    def note(m: int) -> None:
+        for layer in model.model.layers[1:]:
+            layer.coupling.side_bits = m
+        with coupled(model):
+            loss = heldout_loss(model, held, 8, pad)["loss"]
+        config = model.config.revffn
+        names = ("fraction_bits", "grid_growth", "wide_growth")
+        found.append({"m": m, "loss": loss, "wide_channels": len(config["wide_channels"])})
+        found[-1] |= {name: config[name] for name in names}
+        print(found[-1], flush=True)
+
+    for growth in (0, 4, 8, None):
+        config = revffn.ReversibleConfig(grid_growth=growth)
+        revffn.convert(model, config, calibration=batches(training[:256], 8, pad))
+        for m in range(4):
+            note(m)
+        if growth == 0:
+            fraction_bits = model.config.revffn["fraction_bits"]
+            for coarse in (7, 8, 9, 10, fraction_bits):
+                model.config.revffn["fraction_bits"] = coarse
+                note(4)
+        model = revffn.export(model)
     return found
 
 
@@ -129,6 +164,7 @@ def chosen_signs(model: PreTrainedModel, now: list[Tensor], held: list, pad: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="runs/smollm2-moe")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     git = git_state()
@@ -139,10 +175,17 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
     result: dict[str, Any] = {"model": arguments.model, "heldout_rows": len(held), "git": git}
     result["plain"] = heldout_loss(model, held, 8, pad)["loss"]
-    now, later = states(model, training[:128], pad), states(model, held, pad)
-    result["features"] = features(now, later)
-    result["chosen_signs"] = chosen_signs(model, now, held, pad)
-    result["settings"] = settings(model, training, held, pad)
+    if {"features", "chosen_signs"} & set(arguments.parts):
+        now = states(model, training[:128], pad)
+    if "features" in arguments.parts:
+        result["features"] = features(now, states(model, held, pad))
+    if "chosen_signs" in arguments.parts:
+        result["chosen_signs"] = chosen_signs(model, now, held, pad)
+    if "settings" in arguments.parts:
+        result["settings"] = settings(model, training, held, pad)
+        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
+    if "grids" in arguments.parts:
+        result["grids"] = grids(model, training, held, pad)
     arguments.output.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -444,6 +444,25 @@ def coupling_loss() -> str:
     return "\n".join(lines)
 
 
+def grids() -> str:
+    """What the coupling adds to the loss of the untrained model, by how the grids grow."""
+    file = RESULTS / "coupling_loss_grids.json"
+    if not file.exists():
+        return NO_RESULTS
+    result = json.loads(file.read_text())
+    lines = ["| digits of the first state | of the last | in wide channels | m = 0 | m = 1 | m = 2 | m = 3 | m = 4 |"]
+    lines.append("|---:" * 8 + "|")
+    rows: dict[tuple, dict[int, float]] = {}
+    for r in result["grids"]:
+        last = r["fraction_bits"] + r["grid_growth"]
+        wide = f"{r['fraction_bits'] + r['wide_growth']} ({r['wide_channels']})" if r["wide_channels"] else "–"
+        rows.setdefault((r["fraction_bits"], last, wide), {})[r["m"]] = r["loss"] - result["plain"]
+    for key, losses in rows.items():
+        cells = [f"{losses[m]:+.3f}" if m in losses else "–" for m in range(5)]
+        lines.append(f"| {' | '.join(map(str, key))} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def explained_layers(result: dict) -> list[int]:
     return list(dict.fromkeys(r["layer"] for r in result["features"]))
 
@@ -470,7 +489,7 @@ def serving() -> str:
 
 TABLES = {"memory": memory, "first_steps": first_steps, "quality": quality, "planner": planner, "terms": terms}
 TABLES |= {"speed": speed, "losses": losses, "pairs": pairs, "scaling": scaling, "serving": serving}
-TABLES |= {"overview": overview, "curves": curves}
+TABLES |= {"overview": overview, "curves": curves, "grids": grids}
 TABLES |= {"coupling_loss": coupling_loss, "quality_ridge": partial(quality, "quality_ridge_0.001")}
 
 

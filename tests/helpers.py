@@ -125,6 +125,7 @@ def coupled(
     calibration = [tiny_batch(4, 13, seed=7)] if calibrate else None
     settings.setdefault("train_predictor", True)  # so that every gradient there can be is looked at
     settings.setdefault("random_sign", True)  # and every factor
+    settings.setdefault("grid_growth", 2)  # all there is to spare would leave no gain to see on four layers
     return revffn.convert(model, revffn.ReversibleConfig(**settings), calibration=calibration).train()
 
 
@@ -133,6 +134,8 @@ def coupled(
 
 def grid_scale(config, state: int, num_layers: int, width: int) -> Tensor:
     """Grid units per unit of state number `state`, by channel, float64."""
+    if config.coupling != "innovation":
+        return torch.full((width,), 2.0**config.fraction_bits, dtype=torch.float64)
     bits, wide_bits = (
         config.fraction_bits + growth * state // num_layers for growth in (config.grid_growth or 0, config.wide_growth)
     )

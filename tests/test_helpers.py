@@ -86,10 +86,8 @@ def test_three_way_sees_another_function():
     minus = torch.tensor(-1, dtype=torch.int32)
     forward, inverse = steps.innovation_forward, steps.innovation_inverse
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(steps, "innovation_forward", lambda a, b, c, p, sign, m: forward(a, b, c, p, minus, m))
-        patch.setattr(
-            steps, "innovation_inverse", lambda a, b, c, p, sign, bits, m: inverse(a, b, c, p, minus, bits, m)
-        )
+        patch.setattr(steps, "innovation_forward", lambda a, b, c, p, sign, *rest: forward(a, b, c, p, minus, *rest))
+        patch.setattr(steps, "innovation_inverse", lambda a, b, c, p, sign, *rest: inverse(a, b, c, p, minus, *rest))
         with pytest.raises(AssertionError, match="loss"):
             three_way(model, inputs)
 

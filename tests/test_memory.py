@@ -351,7 +351,7 @@ def test_command_with_picture(folder, capsys, tmp_path):
     assert ask(folder, "--gpu", "2GiB", "--plot", str(picture)) == 0
     text = capsys.readouterr().out
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
-    for words in ("innovation m=4", "checkpointing every", "host RAM", "plain transformers", "LoRA", "reserve"):
+    for words in ("innovation m=2", "checkpointing every", "host RAM", "plain transformers", "LoRA", "reserve"):
         assert words in text
     assert "does not fit 2GiB" in text
     assert ask(folder, "--gpu", "2GiB", "--json") == 0
