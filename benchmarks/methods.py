@@ -408,6 +408,9 @@ def _peft(description: str, config_class: str, **settings: Any) -> BenchmarkMeth
     )
 
 
+# Like the grids that calibration chooses on SmolLM2 (these models have random weights): what they cost is timed too.
+GRIDS = dict(fraction_bits=9, grid_growth=11, wide_channels=list(range(16)), wide_growth=5)
+INNOVATION = dict(coupling="innovation", side_bits=2, **GRIDS)
 LORA = dict(r=16, lora_alpha=32, target_modules="all-linear")
 IA3 = dict(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])
 strongest = partial(checkpointing, linear_ce=True)
@@ -437,10 +440,10 @@ METHODS: dict[str, BenchmarkMethod] = {
         change=strongest,
         start=partial(galore, experts=False),
     ),
-    **_ours("innovation, m = 2", coupling="innovation", side_bits=2),
+    **_ours("innovation, m = 2", **INNOVATION),
     "ours_innovation_tiles_host": BenchmarkMethod(
         description="ours, innovation, m = 2, in tiles, weights in host memory",
-        change=partial(reversible, tiles=True, host=True, coupling="innovation", side_bits=2),
+        change=partial(reversible, tiles=True, host=True, **INNOVATION),
         start=partial(own_optimizer, of_simulation={"name": "reversible"}),
         tiles=True,
     ),
