@@ -376,7 +376,7 @@ def _fit(model: PreTrainedModel, config: ReversibleConfig, batches: Iterable[dic
     def see(index: int, hidden: Tensor) -> None:
         nonlocal largest
         current = hidden.reshape(-1, hidden.shape[-1])
-        here = current.abs().amax(0).double()
+        here = current.abs().amax(0).double().cpu()
         largest = here if largest is None else torch.maximum(largest, here)
         if state["mask"] is not None:
             current = current[state["mask"]]

@@ -13,6 +13,7 @@ step what the coupling asks for. docs/how_it_works.md tells why it is built this
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from .config import ReversibleConfig
 from .couplings import SATURATION, Grid, checksum, dequantize
 from .routing import RecordRouting, ReplayRouting
+
+logger = logging.getLogger(__name__)
 
 # B = batch, T = tokens, D = hidden size
 
@@ -263,7 +266,7 @@ class Report:
 
     def __init__(self):
         self.num_verified, self.mismatched, self.walks, self.mismatched_total = 0, [], 0, 0
-        self.largest = 0
+        self.largest, self.warned = 0, False
         self.measured: dict[int, dict[str, Any]] = {}
         self.anchors: set[int] = set()
 
@@ -280,6 +283,15 @@ class Report:
         left)."""
         if mismatched and config.verify == "raise":
             raise mismatch(mismatched)
+        if self.largest >= SATURATION and not self.warned:
+            self.warned = True
+            logger.warning(
+                "A stream is within a factor of two of int32's end, where values wrap around: states are rebuilt all "
+                "the same, but another function is trained. Convert with more calibration data, or with a smaller "
+                "grid_growth (now %s) or fraction_bits (now %s).",
+                config.grid_growth or 0,
+                config.fraction_bits,
+            )
         if config.coupling == "cross_branch" and config.query_stream == "left":
             self.judge_fixed_point(config)
 

@@ -194,7 +194,7 @@ def test_residual_channel_of_30000(coupling, dtype):
 
 @dtypes
 @pytest.mark.parametrize("coupling", ["innovation", "cross_right"])
-def test_wrap_around(coupling, dtype):
+def test_wrap_around(coupling, dtype, caplog):
     """A grid far too fine: streams leave int32 in the middle layers, are rebuilt all the same, and the report says
     so."""
     model = coupled("qwen2_moe", dtype, calibrate=False, fraction_bits=24, **EXACT[coupling])
@@ -208,6 +208,8 @@ def test_wrap_around(coupling, dtype):
     report = check_exact(model, tiny_batch(), assert_gradient=assert_as_good)
     assert report["saturated"]
     assert report["largest_grid_value"] >= 2**30
+    run(model, tiny_batch())
+    assert sum("wrap around" in record.message for record in caplog.records) == 1, "said once"
 
 
 def test_wrap_around_happens():
