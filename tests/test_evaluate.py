@@ -29,6 +29,7 @@ parity = importlib.import_module("harness_parity")
 DATA = Path(os.environ.get("REVFFN_DATA", ROOT.parent / "shared" / "data"))
 SUBJECTS = ["anatomy", "management"]
 RECORDED = ROOT / "benchmarks" / "results" / "evaluate_smollm2.json"
+ALL_SUBJECTS = ROOT / "benchmarks" / "results" / "evaluate_stand_in.json"
 LANGUAGES = ["bn", "de", "en", "es", "fr", "ja", "ru", "sw", "te", "th", "zh"]
 TEXT = "The house is red, the tree is grün.\nOne river, two rivers: 東京. " * 7
 
@@ -182,6 +183,28 @@ def test_the_recorded_comparison_says_equal():
     for task in ("mmlu", "gsm8k"):
         assert parity.differences(result["harness"][task], result["revffn"][task]) == []
         assert result["differences"][task] == []
+
+
+def test_the_recorded_comparison_of_all_subjects_says_equal():
+    """benchmarks/results/evaluate_stand_in.json: a function of the text answers 100 questions of each of 57 subjects;
+    where SmolLM2 was asked too, it saw the same prompts."""
+    result, asked = json.loads(ALL_SUBJECTS.read_text()), json.loads(RECORDED.read_text())
+    rows = result["harness"]["mmlu"]
+    assert result["settings"]["limit"] == 100
+    assert len(result["settings"]["mmlu_subjects"]) == 57 and len(rows) == 58
+    assert parity.differences(rows, result["revffn"]["mmlu"]) == []
+    for name, row in asked["harness"]["mmlu"].items():
+        assert row.get("prompts_sha256") == rows[name].get("prompts_sha256")
+
+
+def test_a_stand_in_sees_a_changed_answer_key(data, tmp_path):
+    theirs = parity.harness_side(None, data, ["anatomy"], ["mmlu"], 4, 8)
+    assert parity.differences(theirs, parity.revffn_side(None, data, ["anatomy"], ["mmlu"], 4, 8)) == []
+    changed = [{**record, "answer": (record["answer"] + 1) % 4} for record in mmlu_records("test", 5)]
+    write_gz(tmp_path / "mmlu" / "test.jsonl.gz", changed)
+    write_gz(tmp_path / "mmlu" / "dev.jsonl.gz", mmlu_records("dev", 5))
+    found = parity.differences(theirs, parity.revffn_side(None, tmp_path, ["anatomy"], ["mmlu"], 4, 8))
+    assert found and not any("prompts" in line for line in found)
 
 
 @pytest.mark.slow
