@@ -38,7 +38,7 @@ PARTS = ("features", "chosen_signs", "settings", "grids")
 
 @torch.no_grad()
 def settings(model: PreTrainedModel, training: list, held: list, pad: int) -> list[dict[str, Any]]:
-    found = []
+    found, default = [], conversion.RIDGE
     for rows in (64, 256):
         for ridge in (1e-3, 1e-2, 1e-1, 1.0):
             conversion.RIDGE = ridge
@@ -54,6 +54,7 @@ def settings(model: PreTrainedModel, training: list, held: list, pad: int) -> li
                     found.append(dict(rows=rows, ridge=ridge, m=m, random_sign=random_sign, loss=loss))
                     print(found[-1], flush=True)
             model = revffn.export(model)
+    conversion.RIDGE = default
     return found
 
 

@@ -44,6 +44,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import revffn
 from revffn.architectures import router_parameters
+from revffn.config import GRID_SETTINGS
 from revffn.data import IGNORED, batches, load_conversations, tokenize_all
 from revffn.evaluation import coupled, mode, step_bytes
 from revffn.optim import OptimizerInBackward, parameter_groups
@@ -321,7 +322,7 @@ def run(model_path: str, method: Method, workload: Workload, learning_rate: floa
     trainable = {p for p in model.parameters() if p.requires_grad}
     model.train()
     first_of_stage2 = round(method.stage1 * steps) + 1
-    updates, losses, tokens = None, [], 0
+    updates, losses, tokens, largest = None, [], 0, 0
     for step, batch in enumerate(batches(training[: steps * size], size, pad), start=1):
         torch.manual_seed(1000 * seed + step)
         stage, first, last = (1, 1, first_of_stage2 - 1) if step < first_of_stage2 else (2, first_of_stage2, steps)
@@ -340,6 +341,8 @@ def run(model_path: str, method: Method, workload: Workload, learning_rate: floa
         updates.set_lr(peak * min(done / warm, (last - step + 1) / (last - first + 2 - warm)))
         losses.append(updates.step(batch))
         tokens += int(batch["attention_mask"].sum())
+        if is_innovation:
+            largest = max(largest, revffn.reversible_report(model)["largest_grid_value"])
         if step % (steps // 3) == 0:
             measure(step)
             model.train()
@@ -359,6 +362,9 @@ def run(model_path: str, method: Method, workload: Workload, learning_rate: floa
         report = revffn.reversible_report(model)
         result["mismatched_states"] = report["mismatched_states_total"]
         result["anchor_layers"] = report["anchor_layers"]
+    if is_innovation:
+        result["grids"] = {name: model.config.revffn[name] for name in GRID_SETTINGS}
+        result["largest_grid_value"] = largest
     return result
 
 

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 MAX_SIDE_BITS = 4
+# What calibration chooses of the settings.
+GRID_SETTINGS = ("fraction_bits", "grid_growth", "wide_channels", "wide_growth")
 
 
 @dataclass(kw_only=True)
@@ -61,7 +63,8 @@ class ReversibleConfig:
     """Innovation: binary digits that the last state has more than the first; those between grow evenly. A state whose
     grid is finer by one digit than that of the state two before takes in the past with half the gain and keeps no bit
     for it: digits that the streams have to spare stand in for side bits. None: as many as
-    `convert(calibration=...)` finds to spare, else 0."""
+    `convert(calibration=...)` finds to spare, 0 without it. A number is kept without calibration; with it there are at
+    most so many."""
     wide_channels: list[int] = field(default_factory=list)
     """Innovation: channels with values too large for the finest grid; `wide_growth` is theirs.
     `convert(calibration=...)` sets both."""

@@ -202,7 +202,8 @@ def convert(
         calibration: Batches (`input_ids` (B, T), optional `attention_mask`) that the plain model is run on once,
             without gradients: the grids are chosen from the hidden states and the predictors are fitted in closed
             form (ridge regression). Without it predictors start as the identity and `config.fraction_bits` and
-            `config.grid_growth` hold.
+            `config.grid_growth` hold. Of several processes all need the same batches: grids decide the function that
+            is trained.
 
     Returns:
         `model`, now a `RevFFN<stem>ForCausalLM`. Training mode runs reversibly; eval mode runs the plain function
@@ -370,17 +371,18 @@ def _fit(model: PreTrainedModel, config: ReversibleConfig, batches: Iterable[dic
     # Of all states: the largest magnitude in each channel; of each: the sum of squares in each channel.
     largest: Tensor | None = None
     energy: dict[int, Tensor] = {}
-    num_tokens = 0
+    num_rows = 0
     state: dict[str, Any] = {"previous": None, "mask": None}
 
     def see(index: int, hidden: Tensor) -> None:
-        nonlocal largest
+        nonlocal largest, num_rows
         current = hidden.reshape(-1, hidden.shape[-1])
         here = current.abs().amax(0).double().cpu()
         largest = here if largest is None else torch.maximum(largest, here)
         if state["mask"] is not None:
             current = current[state["mask"]]
         current = current.double()
+        num_rows = num_rows + current.shape[0] if index == 0 else num_rows
         squares = current.square().sum(0)
         energy[index] = energy[index] + squares if index in energy else squares
         if index in coupled:
@@ -410,24 +412,23 @@ def _fit(model: PreTrainedModel, config: ReversibleConfig, batches: Iterable[dic
             }
             mask = inputs.get("attention_mask")
             state["mask"] = mask.reshape(-1).bool() if mask is not None and mask.dim() == 2 else None
-            num_tokens += int(inputs["input_ids"].numel() if mask is None else mask.sum())
             model.model(**inputs, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
         model.train(training)
-    if num_tokens == 0:
+    if num_rows == 0:
         raise ValueError("calibration holds no token. Give at least one batch with input_ids, or calibration=None.")
     if not largest.isfinite().all():
         raise ValueError(
             "The model's hidden states are not finite on the calibration batches; check its weights and dtype."
         )
-    typical = min(float((squares / num_tokens).sqrt().median()) for squares in energy.values())
+    typical = min(float((squares / num_rows).sqrt().median()) for squares in energy.values())
     solutions = {index: _solve(moments.pop(index), config.predictor_rank) for index in coupled}
     return {
         "grids": _choose_grids(config, largest, typical),
         "largest_hidden_state": float(largest.max()),
-        "num_tokens": num_tokens,
+        "num_tokens": num_rows,
         "explained": {str(index): round(solution[-1], 4) for index, solution in solutions.items()},
         "solutions": solutions,
     }
@@ -451,17 +452,18 @@ def _choose_grids(config: ReversibleConfig, largest: Tensor, typical: float) -> 
         return plain
     # The first grid rounds a typical value by about one per cent, once: the first layers add much more to it. The last
     # leaves a factor of 8 for what training and other text bring, but in the wide channels, which have a factor of 4.
-    first = min(widest, 5 + math.ceil(-math.log2(max(typical, 1e-6))))
+    first = max(0, min(widest, 5 + math.ceil(-math.log2(max(typical, 1e-6)))))
     fit = torch.tensor([fitting(magnitude, 3) for magnitude in largest.tolist()])
     most = MAX_FRACTION_BITS - first if config.grid_growth is None else config.grid_growth
 
     def spare(growth: int) -> float:
-        """Digits won, on average over the channels."""
+        """Digits won, on average over the channels. That wide ones may come nearer to the end counts as nothing won:
+        or all of them would be wide where all are alike."""
         wide = (fit < first + growth).double().mean().item()
-        return (1 - wide) * growth + wide * min(growth, widest - first)
+        return (1 - wide) * growth + wide * min(growth, max(0, int(fit.min()) - first))
 
-    growth = max(range(max(most, 0) + 1), key=spare)
-    if first < 0 or growth == 0:
+    growth = max(range(most + 1), key=spare)
+    if growth == 0:
         return plain
     wide = torch.nonzero(fit < first + growth).flatten().tolist()
     wide_growth = min(growth, widest - first) if wide else 0

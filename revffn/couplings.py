@@ -27,11 +27,13 @@ SATURATION = 2**30
 
 
 class Grid:
-    """How many binary digits one state's integers have after the point.
+    """How many binary digits one state's integers have after the point: `scale` is 2**digits and `step` its inverse,
+    numbers, or (D,) float32 where channels differ.
 
     Args:
         bits: In all channels but the wide ones.
-        wide: (D,) bool, the channels with `wide_bits` digits; None where there are none.
+        wide: (D,) bool, on the streams' device, the channels with `wide_bits` digits; None where there are none.
+        wide_bits: Not more than `bits`; None is `bits`.
     """
 
     def __init__(self, bits: int, wide: Tensor | None = None, wide_bits: int | None = None):
@@ -40,8 +42,8 @@ class Grid:
         self.scale: float | Tensor = 2.0**bits
         self.step: float | Tensor = 2.0**-bits
         if self.wide is not None:
-            self.scale = torch.where(wide, 2.0**wide_bits, self.scale).float()
-            self.step = torch.where(wide, 2.0**-wide_bits, self.step).float()
+            self.scale = torch.full_like(wide, 2.0**bits, dtype=torch.float32).masked_fill_(wide, 2.0**wide_bits)
+            self.step = self.scale.reciprocal()
 
     def finer_than(self, other: Grid) -> int | Tensor:
         """Digits that this grid has more than `other`, by channel (D,) int32 where they differ."""
@@ -64,7 +66,8 @@ def quantize(x: Tensor, grid: Grid) -> Tensor:
 
 
 def add_refined(target: Tensor, stream: Tensor, finer: int | Tensor) -> Tensor:
-    """Add, in place, a stream to one on a grid that is `finer` by so many digits. Exact."""
+    """Add, in place, a stream to one on a grid that is `finer` by so many digits, at least 0, a number or (D,) int32.
+    Exact."""
     if isinstance(finer, Tensor):
         return target.add_(stream << finer)
     return target.add_(stream, alpha=2**finer)
@@ -130,7 +133,7 @@ def innovation_forward(
         predicted: P_k(s_k) on the grid of s_{k-1}, or None for the identity predictor.
         sign: +1 or -1, int32, broadcastable (B, 1, 1), or None for +1.
         m: The gain is 2**-m, and less by what the grid of s_{k+1} is finer than that of s_{k-1}.
-        finer: Digits that the grid of s_k has more than that of s_{k-1}, at least 0.
+        finer: Digits that the grid of s_k has more than that of s_{k-1}, at least 0: a number or (D,) int32.
 
     Returns:
         (next, bits): s_{k+1}, and the packed low bits that `innovation_inverse` needs (None for m = 0).

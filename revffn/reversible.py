@@ -78,8 +78,9 @@ def state_grids(config: ReversibleConfig, num_layers: int, like: Tensor) -> list
     """The grid of every state, s_0 to s_L, for hidden states `like` (..., D)."""
     wide = None
     if config.wide_channels:
-        wide = torch.zeros(like.shape[-1], dtype=torch.bool, device=like.device)
+        wide = torch.zeros(like.shape[-1], dtype=torch.bool)
         wide[config.wide_channels] = True
+        wide = wide.to(like.device, non_blocking=True)
     states = range(num_layers + 1)
     bits = [tuple(config.fraction_bits_of(k, num_layers, wide) for wide in (False, True)) for k in states]
     grids = {b: Grid(b[0], wide, b[1]) for b in set(bits)}
@@ -287,10 +288,10 @@ class Report:
             self.warned = True
             logger.warning(
                 "A stream is within a factor of two of int32's end, where values wrap around: states are rebuilt all "
-                "the same, but another function is trained. Convert with more calibration data, or with a smaller "
-                "grid_growth (now %s) or fraction_bits (now %s).",
-                config.grid_growth or 0,
+                "the same, but another function is trained. Convert with calibration data that holds such values, or "
+                "without calibration and with fewer fraction_bits (now %s%s).",
                 config.fraction_bits,
+                f", and grid_growth {config.grid_growth}" if config.grid_growth else "",
             )
         if config.coupling == "cross_branch" and config.query_stream == "left":
             self.judge_fixed_point(config)

@@ -33,6 +33,7 @@ from trl import SFTConfig, SFTTrainer
 
 from . import convert, coupling_parameters, is_reversible, reversible_report
 from .architectures import PREFIX, router_parameters
+from .config import GRID_SETTINGS
 from .data import batches
 from .evaluation import answer, coupled, heldout_loss, peak_bytes, step_bytes
 from .host_weights import HostWeights
@@ -133,11 +134,14 @@ class RevFFNTrainer(SFTTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """`Trainer` reads weights by the names in the file, which are not those of fused experts: it would warn, and
-        leave the experts as they are. `from_pretrained` converts them."""
+        leave the experts as they are. `from_pretrained` converts them. Grids are no weights, and decide the function
+        that is trained."""
         if str(resume_from_checkpoint) == str(self.loaded_from):
             return
         saved = AutoModelForCausalLM.from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
         self.model.load_state_dict(saved.state_dict())
+        if is_reversible(self.model) and is_reversible(saved):
+            self.model.config.revffn |= {name: saved.config.revffn[name] for name in GRID_SETTINGS}
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         super()._save_checkpoint(*args, **kwargs)

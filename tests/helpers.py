@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import statistics
 import weakref
 from collections.abc import Iterator
 from types import MethodType
@@ -293,12 +294,12 @@ def plain_layers(model, signs: Tensor | None):
             yield model
 
 
-def three_way(model, inputs, seed: int = 5, assert_gradient=None) -> dict:
+def three_way(model, inputs, seed: int = 5, ill_conditioned: bool = False) -> dict:
     """Engine, plain autograd and float64 agree: the loss bit for bit with plain autograd, every gradient within
     `TOLERANCE`.
 
     Args:
-        assert_gradient: What is asked of each gradient; `assert_no_worse` unless told.
+        ill_conditioned: Ask of gradients what `assert_as_good` does in place of `assert_no_worse`.
 
     Returns:
         The report of the engine's backward walk.
@@ -311,8 +312,10 @@ def three_way(model, inputs, seed: int = 5, assert_gradient=None) -> dict:
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert torch.equal(ours_loss, plain_loss), f"loss {ours_loss.item()!r}, plain autograd {plain_loss.item()!r}"
     assert set(ours) == set(plain) == set(truth) == trainable
-    for name in ours:
-        (assert_gradient or assert_no_worse)(ours[name], plain[name], truth[name], dtype, name)
+    if ill_conditioned:
+        assert_as_good(ours, plain, truth, dtype)
+    for name in () if ill_conditioned else ours:
+        assert_no_worse(ours[name], plain[name], truth[name], dtype, name)
     return report
 
 
@@ -324,15 +327,22 @@ def assert_no_worse(ours: Tensor, plain: Tensor, truth: Tensor, dtype: torch.dty
     assert bool((excess <= 0).all()), f"{name}: worst excess {excess.max():.3e} at index {int(excess.argmax())}"
 
 
-def assert_as_good(ours: Tensor, plain: Tensor, truth: Tensor, dtype: torch.dtype, name: str = "") -> None:
-    """For gradients that any order of summation changes visibly (a difference of large numbers): our largest error is
-    at most four times plain autograd's, plus the tolerance."""
-    truth = truth.double()
-    scale = truth.abs().max()
-    ours_error, plain_error = ((x.double() - truth).abs().max() / scale for x in (ours, plain))
-    assert ours_error <= 4 * plain_error + TOLERANCE[dtype], (
-        f"{name}: {ours_error:.3e}, plain autograd {plain_error:.3e}"
-    )
+def assert_as_good(
+    ours: dict[str, Tensor], plain: dict[str, Tensor], truth: dict[str, Tensor], dtype: torch.dtype
+) -> None:
+    """For gradients that any order of summation changes visibly (differences of large numbers): by the largest error,
+    ours are as good as plain autograd's on average (a factor of 1.5, geometric mean), and none is off by what only
+    luck could excuse (16)."""
+    ratios = {}
+    for name, exact in truth.items():
+        exact = exact.double()
+        scale = exact.abs().max()
+        errors = ((x[name].double() - exact).abs().max() / scale + 1e-3 * TOLERANCE[dtype] for x in (ours, plain))
+        ratios[name] = float(next(errors) / next(errors))
+    bad = {name: ratio for name, ratio in ratios.items() if not ratio <= 16}
+    assert not bad, f"errors relative to plain autograd's: {bad}"
+    mean = statistics.geometric_mean(ratios.values())
+    assert mean <= 1.5, f"errors are {mean:.3g} times plain autograd's on average"
 
 
 # --- rebuilt states --------------------------------------------------------------------------------------------------

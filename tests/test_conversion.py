@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import copy
 import io
+import json
+import math
 import pickle
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen2MoeConfig, Qwen3
 import revffn
 from revffn import ReversibleConfig, conversion
 from revffn.architectures import ARCHITECTURES, router_parameters
+from revffn.config import GRID_SETTINGS
 from revffn.conversion import _choose_grids
 
 COUPLINGS = {
@@ -140,8 +143,9 @@ def snapshot(model):
             "33",
         ),
         (lambda: tiny_model(), dict(coupling="cross_branch", anchor_layers=[7]), "anchor_layers"),
+        (lambda: tiny_model(), dict(grid_growth=2, wide_channels=[3, 32]), r"wide_channels \[32\].*32 channels"),
     ],
-    ids=["unknown", "side bits", "plain layers", "odd", "anchor"],
+    ids=["unknown", "side bits", "plain layers", "odd", "anchor", "wide channels"],
 )  # fmt: skip
 def test_refused_before_anything_changes(make, settings, message):
     model = make()
@@ -219,6 +223,27 @@ def test_save_and_load(model_type, coupling, tmp_path):
     if coupling in ("innovation", "none"):
         with torch.no_grad():
             assert torch.equal(revffn.export(loaded).eval()(**inputs).logits, model.eval()(**inputs).logits)
+
+
+def test_grids_are_saved_and_loaded(tmp_path):
+    """Wide channels too; a folder from before there were any means one grid."""
+    grids = dict(fraction_bits=8, grid_growth=7, wide_growth=3, wide_channels=[0, 17])
+    model = with_random_couplings(coupled(calibrate=False, **grids))
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).train()
+    assert {name: getattr(loaded.reversible_config, name) for name in GRID_SETTINGS} == grids
+    inputs = tiny_batch()
+    (loss, grads), (loaded_loss, loaded_grads) = run(model, inputs), run(loaded, inputs)
+    assert torch.equal(loss, loaded_loss)
+    assert all(torch.equal(grads[name], loaded_grads[name]) for name in grads)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for name in ("grid_growth", "wide_growth", "wide_channels"):
+        del config["revffn"][name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    older = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).train()
+    assert [older.reversible_config.fraction_bits_of(k, 4) for k in (0, 4)] == [8, 8]
+    assert not torch.equal(run(older, inputs)[0], loss)
+    assert revffn.reversible_report(older)["mismatched_states"] == 0
 
 
 @pytest.mark.parametrize("train_predictor", [False, True])
@@ -373,14 +398,26 @@ def test_calibration_measures_the_plain_model(model_type):
             ]
         ]
     largest = max(s.abs().max().item() for s in states)
-    model = coupled(model_type)
-    found = revffn.convert(tiny_model(model_type), calibration=CALIBRATION).config.revffn_calibration
+    model = revffn.convert(tiny_model(model_type), calibration=CALIBRATION)
+    found = model.config.revffn_calibration
     assert found["num_tokens"] == sum(int(b.get("attention_mask", b["input_ids"] * 0 + 1).sum()) for b in CALIBRATION)
     assert found["largest_hidden_state"] >= largest * 0.999
     assert sorted(found["explained"], key=int) == ["1", "2", "3"]
     assert all(0 <= share <= 1 for share in found["explained"].values())
+    # The first grid rounds by about one per cent of what is typical of the smallest state, over tokens that count.
+    padded = [b.get("attention_mask", b["input_ids"] * 0 + 1).bool().reshape(-1) for b in CALIBRATION]
+    with torch.no_grad():
+        runs = [
+            original.model(b["input_ids"], b.get("attention_mask"), output_hidden_states=True).hidden_states[:-1]
+            for b in CALIBRATION
+        ]
+    smallest = min(
+        torch.cat([s.flatten(0, 1)[mask] for s, mask in zip(state, padded, strict=True)]).square().mean(0).median()
+        for state in zip(*runs, strict=True)
+    )
     settings = model.reversible_config
-    assert settings.fraction_bits + settings.grid_growth <= 24 and settings.grid_growth > 0
+    assert settings.fraction_bits == 5 + math.ceil(-math.log2(math.sqrt(smallest)))
+    assert settings.fraction_bits + settings.grid_growth == 24  # the values are small: as fine as float32
 
 
 def test_calibration_chooses_the_grids():
@@ -391,8 +428,10 @@ def test_calibration_chooses_the_grids():
     assert found.fraction_bits + found.grid_growth == 31 - 3 - 6
     assert found.fraction_bits + found.wide_growth == 31 - 2 - 15
     assert [found.fraction_bits_of(k, 26) for k in (0, 1, 2, 13, 26)] == [9, 9, 10, 15, 22]
-    few = ReversibleConfig(**_choose_grids(ReversibleConfig(grid_growth=3), largest, typical=0.1))
-    assert few.grid_growth == 3 and few.wide_channels == [96, 97, 98, 99][: len(few.wide_channels)]
+    few = ReversibleConfig(**_choose_grids(ReversibleConfig(grid_growth=6), largest, typical=0.1))
+    assert (few.grid_growth, few.wide_channels, few.wide_growth) == (6, [96, 97, 98, 99], 31 - 2 - 15 - 9)
+    large = ReversibleConfig(**_choose_grids(ReversibleConfig(), torch.full((4,), 2.0**13), typical=100.0))
+    assert (large.fraction_bits, large.grid_growth, large.wide_channels) == (0, 31 - 3 - 13, [])
     for config in (ReversibleConfig(grid_growth=0), ReversibleConfig(coupling="cross_branch")):
         none = ReversibleConfig(**_choose_grids(config, largest, typical=0.1))
         assert (none.fraction_bits, none.grid_growth, none.wide_channels) == (31 - 2 - 15, 0, [])

@@ -12,7 +12,6 @@ import pytest
 import torch
 from helpers import (
     SETTINGS,
-    assert_as_good,
     captured_states,
     coupled,
     run,
@@ -117,6 +116,7 @@ def test_float64(coupling):
         dict(grid_growth=0),
         dict(grid_growth=7, fraction_bits=8, wide_channels=[0, 17], calibrate=False),
         dict(grid_growth=7, wide_growth=3, fraction_bits=8, wide_channels=[0, 17], side_bits=2, calibrate=False),
+        dict(grid_growth=7, wide_growth=3, fraction_bits=8, wide_channels=[0, 17], calibrate=False, tile_tokens=4),
         dict(grid_growth=12, fraction_bits=6, side_bits=0, calibrate=False, tile_tokens=4),
         dict(calibrate=False),
         dict(tile_tokens=11),
@@ -184,11 +184,12 @@ def test_residual_channel_of_30000(coupling, dtype):
     calibration = [tiny_batch(4, 13, seed=7)]
     model = revffn.convert(model, revffn.ReversibleConfig(**EXACT[coupling]), calibration=calibration).train()
     settings = model.reversible_config
-    if settings.grid_growth:  # the grid becomes finer everywhere but there
-        assert 5 in settings.wide_channels and settings.fraction_bits + settings.wide_growth <= 29 - 15
+    if coupling == "innovation":  # the grid becomes finer everywhere but there
+        assert settings.grid_growth > 0 and settings.wide_channels == [5]
+        assert settings.fraction_bits + settings.wide_growth <= 29 - 15 < settings.fraction_bits + settings.grid_growth
     else:
-        assert settings.fraction_bits == 29 - 15
-    report = check_exact(model, tiny_batch(), assert_gradient=assert_as_good)
+        assert settings.fraction_bits == 29 - 15 and not settings.grid_growth
+    report = check_exact(model, tiny_batch(), ill_conditioned=True)
     assert not report["saturated"]
 
 
@@ -205,7 +206,7 @@ def test_wrap_around(coupling, dtype, caplog):
             layer.self_attn.o_proj.weight[5] = 0.5
             layer.self_attn.o_proj.weight[21] = -0.5
             layer.self_attn.v_proj.bias.fill_(3.0)
-    report = check_exact(model, tiny_batch(), assert_gradient=assert_as_good)
+    report = check_exact(model, tiny_batch(), ill_conditioned=True)
     assert report["saturated"]
     assert report["largest_grid_value"] >= 2**30
     run(model, tiny_batch())
@@ -258,7 +259,9 @@ def test_packed_sequences(coupling):
     other["input_ids"][0, :5] = 50
     with torch.no_grad():
         logits, changed = model(**inputs).logits[0], model(**other).logits[0]
-    assert torch.equal(logits[5:], changed[5:]) and not torch.equal(logits[:5], changed[:5])
+    # Rounding may differ: an expert's tokens are one matrix, and its number of rows has changed.
+    torch.testing.assert_close(logits[5:], changed[5:], rtol=1e-5, atol=1e-6)
+    assert (logits[:5] - changed[:5]).abs().amin() > 0 and (logits[:5] - changed[:5]).abs().amax() > 0.1
 
 
 @pytest.mark.parametrize("coupling", ["innovation", "cross_right", "none"])

@@ -40,8 +40,25 @@ def test_assert_no_worse(dtype):
     for bad in (wrong, -plain, plain * 1.1, torch.full_like(plain, float("nan"))):
         with pytest.raises(AssertionError, match="excess"):
             assert_no_worse(bad, plain, truth, dtype)
-        with pytest.raises(AssertionError):
-            assert_as_good(bad * (1 + 10 * TOLERANCE[dtype]), plain, truth, dtype)
+
+
+@DTYPES
+def test_assert_as_good(dtype):
+    torch.manual_seed(0)
+    truth = {f"p{i}": torch.randn(20, dtype=torch.float64) for i in range(30)}
+    noise = 2 * TOLERANCE[dtype]
+
+    def noisy(times):
+        return {name: (x + noise * times * torch.randn(20)).to(dtype) for name, x in truth.items()}
+
+    plain = noisy(1)
+    assert_as_good(noisy(1), plain, truth, dtype)
+    with pytest.raises(AssertionError, match="on average"):
+        assert_as_good(noisy(2), plain, truth, dtype)
+    with pytest.raises(AssertionError, match="'p3'"):
+        assert_as_good({**noisy(1), "p3": -plain["p3"]}, plain, truth, dtype)
+    with pytest.raises(AssertionError, match="'p3': nan"):
+        assert_as_good({**noisy(1), "p3": plain["p3"] * float("nan")}, plain, truth, dtype)
 
 
 class Scaled(torch.autograd.Function):

@@ -332,10 +332,11 @@ def test_the_trainer_alone_keeps_checkpointing_off(tokenizer, tmp_path):
 
 
 def test_the_trainer_alone_resumes_with_all_weights(tokenizer, tmp_path):
-    """`trainer.train(resume_from_checkpoint=...)` on a model of other weights: experts are those of the checkpoint."""
+    """`trainer.train(resume_from_checkpoint=...)` on a model of other weights, not calibrated: experts and grids are
+    those of the checkpoint."""
 
-    def trained(seed, **resume):
-        model = revffn.convert(tiny_model(vocab_size=len(tokenizer), seed=seed))
+    def trained(seed, calibration=None, **resume):
+        model = revffn.convert(tiny_model(vocab_size=len(tokenizer), seed=seed), calibration=calibration)
         rows = [{"input_ids": list(range(3 + i, 40)), "labels": list(range(3 + i, 40))} for i in range(8)]
         args = SFTConfig(
             output_dir=str(tmp_path / str(seed)), bf16=False, max_steps=4, save_steps=2, report_to="none",
@@ -343,11 +344,13 @@ def test_the_trainer_alone_resumes_with_all_weights(tokenizer, tmp_path):
         )  # fmt: skip
         trainer = RevFFNTrainer(model, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
         trainer.train(**resume)
-        return model.state_dict()
+        return model
 
-    whole = trained(0)
+    whole = trained(0, calibration=[{"input_ids": torch.arange(3, 40)[None]}])
+    assert whole.reversible_config.grid_growth > 0
     resumed = trained(1, resume_from_checkpoint=str(tmp_path / "0" / "checkpoint-2"))
-    assert not moved(whole, resumed)
+    assert resumed.reversible_config == whole.reversible_config
+    assert not moved(whole.state_dict(), resumed.state_dict())
 
 
 def test_response_loss_is_cross_entropy_of_the_labels_only(tokenizer):
