@@ -200,6 +200,14 @@ def test_calibration_that_is_not_finite_is_refused():
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
+def aligned(model):
+    """Loaded weights lie where the file has them; some CPUs' kernels round otherwise where that is no multiple of 64
+    bytes."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
+
+
 @pytest.mark.parametrize("coupling", COUPLINGS)
 @pytest.mark.parametrize("model_type", SETTINGS)
 def test_save_and_load(model_type, coupling, tmp_path):
@@ -216,6 +224,7 @@ def test_save_and_load(model_type, coupling, tmp_path):
     loaded.set_attn_implementation(model.config._attn_implementation)
     with torch.no_grad():
         assert torch.equal(loaded.eval()(**inputs).logits, model.eval()(**inputs).logits)
+    aligned(loaded)
     (loss, grads), (loaded_loss, loaded_grads) = run(model.train(), inputs), run(loaded.train(), inputs)
     assert torch.equal(loss, loaded_loss)
     assert all(torch.equal(grads[name], loaded_grads[name]) for name in grads)
@@ -230,7 +239,7 @@ def test_grids_are_saved_and_loaded(tmp_path):
     grids = dict(fraction_bits=8, grid_growth=7, wide_growth=3, wide_channels=[0, 17])
     model = with_random_couplings(coupled(calibrate=False, **grids))
     model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).train()
+    loaded = aligned(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).train())
     assert {name: getattr(loaded.reversible_config, name) for name in GRID_SETTINGS} == grids
     inputs = tiny_batch()
     (loss, grads), (loaded_loss, loaded_grads) = run(model, inputs), run(loaded, inputs)
