@@ -209,7 +209,7 @@ def curves() -> str:
 
 TIMED_AS = {
     "sft": "ours_none-vs-hf_checkpointing",
-    "innovation_fixed": "ours_innovation-vs-hf_checkpointing",
+    "innovation_grown": "ours_innovation-vs-hf_checkpointing",
     "cross_branch": "ours_cross_branch_right-vs-hf_checkpointing",
     **{name: f"{name}-vs-hf_checkpointing" for name in ("lora", "dora", "ia3", "lomo", "galore", "galore_linear")},
 }
