@@ -33,7 +33,7 @@ from revffn.evaluation import coupled, heldout_loss
 
 WORKLOAD = quality.WORKLOADS["dolly"]
 HELDOUT_ROWS = 32
-PARTS = ("features", "chosen_signs", "settings", "grids")
+PARTS = ("features", "chosen_signs", "settings", "grids", "ranks")
 
 
 @torch.no_grad()
@@ -83,6 +83,26 @@ def grids(model: PreTrainedModel, training: list, held: list, pad: int) -> list[
             for coarse in (7, 8, 9, 10, fraction_bits):
                 model.config.revffn["fraction_bits"] = coarse
                 note(4)
+        model = revffn.export(model)
+    return found
+
+
+@torch.no_grad()
+def ranks(model: PreTrainedModel, training: list, held: list, pad: int) -> list[dict[str, Any]]:
+    found = []
+    hidden_size = model.config.hidden_size
+    for rank in (0, hidden_size // 8, hidden_size // 4, hidden_size // 2, None):
+        config = revffn.ReversibleConfig(predictor_rank=rank)
+        revffn.convert(model, config, calibration=batches(training[:256], 8, pad))
+        explained = list(model.config.revffn_calibration["explained"].values())
+        for m in (1, 2):
+            for layer in model.model.layers[1:]:
+                layer.coupling.side_bits = m
+            with coupled(model):
+                loss = heldout_loss(model, held, 8, pad)["loss"]
+            explained_mean = sum(explained) / len(explained) if explained else 0.0
+            found.append(dict(rank=hidden_size if rank is None else rank, m=m, loss=loss, explained=explained_mean))
+            print(found[-1], flush=True)
         model = revffn.export(model)
     return found
 
@@ -187,6 +207,9 @@ def main() -> None:
         model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
     if "grids" in arguments.parts:
         result["grids"] = grids(model, training, held, pad)
+        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
+    if "ranks" in arguments.parts:
+        result["ranks"] = ranks(model, training, held, pad)
     arguments.output.write_text(json.dumps(result, indent=1) + "\n")
 
 

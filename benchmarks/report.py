@@ -463,6 +463,22 @@ def grids() -> str:
     return "\n".join(lines)
 
 
+def ranks() -> str:
+    """The same by rank of the predictors, and the operations of a layer's predictor by rank, full = 1."""
+    file = RESULTS / "coupling_loss_ranks.json"
+    if not file.exists():
+        return NO_RESULTS
+    result = json.loads(file.read_text())
+    full = max(r["rank"] for r in result["ranks"])
+    lines = ["| rank | share of s_{k-1} - s_k predicted | m = 1 | m = 2 | operations, full = 1 |", "|---:" * 5 + "|"]
+    for rank in dict.fromkeys(r["rank"] for r in result["ranks"]):
+        rows = {r["m"]: r for r in result["ranks"] if r["rank"] == rank}
+        cells = [f"{rows[m]['loss'] - result['plain']:+.3f}" for m in (1, 2)]
+        operations = 1 if rank == full else 2 * rank / full
+        lines.append(f"| {rank} | {rows[1]['explained']:.2f} | {' | '.join(cells)} | {operations:.2f} |")
+    return "\n".join(lines)
+
+
 def explained_layers(result: dict) -> list[int]:
     return list(dict.fromkeys(r["layer"] for r in result["features"]))
 
@@ -489,7 +505,7 @@ def serving() -> str:
 
 TABLES = {"memory": memory, "first_steps": first_steps, "quality": quality, "planner": planner, "terms": terms}
 TABLES |= {"speed": speed, "losses": losses, "pairs": pairs, "scaling": scaling, "serving": serving}
-TABLES |= {"overview": overview, "curves": curves, "grids": grids}
+TABLES |= {"overview": overview, "curves": curves, "grids": grids, "ranks": ranks}
 TABLES |= {"coupling_loss": coupling_loss, "quality_ridge": partial(quality, "quality_ridge_0.001")}
 
 
