@@ -33,7 +33,7 @@ from revffn.evaluation import coupled, heldout_loss
 
 WORKLOAD = quality.WORKLOADS["dolly"]
 HELDOUT_ROWS = 32
-PARTS = ("features", "chosen_signs", "settings", "grids", "ranks")
+PARTS = ("features", "chosen_signs", "settings", "grids", "ranks", "plain_layers")
 
 
 @torch.no_grad()
@@ -88,11 +88,11 @@ def grids(model: PreTrainedModel, training: list, held: list, pad: int) -> list[
 
 
 @torch.no_grad()
-def ranks(model: PreTrainedModel, training: list, held: list, pad: int) -> list[dict[str, Any]]:
+def variants(model: PreTrainedModel, training: list, held: list, pad: int, name: str, values: tuple) -> list:
+    """One setting of `ReversibleConfig`, all others as they come, with m = 1 and 2."""
     found = []
-    hidden_size = model.config.hidden_size
-    for rank in (0, hidden_size // 8, hidden_size // 4, hidden_size // 2, None):
-        config = revffn.ReversibleConfig(predictor_rank=rank)
+    for value in values:
+        config = revffn.ReversibleConfig(**{name: value})
         revffn.convert(model, config, calibration=batches(training[:256], 8, pad))
         explained = list(model.config.revffn_calibration["explained"].values())
         for m in (1, 2):
@@ -101,7 +101,7 @@ def ranks(model: PreTrainedModel, training: list, held: list, pad: int) -> list[
             with coupled(model):
                 loss = heldout_loss(model, held, 8, pad)["loss"]
             explained_mean = sum(explained) / len(explained) if explained else 0.0
-            found.append(dict(rank=hidden_size if rank is None else rank, m=m, loss=loss, explained=explained_mean))
+            found.append({name: value, "m": m, "loss": loss, "explained": explained_mean})
             print(found[-1], flush=True)
         model = revffn.export(model)
     return found
@@ -195,6 +195,7 @@ def main() -> None:
     held = held[:HELDOUT_ROWS]
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
     result: dict[str, Any] = {"model": arguments.model, "heldout_rows": len(held), "git": git}
+    result["hidden_size"] = model.config.hidden_size
     result["plain"] = heldout_loss(model, held, 8, pad)["loss"]
     if {"features", "chosen_signs"} & set(arguments.parts):
         now = states(model, training[:128], pad)
@@ -209,7 +210,12 @@ def main() -> None:
         result["grids"] = grids(model, training, held, pad)
         model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
     if "ranks" in arguments.parts:
-        result["ranks"] = ranks(model, training, held, pad)
+        hidden_size = model.config.hidden_size
+        ranks = (0, hidden_size // 8, hidden_size // 4, hidden_size // 2, None)
+        result["ranks"] = variants(model, training, held, pad, "predictor_rank", ranks)
+        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
+    if "plain_layers" in arguments.parts:
+        result["plain_layers"] = variants(model, training, held, pad, "plain_layers", (1, 2, 4, 8))
     arguments.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
