@@ -88,6 +88,8 @@ class Method:
     """Of weights and computation; bf16 weights are rounded stochastically."""
     stage1: float = 0.0
     """This share of the steps trains only what the coupling added, at `STAGE1_LEARNING_RATE`, as the paper does."""
+    distil: bool = False
+    """The first of the two stages learns the base model's distribution, of all tokens, in place of the responses."""
     schedule: dict[float, int] = field(default_factory=dict)
     """m of innovation from this share of the steps on."""
     rate_of: str | None = None
@@ -116,11 +118,13 @@ def _checkpointing(model: PreTrainedModel) -> Any:
     return benchmark_methods.checkpointing(model, None)
 
 
-def _cross_branch(words: str, **settings: Any) -> Method:
+def _cross_branch(words: str, distil: bool = False, rate_of: str | None = None, **settings: Any) -> Method:
     return Method(
         description=f"cross_branch, {words}",
         reversible=dict(coupling="cross_branch", verify="report", **settings),
         stage1=0.5,
+        distil=distil,
+        rate_of=rate_of,
     )
 
 
@@ -151,6 +155,9 @@ METHODS: dict[str, Method] = {
         description="GaLore, experts with plain AdamW", change=_checkpointing, rule="galore_linear"
     ),
     "cross_branch": _cross_branch("queries from the right", query_stream="right"),
+    "cross_branch_distilled": _cross_branch(
+        "queries from the right, first stage distilled from the base model", True, "cross_branch", query_stream="right"
+    ),
     "cross_branch_left": _cross_branch("queries from the left (the paper's)", query_stream="left"),
     "sft_adafactor": Method(
         description="plain SFT, adafactor, bf16",
@@ -256,7 +263,19 @@ class Updates:
     set_lr: Callable[[float], None]
 
 
-def updates_of(method: Method, model: Any, learning_rate: float, seed: int) -> Updates:
+def divergence_from(teacher: PreTrainedModel, model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    """Of the model's next-token distribution, in nats per token, all tokens counted: a loss."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    counts = batch["attention_mask"].bool()
+    with torch.no_grad():
+        target = teacher(**inputs, use_cache=False).logits[counts].log_softmax(-1)
+    found = model(**inputs, use_cache=False).logits[counts].log_softmax(-1)
+    return F.kl_div(found, target, log_target=True, reduction="batchmean")
+
+
+def updates_of(
+    method: Method, model: Any, learning_rate: float, seed: int, teacher: PreTrainedModel | None = None
+) -> Updates:
     if method.rule in ("lomo", "galore", "galore_linear"):
         row = benchmark_methods.METHODS[method.rule]
         training = row.start(model, benchmark_methods.OptimizerSettings(lr=learning_rate))
@@ -271,7 +290,7 @@ def updates_of(method: Method, model: Any, learning_rate: float, seed: int) -> U
         )
 
     def step(batch: dict[str, Tensor]) -> float:
-        loss = model(**batch, use_cache=False).loss
+        loss = divergence_from(teacher, model, batch) if teacher else model(**batch, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -330,7 +349,10 @@ def run(model_path: str, method: Method, workload: Workload, learning_rate: floa
             added = {p for _, p in revffn.coupling_parameters(model)} if method.stage1 else set()
             for parameter in trainable:
                 parameter.requires_grad_(stage == 2 or parameter in added)
-            updates = updates_of(method, model, learning_rate, seed)
+            teacher = None
+            if method.distil and stage == 1:
+                teacher = AutoModelForCausalLM.from_pretrained(model_path, dtype=method.dtype).eval()
+            updates = updates_of(method, model, learning_rate, seed, teacher)
         for share, bits in method.schedule.items():
             if step == 1 + round(share * steps):
                 for layer in model.model.layers:
@@ -460,6 +482,7 @@ def one(arguments: argparse.Namespace, name: str, seed: int, learning_rate: floa
                 "rule": METHODS[name].rule,
                 "reversible": METHODS[name].reversible,
                 "stage1": METHODS[name].stage1,
+                "distil": METHODS[name].distil,
                 "schedule": METHODS[name].schedule,
                 "dtype": str(METHODS[name].dtype).removeprefix("torch."),
             },

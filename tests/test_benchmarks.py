@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from revffn import reversible_report
 
@@ -374,6 +375,29 @@ def test_quality_of_the_same_function_is_the_same_and_seeds_differ(model_folder,
     assert coupled["drift"]["before"]["divergence"] < coupled["drift"]["after"]["divergence"]
     adapters = go("cross_branch")
     assert adapters["curve"][0]["exported"] != pytest.approx(plain["curve"][0]["exported"], rel=1e-2)
+    distilled = go("cross_branch_distilled")
+    assert distilled["curve"][0] == adapters["curve"][0]
+    assert all(a != b for a, b in zip(distilled["losses"], adapters["losses"], strict=True))
+    # The second stage learns the responses: a loss of the same kind as the other's.
+    assert distilled["losses"][3:] == pytest.approx(adapters["losses"][3:], rel=0.05)
+
+
+def test_divergence_from_the_base_model(model_folder):
+    """Zero from itself, else its definition over the tokens that count; only the model gets a gradient."""
+    teacher = AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.float32).eval()
+    batch = {"input_ids": torch.randint(0, 40, (2, 7)), "attention_mask": torch.ones(2, 7, dtype=torch.long)}
+    batch["attention_mask"][1, 4:] = 0
+    counts = batch["attention_mask"].bool()
+    assert quality.divergence_from(teacher, model, batch).item() == pytest.approx(0.0, abs=1e-6)
+    with torch.no_grad():
+        model.lm_head.weight[3] += 1.0
+        probabilities, others = (m(**batch).logits.softmax(-1)[counts] for m in (teacher, model))
+        expected = (probabilities * (probabilities / others).log()).sum(-1).mean()
+    loss = quality.divergence_from(teacher, model, batch)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4) and loss.item() > 1e-3
+    loss.backward()
+    assert model.lm_head.weight.grad.abs().sum() > 0 and teacher.lm_head.weight.grad is None
 
 
 @pytest.mark.parametrize(
