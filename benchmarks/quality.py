@@ -167,7 +167,7 @@ METHODS: dict[str, Method] = {
     ),
     "innovation_adafactor": Method(
         description="innovation, m = 2, growing grid, adafactor, bf16",
-        reversible=dict(coupling="innovation", side_bits=2, random_sign=False),
+        reversible=dict(coupling="innovation", side_bits=2, random_sign=False, grid_growth=None),
         rule="adafactor",
         dtype=torch.bfloat16,
         rate_of="sft_adafactor",
