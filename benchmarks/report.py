@@ -253,7 +253,8 @@ def overview() -> str:
             cells += ["–", "–"]
         else:
             each = first["kept_bytes"] / first["kept_bytes_of_tokens"]
-            cells += [f"{each:,.0f}", f"{first['trained_parameters'] / 1e6:,.1f} M"]
+            number = first["trained_parameters"]
+            cells += [f"{each:,.0f}", f"{number / 1e6:,.1f} M" if number >= 1e6 else f"{number / 1e3:,.0f} k"]
         pair = RESULTS / f"pair_cpu_cpu_float32_{TIMED_AS.get(method)}.json"
         timed = json.loads(pair.read_text()) if pair.exists() else {"status": "none"}
         cells.append(f"{timed['ratio']['median']:.3f}" if timed["status"] == "ok" else "–")
