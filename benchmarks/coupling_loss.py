@@ -214,6 +214,7 @@ def main() -> None:
         ranks = (0, hidden_size // 8, hidden_size // 4, hidden_size // 2, None)
         result["ranks"] = variants(model, training, held, pad, "predictor_rank", ranks)
         model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
     if "plain_layers" in arguments.parts:
         result["plain_layers"] = variants(model, training, held, pad, "plain_layers", (1, 2, 4, 8))
     arguments.output.write_text(json.dumps(result, indent=1) + "\n")
