@@ -67,18 +67,12 @@ def harness_tasks(folder: Path, data: Path, subjects: list[str]) -> None:
 
 def stand_in() -> Any:
     """A model of the harness whose log-likelihoods are a digest of the text, even over (-1, 0]."""
-    from lm_eval.api.model import LM
+    from lm_eval.models.dummy import DummyLM
 
-    class TextAlone(LM):
-        def loglikelihood(self, requests: list[Any], **kwargs: Any) -> list[tuple[float, bool]]:
+    class TextAlone(DummyLM):
+        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
             digests = (hashlib.sha256("\0".join(request.args).encode()).digest() for request in requests)
             return [(-int.from_bytes(digest[:4]) / 2**32, False) for digest in digests]
-
-        def loglikelihood_rolling(self, requests: list[Any], **kwargs: Any) -> list[float]:
-            raise NotImplementedError("No task here asks for it.")
-
-        def generate_until(self, requests: list[Any], **kwargs: Any) -> list[str]:
-            raise NotImplementedError("Give --tasks mmlu: the stand-in answers multiple choice only.")
 
     return TextAlone()
 
@@ -190,6 +184,8 @@ def main() -> int:
     parser.add_argument("--limit", type=int, default=100)
     parser.add_argument("--batch_size", type=int, default=8)
     arguments = parser.parse_args()
+    if arguments.stand_in and (arguments.tasks != ["mmlu"] or arguments.model):
+        parser.error("--stand_in takes the model's place and answers multiple choice: give --tasks mmlu, no --model")
     import lm_eval
     import torch
     import transformers

@@ -156,7 +156,10 @@ METHODS: dict[str, Method] = {
     ),
     "cross_branch": _cross_branch("queries from the right", query_stream="right"),
     "cross_branch_distilled": _cross_branch(
-        "queries from the right, first stage distilled from the base model", True, "cross_branch", query_stream="right"
+        "queries from the right, first stage distilled from the base model",
+        distil=True,
+        rate_of="cross_branch",
+        query_stream="right",
     ),
     "cross_branch_left": _cross_branch("queries from the left (the paper's)", query_stream="left"),
     "sft_adafactor": Method(

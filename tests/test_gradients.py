@@ -254,14 +254,13 @@ def test_packed_sequences(coupling):
     model, inputs = coupled("qwen2_moe", **settings), packed_batch()
     three_way(model, inputs) if coupling == "none" else check_exact(model, inputs)
     # The mask matters: another first document leaves the second one's logits alone.
-    model.eval()
+    # An expert's tokens are one matrix of grouped_mm, whose rounding on some CPUs depends on the number of rows.
+    model.eval().set_experts_implementation("batched_mm")
     other = {**inputs, "input_ids": inputs["input_ids"].clone()}
     other["input_ids"][0, :5] = 50
     with torch.no_grad():
         logits, changed = model(**inputs).logits[0], model(**other).logits[0]
-    # Rounding may differ: an expert's tokens are one matrix, and its number of rows has changed.
-    torch.testing.assert_close(logits[5:], changed[5:], rtol=1e-5, atol=1e-6)
-    assert (logits[:5] - changed[:5]).abs().amin() > 0 and (logits[:5] - changed[:5]).abs().amax() > 0.1
+    assert torch.equal(logits[5:], changed[5:]) and not torch.equal(logits[:5], changed[:5])
 
 
 @pytest.mark.parametrize("coupling", ["innovation", "cross_right", "none"])
