@@ -147,7 +147,14 @@ METHODS: dict[str, Method] = {
     "innovation_identity": _innovation("m = 2, identity predictors", predictor_rank=0),
     "innovation_trained": _innovation("m = 2, trained predictors", train_predictor=True),
     "lora": _peft("LoRA, rank 16 on all linear maps", "LoraConfig", **benchmark_methods.LORA),
-    "dora": _peft("DoRA, rank 16 on all linear maps", "LoraConfig", use_dora=True, **benchmark_methods.LORA),
+    # DoRA divides by the norms of a map's rows; an upcycled model's shared-expert gates are zero: NaN.
+    "dora": _peft(
+        "DoRA, rank 16 on all linear maps but zero ones",
+        "LoraConfig",
+        use_dora=True,
+        exclude_modules=["shared_expert_gate"],
+        **benchmark_methods.LORA,
+    ),
     "ia3": _peft("IA3", "IA3Config", **benchmark_methods.IA3),
     "lomo": Method(description="LOMO", change=_checkpointing, rule="lomo", rates=(1e-2, 3e-2, 1e-1)),
     "galore": Method(description="GaLore, experts projected", change=_checkpointing, rule="galore"),
