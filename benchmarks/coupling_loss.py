@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import revffn
-from revffn import conversion
+from revffn import calibration
 from revffn.data import batches
 from revffn.evaluation import coupled, heldout_loss
 
@@ -38,10 +38,10 @@ PARTS = ("features", "chosen_signs", "settings", "grids", "ranks", "plain_layers
 
 @torch.no_grad()
 def settings(model: PreTrainedModel, training: list, held: list, pad: int) -> list[dict[str, Any]]:
-    found, default = [], conversion.RIDGE
+    found, default = [], calibration.RIDGE
     for rows in (64, 256):
         for ridge in (1e-3, 1e-2, 1e-1, 1.0):
-            conversion.RIDGE = ridge
+            calibration.RIDGE = ridge
             config = revffn.ReversibleConfig(grid_growth=0)
             revffn.convert(model, config, calibration=batches(training[:rows], 8, pad))
             for m in (1, 2):
@@ -54,7 +54,7 @@ def settings(model: PreTrainedModel, training: list, held: list, pad: int) -> li
                     found.append(dict(rows=rows, ridge=ridge, m=m, random_sign=random_sign, loss=loss))
                     print(found[-1], flush=True)
             model = revffn.export(model)
-    conversion.RIDGE = default
+    calibration.RIDGE = default
     return found
 
 

@@ -20,7 +20,15 @@ from torch import Tensor, nn
 from .couplings import Grid, quantize
 from .reversible import Enter, Evaluation, Finish, Leave, Read, Start, Tile, Walk
 from .steps import Release, StoredStep, cross_branch_step, innovation_step
-from .sublayers import CrossBranchCoupling, GradientSum, cross_attention, expert_sums, half_feed_forward, uses_rng
+from .sublayers import (
+    CrossBranchCoupling,
+    GradientSum,
+    StreamMaps,
+    cross_attention,
+    expert_sums,
+    half_feed_forward,
+    uses_rng,
+)
 
 
 class ReversibleLayer(nn.Module):
@@ -30,6 +38,8 @@ class ReversibleLayer(nn.Module):
     coupling: nn.Module
     layer_index: int
     query_modules: tuple[str, ...]
+    stream_maps: StreamMaps | None = None
+    """The model's, in its first layer and its final norm; they belong to the backbone."""
 
     def forward(self, hidden_states: Tensor, *args: Any, walk: Walk | None = None, **kwargs: Any) -> Tensor:
         if walk is not None:
@@ -40,6 +50,8 @@ class ReversibleLayer(nn.Module):
 
     def forward_halves(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """cross_branch with ordinary tensors: the two streams are the halves of `hidden_states`."""
+        if self.stream_maps is not None:
+            hidden_states = self.stream_maps.entry(hidden_states)
         x1, x2 = hidden_states.chunk(2, dim=-1)
         y1 = x1 + cross_attention(self, x1 if self.coupling.query_stream == "left" else x2, x2, kwargs)
         return torch.cat([y1, x2 + half_feed_forward(self, y1)], dim=-1)
@@ -53,6 +65,8 @@ def run_on_streams(
 ) -> Tensor:
     """Move every tile's streams through one layer; the first layer makes them from the embedding."""
     if layer.layer_index == 0:
+        if layer.stream_maps is not None:
+            hidden_states = layer.stream_maps.entry(hidden_states)
         walk.begin(hidden_states)
         halves = walk.config.coupling == "cross_branch"
         split = partial(split_streams, walk.grids[0], halves)
@@ -78,18 +92,22 @@ class ReversibleNorm(nn.Module):
     """
 
     walk: Walk | None = None
+    stream_maps: StreamMaps | None = None
+
+    def plain(self, hidden_states: Tensor) -> Tensor:
+        """The norm of a hidden state, or of what two streams side by side say it is."""
+        return super().forward(hidden_states if self.stream_maps is None else self.stream_maps.exit(hidden_states))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         walk, self.walk = self.walk, None
         if walk is None or not walk.carriers:
-            return super().forward(hidden_states)
-        plain = super().forward
+            return self.plain(hidden_states)
         halves = walk.config.coupling == "cross_branch"
         read = partial(read_streams, walk.grids[-1], halves, walk.dtype)
 
         def function(*carriers_and_streams: Tensor) -> tuple[Tensor]:
             half = len(carriers_and_streams) // 2
-            return (plain(read(carriers_and_streams[:half], carriers_and_streams[half:])),)
+            return (self.plain(read(carriers_and_streams[:half], carriers_and_streams[half:])),)
 
         carriers = Enter.apply(hidden_states, *walk.carriers)
         used = (0, 1) if halves else (1,)

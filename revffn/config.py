@@ -41,6 +41,10 @@ class ReversibleConfig:
     query_stream: Literal["left", "right"] = "left"
     """Cross-branch: the stream that attention queries are made from. `left` is the paper's form, inverted by
     fixed-point iteration; `right` is inverted explicitly and exactly."""
+    stream_maps: bool | None = None
+    """Cross-branch: two linear maps (D x D) say what the streams carry of the embedding and what the final norm reads
+    of them, and `convert(calibration=...)` fits them and the adapters. False: the streams are the halves of the hidden
+    state, and the adapters start as the halves of the identity. None: True with calibration."""
     num_iterations: int = 10
     """Cross-branch, left: most attention evaluations per inversion."""
     tolerance: float | None = None

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -27,17 +26,12 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .architectures import ARCHITECTURES, PREFIX, find_architecture, plain_model_type
 from .blocks import ReversibleLayer, ReversibleNorm
+from .calibration import fit_adapters, fit_predictors, load_predictors, see_states, widest_grid
 from .config import ReversibleConfig
 from .reversible import Report, Walk, carrier_like
-from .sublayers import COUPLINGS, CrossBranchCoupling, Predictor, TiledExperts
+from .sublayers import COUPLINGS, CrossBranchCoupling, Predictor, StreamMaps, TiledExperts
 
 logger = logging.getLogger(__name__)
-
-# Relative to the (unit) variance of a channel. The map is fitted on the plain model's states and used on those of the
-# coupled one, which carry more noise: a smaller ridge fits better and predicts worse (docs/experiments.md).
-RIDGE = 0.1
-# A finer grid than this says more than the float32 values it is rounded from.
-MAX_FRACTION_BITS = 24
 
 
 class ReversibleBackbone(PreTrainedModel):
@@ -93,7 +87,7 @@ class ReversibleBackbone(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, (Predictor, CrossBranchCoupling)):
+        if isinstance(module, (Predictor, CrossBranchCoupling, StreamMaps)):
             module.reset_parameters()
 
 
@@ -122,7 +116,7 @@ class ReversibleForCausalLM(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, (Predictor, CrossBranchCoupling)):
+        if isinstance(module, (Predictor, CrossBranchCoupling, StreamMaps)):
             module.reset_parameters()
 
 
@@ -200,10 +194,10 @@ def convert(
         model: A `<stem>ForCausalLM` of one of `ARCHITECTURES`, on any device, also meta or fake.
         config: How; the default is the innovation coupling with two side bits.
         calibration: Batches (`input_ids` (B, T), optional `attention_mask`) that the plain model is run on once,
-            without gradients: the grids are chosen from the hidden states and the predictors are fitted in closed
-            form (ridge regression). Without it predictors start as the identity and `config.fraction_bits` and
-            `config.grid_growth` hold. Of several processes all need the same batches: grids decide the function that
-            is trained.
+            without gradients: the grids are chosen from the hidden states, and predictors (cross_branch: adapters)
+            are fitted in closed form (ridge regression). Without it predictors and adapters start as the identity or
+            its halves, and `config.fraction_bits` and `config.grid_growth` hold. Of several processes all need the
+            same batches: grids decide the function that is trained.
 
     Returns:
         `model`, now a `RevFFN<stem>ForCausalLM`. Training mode runs reversibly; eval mode runs the plain function
@@ -235,11 +229,15 @@ def convert(
             f"cross_branch splits the hidden state in two; hidden_size={model.config.hidden_size} is odd."
         )
     assert all(type(layer).__name__ == row.class_stem + "DecoderLayer" for layer in layers)
-    fitted = None
-    if calibration is not None and config.coupling != "none":
-        fitted = _fit(model, config, calibration)
+    if config.coupling == "cross_branch" and config.stream_maps is None:
+        config = replace(config, stream_maps=calibration is not None)
+    fitted = seen = None
+    if calibration is not None and config.coupling == "cross_branch" and config.stream_maps:
+        seen = see_states(model, calibration)
+    elif calibration is not None and config.coupling != "none":
+        fitted = fit_predictors(model, config, calibration)
         config = replace(config, **fitted["grids"])
-    elif config.grid_growth is None:
+    if config.grid_growth is None:
         config = replace(config, grid_growth=0)
     plain_type = model.config.model_type
     model.config.__class__ = CLASSES[plain_type]["config"]
@@ -247,8 +245,12 @@ def convert(
     model.config.revffn = config.to_dict()
     model.__class__ = CLASSES[plain_type]["causal"]
     attach(model, config)
+    if seen is not None:
+        fitted = fit_adapters(model, seen)
+        model.config.revffn["fraction_bits"] = widest_grid(fitted["largest_stream_value"])
+    elif fitted is not None:
+        load_predictors(model, fitted)
     if fitted is not None:
-        _load_predictors(model, fitted)
         model.config.revffn_calibration = {
             name: fitted[name] for name in ("num_tokens", "largest_hidden_state", "explained")
         }
@@ -274,6 +276,13 @@ def attach(model: PreTrainedModel, config: ReversibleConfig) -> None:
         with torch.device(weight.device), default_dtype(weight.dtype):
             layer.coupling = COUPLINGS[config.coupling](model.config.hidden_size, index, config)
         layer.coupling.train(layer.training)
+    if config.coupling == "cross_branch" and config.stream_maps:
+        weight = model.model.norm.weight
+        with torch.device(weight.device), default_dtype(weight.dtype):
+            maps = model.model.coupling = StreamMaps(model.config.hidden_size).train(model.training)
+        # Those who use them do not own them.
+        for user in (model.model.layers[0], model.model.norm):
+            user.__dict__["stream_maps"] = maps
     freeze_predictors(model)
 
 
@@ -353,167 +362,6 @@ def reversible_report(model: PreTrainedModel) -> dict[str, Any]:
 def coupling_parameters(model: PreTrainedModel) -> list[tuple[str, nn.Parameter]]:
     """Names and parameters that the coupling added: predictors or projection adapters."""
     return [(name, parameter) for name, parameter in model.named_parameters() if ".coupling." in name]
-
-
-# --- calibration -----------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def _fit(model: PreTrainedModel, config: ReversibleConfig, batches: Iterable[dict[str, Tensor]]) -> dict[str, Any]:
-    """Run the plain model; choose the grid, and regress s_{k-1} - s_k on s_k for every coupled layer k."""
-    layers = model.model.layers
-    coupled = (
-        range(config.plain_layers, len(layers))
-        if config.coupling == "innovation" and config.predictor_rank != 0
-        else ()
-    )
-    moments: dict[int, Tensor] = {}
-    # Of all states: the largest magnitude in each channel; of each: the sum of squares in each channel.
-    largest: Tensor | None = None
-    energy: dict[int, Tensor] = {}
-    num_rows = 0
-    state: dict[str, Any] = {"previous": None, "mask": None}
-
-    def see(index: int, hidden: Tensor) -> None:
-        nonlocal largest, num_rows
-        current = hidden.reshape(-1, hidden.shape[-1])
-        here = current.abs().amax(0).double().cpu()
-        largest = here if largest is None else torch.maximum(largest, here)
-        if state["mask"] is not None:
-            current = current[state["mask"]]
-        current = current.double()
-        num_rows = num_rows + current.shape[0] if index == 0 else num_rows
-        squares = current.square().sum(0)
-        energy[index] = energy[index] + squares if index in energy else squares
-        if index in coupled:
-            ones = current.new_ones(current.shape[0], 1)
-            rows = torch.cat([current, ones, state["previous"] - current], dim=1)
-            # [x, 1]^T [x, 1, y] and the energy of y, in one product.
-            product = rows.T @ rows
-            moments[index] = moments[index] + product if index in moments else product
-        state["previous"] = current
-
-    hooks = [
-        layer.register_forward_pre_hook(
-            lambda _, args, kwargs, i=i: see(i, args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-        )
-        for i, layer in enumerate(layers)
-    ]
-    hooks.append(layers[-1].register_forward_hook(lambda _, args, output: see(len(layers), output)))
-    training = model.training
-    model.eval()
-    try:
-        device = next(model.parameters()).device
-        for batch in batches:
-            inputs = {
-                name: batch[name].to(device)
-                for name in ("input_ids", "attention_mask", "position_ids")
-                if name in batch
-            }
-            mask = inputs.get("attention_mask")
-            state["mask"] = mask.reshape(-1).bool() if mask is not None and mask.dim() == 2 else None
-            model.model(**inputs, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        model.train(training)
-    if num_rows == 0:
-        raise ValueError("calibration holds no token. Give at least one batch with input_ids, or calibration=None.")
-    if not largest.isfinite().all():
-        raise ValueError(
-            "The model's hidden states are not finite on the calibration batches; check its weights and dtype."
-        )
-    typical = min(float((squares / num_rows).sqrt().median()) for squares in energy.values())
-    solutions = {index: _solve(moments.pop(index), config.predictor_rank) for index in coupled}
-    return {
-        "grids": _choose_grids(config, largest, typical),
-        "largest_hidden_state": float(largest.max()),
-        "num_tokens": num_rows,
-        "explained": {str(index): round(solution[-1], 4) for index, solution in solutions.items()},
-        "solutions": solutions,
-    }
-
-
-def _choose_grids(config: ReversibleConfig, largest: Tensor, typical: float) -> dict[str, Any]:
-    """`fraction_bits`, `grid_growth`, `wide_channels` and `wide_growth`.
-
-    Args:
-        largest: (D,) the largest magnitude seen in each channel.
-        typical: Of the state with the smallest values: the root mean square of the median channel.
-    """
-
-    def fitting(magnitude: float, margin: int) -> int:
-        """Digits with which 2**margin times `magnitude` is inside int32."""
-        return min(MAX_FRACTION_BITS, 31 - margin - math.ceil(math.log2(max(magnitude, 1e-6))))
-
-    widest = max(0, fitting(float(largest.max()), 2))
-    plain = {"fraction_bits": widest, "grid_growth": 0, "wide_channels": [], "wide_growth": 0}
-    if config.coupling != "innovation" or config.grid_growth == 0:
-        return plain
-    # The first grid rounds a typical value by about one per cent, once: the first layers add much more to it. The last
-    # leaves a factor of 8 for what training and other text bring, but in the wide channels, which have a factor of 4.
-    first = max(0, min(widest, 5 + math.ceil(-math.log2(max(typical, 1e-6)))))
-    fit = torch.tensor([fitting(magnitude, 3) for magnitude in largest.tolist()])
-    most = MAX_FRACTION_BITS - first if config.grid_growth is None else config.grid_growth
-
-    def spare(growth: int) -> float:
-        """Digits won, on average over the channels. That wide ones may come nearer to the end counts as nothing won:
-        or all of them would be wide where all are alike."""
-        wide = (fit < first + growth).double().mean().item()
-        return (1 - wide) * growth + wide * min(growth, max(0, int(fit.min()) - first))
-
-    growth = max(range(most + 1), key=spare)
-    if growth == 0:
-        return plain
-    wide = torch.nonzero(fit < first + growth).flatten().tolist()
-    wide_growth = min(growth, widest - first) if wide else 0
-    return {"fraction_bits": first, "grid_growth": growth, "wide_channels": wide, "wide_growth": wide_growth}
-
-
-def _solve(moments: Tensor, rank: int | None) -> tuple[Tensor, Tensor | None, Tensor, float]:
-    """Ridge regression with intercept from second moments (2D + 1, 2D + 1); reduced-rank if `rank` is given.
-
-    Channels are standardised first: one massive channel would otherwise decide the ridge for all others.
-
-    Returns:
-        (up (D, D or r), down (r, D) or None, bias (D,), share of the target's energy explained).
-    """
-    D = (moments.shape[0] - 1) // 2
-    count = moments[D, D]
-    mean_x, mean_y = moments[:D, D] / count, moments[D, D + 1 :] / count
-    covariance = moments[:D, :D] / count - torch.outer(mean_x, mean_x)
-    cross = moments[:D, D + 1 :] / count - torch.outer(mean_x, mean_y)
-    energy_y = (moments[D + 1 :, D + 1 :].diagonal() / count).sum()
-    variance_y = energy_y - mean_y.square().sum()
-    scale = covariance.diagonal().clamp_min(1e-12).sqrt()
-    standard = covariance / torch.outer(scale, scale)
-    standard.diagonal().add_(RIDGE)
-    weight = torch.linalg.solve(standard, cross / scale[:, None]) / scale[:, None]  # (D in, D out)
-    down = None
-    up = weight
-    if rank is not None and rank < D:
-        _, vectors = torch.linalg.eigh(weight.T @ covariance @ weight)
-        basis = vectors[:, -rank:]
-        down, up = (weight @ basis).T.contiguous(), basis.T
-        weight = down.T @ up
-    residual = variance_y - 2 * (weight * cross).sum() + (weight * (covariance @ weight)).sum()
-    bias = mean_y - mean_x @ weight
-    explained = float(1 - residual / energy_y.clamp_min(1e-30))
-    return up.T.contiguous(), down, bias, explained
-
-
-@torch.no_grad()
-def _load_predictors(model: PreTrainedModel, fitted: dict[str, Any]) -> None:
-    for index, (up, down, bias, _) in fitted["solutions"].items():
-        predictor = model.model.layers[index].coupling.predictor
-        predictor.up.bias.copy_(bias)
-        if down is None and predictor.down is not None:  # a rank of D or more: a full map in factored form
-            down = torch.eye(predictor.down.in_features, dtype=up.dtype)[: predictor.down.out_features]
-            up = nn.functional.pad(up, (0, predictor.up.in_features - up.shape[1]))
-            down = nn.functional.pad(down, (0, 0, 0, predictor.down.out_features - down.shape[0]))
-        predictor.up.weight.copy_(up)
-        if down is not None:
-            predictor.down.weight.copy_(down)
 
 
 __all__ = ["convert", "coupling_parameters", "export", "is_reversible", "reversible_report"]

@@ -477,6 +477,7 @@ def plan_command(question: Any) -> str | None:
         coupling=question.coupling,
         side_bits=question.side_bits,
         query_stream=question.query_stream,
+        stream_maps=True,  # as `revffn train` makes them
         tile_tokens=question.tile_tokens or None,
     )
     dtype = getattr(torch, question.dtype)

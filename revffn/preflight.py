@@ -125,7 +125,7 @@ def check_model(config: RunConfig, hf_config: PreTrainedConfig) -> None:
             f"data.max_length={config.data.max_length} is longer than {path} allows "
             f"(max_position_embeddings={limit}). Set data.max_length to at most {limit}."
         )
-    reversible = config.reversible.resolve()
+    reversible = config.reversible.resolve(config.training.calibration_tokens > 0)
     if reversible is not None:
         try:
             # A rehearsal without weights: whatever `convert` would refuse later, it refuses now.
@@ -148,7 +148,7 @@ def check_model(config: RunConfig, hf_config: PreTrainedConfig) -> None:
 
 def method_of(config: RunConfig) -> Method:
     """A recipe in the planner's words."""
-    reversible = config.reversible.resolve()
+    reversible = config.reversible.resolve(config.training.calibration_tokens > 0)
     plain = "checkpointing" if config.training.activation_checkpointing else "plain"
     return Method(
         name=plain if reversible is None else "reversible",

@@ -12,7 +12,7 @@ import difflib
 import io
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeVar, get_type_hints
 
@@ -55,9 +55,13 @@ class RunReversibleConfig(ReversibleConfig):
         if self.coupling is not None:
             super().__post_init__()
 
-    def resolve(self) -> ReversibleConfig | None:
-        """What `convert` takes; None leaves the model as it is."""
-        return None if self.coupling is None else ReversibleConfig.from_dict(self.to_dict())
+    def resolve(self, calibrated: bool) -> ReversibleConfig | None:
+        """What `convert` takes, with calibration or without; None leaves the model as it is."""
+        if self.coupling is None:
+            return None
+        config = ReversibleConfig.from_dict(self.to_dict())
+        # Said here, so that a plan made before the calibration is one of the same model.
+        return replace(config, stream_maps=calibrated if config.stream_maps is None else config.stream_maps)
 
 
 @dataclass(kw_only=True)

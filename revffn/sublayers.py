@@ -104,6 +104,25 @@ class CrossBranchCoupling(nn.Module):
             initialization.copy_(module.weight, start)
 
 
+class StreamMaps(nn.Module):
+    """cross_branch: what the two streams carry of the embedding, and what the final norm reads of them: both (B, T, D)
+    -> (B, T, D), linear. They start as the identity: the streams are the halves of the hidden state.
+
+    One of a model, in `model.model.coupling`.
+    """
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.entry = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.exit = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        for module in (self.entry, self.exit):
+            initialization.eye_(module.weight)
+
+
 class NoCoupling(nn.Module):
     """`none`: nothing is added."""
 
@@ -218,14 +237,18 @@ def queries_from(module: nn.Module, hidden: Tensor) -> Iterator[None]:
 
 def cross_attention(layer: nn.Module, x_query: Tensor, x_key_value: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """P_down Attn(Q from N(P_up_q x_query), K and V from N(P_up_kv x_key_value)): (B, T, H) twice -> (B, T, H)."""
+    return layer.coupling.attention_down(full_cross_attention(layer, x_query, x_key_value, kwargs))
+
+
+def full_cross_attention(layer: nn.Module, x_query: Tensor, x_key_value: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """The same without P_down: (B, T, D)."""
     adapters, norm = layer.coupling, layer.input_layernorm
     attn = layer.self_attn
     query = norm(adapters.query_up(x_query))
     key_value = norm(adapters.key_value_up(x_key_value))
     name = next(n for n in layer.query_modules if getattr(attn, n, None) is not None)
     with queries_from(getattr(attn, name), query):
-        out = first_tensor(attn(hidden_states=key_value, **kwargs))
-    return adapters.attention_down(out)
+        return first_tensor(attn(hidden_states=key_value, **kwargs))
 
 
 def half_feed_forward(layer: nn.Module, y1: Tensor, sums: dict[str, GradientSum] | None = None) -> Tensor:

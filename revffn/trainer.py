@@ -267,7 +267,7 @@ def train(config: RunConfig, recipe: Path | None = None) -> Path:
 def prepare(run: Run, model: PreTrainedModel, results: Results) -> None:
     """Convert the model in place, as the recipe says, and measure what that is worth."""
     config = run.config
-    reversible = config.reversible.resolve()
+    reversible = config.reversible.resolve(config.training.calibration_tokens > 0)
     sample = next(calibration(run, 1, model))
     if config.evaluation.compare_checkpointing:
         kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"

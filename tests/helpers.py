@@ -126,6 +126,7 @@ def coupled(
     calibration = [tiny_batch(4, 13, seed=7)] if calibrate else None
     settings.setdefault("train_predictor", True)  # so that every gradient there can be is looked at
     settings.setdefault("random_sign", True)  # and every factor
+    settings.setdefault("stream_maps", False)  # the paper's form; adapters then start where attention contracts
     settings.setdefault("grid_growth", 2)  # all there is to spare would leave no gain to see on four layers
     return revffn.convert(model, revffn.ReversibleConfig(**settings), calibration=calibration).train()
 
@@ -197,7 +198,8 @@ def reference_layers(model, signs: Tensor | None):
         S = scales[k + 1]
         if halves:
             if k == 0:
-                state["left"], state["right"] = (on_grid(x, S) for x in hidden.chunk(2, dim=-1))
+                start = hidden if layer.stream_maps is None else layer.stream_maps.entry(hidden)
+                state["left"], state["right"] = (on_grid(x, S) for x in start.chunk(2, dim=-1))
             query = state["left"] if config.query_stream == "left" else state["right"]
             update = cross_attention(layer, read(query, dtype), read(state["right"], dtype), kwargs)
             state["left"] = wrapped(state["left"] + on_grid(update, S), S)

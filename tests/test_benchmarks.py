@@ -4,6 +4,7 @@ Run: pytest tests/test_benchmarks.py; the dry run of the whole GPU list (some mi
 """
 
 import argparse
+import dataclasses
 import importlib
 import json
 import math
@@ -375,11 +376,15 @@ def test_quality_of_the_same_function_is_the_same_and_seeds_differ(model_folder,
     assert coupled["drift"]["before"]["divergence"] < coupled["drift"]["after"]["divergence"]
     adapters = go("cross_branch")
     assert adapters["curve"][0]["exported"] != pytest.approx(plain["curve"][0]["exported"], rel=1e-2)
-    distilled = go("cross_branch_distilled")
-    assert distilled["curve"][0] == adapters["curve"][0]
-    assert all(a != b for a, b in zip(distilled["losses"], adapters["losses"], strict=True))
+    method = quality.METHODS["cross_branch_fitted"]
+    distilled, fitted = (
+        quality.run(folder, dataclasses.replace(method, distil=distil), workload, 1e-3, 0, "cross_branch_fitted")
+        for distil in (True, False)
+    )
+    assert fitted["calibration"]["explained"] and distilled["curve"][0] == fitted["curve"][0] != adapters["curve"][0]
+    assert all(a != b for a, b in zip(distilled["losses"], fitted["losses"], strict=True))
     # The second stage learns the responses: a loss of the same kind as the other's.
-    assert distilled["losses"][3:] == pytest.approx(adapters["losses"][3:], rel=0.05)
+    assert distilled["losses"][3:] == pytest.approx(fitted["losses"][3:], rel=0.05)
 
 
 def test_divergence_from_the_base_model(model_folder):

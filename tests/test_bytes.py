@@ -84,6 +84,14 @@ def test_bytes_per_layer(case, shape):
         assert (four - two, eight - four) == (2 * growth, 4 * growth)
 
 
+def test_stream_maps_keep_the_embedding():
+    """Once, in the model's dtype, for the gradient of the map; nothing more per layer."""
+    shape = 2, 16
+    for num_layers in (2, 4):
+        without, maps = (bytes_saved(num_layers, *shape, stream_maps=there, **RIGHT) for there in (False, True))
+        assert maps - without == 2 * 16 * D * 2
+
+
 def test_canaries_do_not_grow_with_the_sequence():
     short, long = (
         bytes_saved(4, 1, tokens, num_canaries=4, **LEFT) - bytes_saved(2, 1, tokens, num_canaries=4, **LEFT)

@@ -20,7 +20,7 @@ MIXED = "fsdp2_mixed"  # bf16 parameters gathered from fp32 shards
 COUPLINGS = {
     "innovation": dict(coupling="innovation", random_sign=False),
     "innovation_tiles": dict(coupling="innovation", random_sign=False, tile_tokens=4),
-    "cross_right": dict(coupling="cross_branch", query_stream="right"),
+    "cross_right": dict(coupling="cross_branch", query_stream="right", stream_maps=True),
     "cross_left": dict(coupling="cross_branch", query_stream="left", anchor_layers=[0, 1, 2, 3]),
     "none": dict(coupling="none"),
 }

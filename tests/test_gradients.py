@@ -26,6 +26,7 @@ import revffn
 EXACT = {
     "innovation": dict(coupling="innovation"),
     "cross_right": dict(coupling="cross_branch", query_stream="right"),
+    "cross_right_maps": dict(coupling="cross_branch", query_stream="right", stream_maps=True),
     "cross_left_anchored": dict(coupling="cross_branch", query_stream="left", anchor_layers=[0, 1, 2, 3]),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

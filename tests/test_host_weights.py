@@ -24,6 +24,7 @@ COUPLINGS = {
     "innovation": dict(coupling="innovation"),
     "innovation, all trained": dict(coupling="innovation", train_predictor=True),
     "cross_branch": dict(coupling="cross_branch", query_stream="right"),
+    "cross_branch, maps": dict(coupling="cross_branch", query_stream="right", stream_maps=True),
     "none": dict(coupling="none"),
 }
 
