@@ -9,7 +9,9 @@
 energy that a predictor explains on held-out tokens, by what it sees. `chosen_signs`: signs not drawn but chosen for
 every token and group of channels so that they undo what the coupling has added so far, in plain floating point. The
 last two are not in the library: what they would win is measured here first. `grids`: the library's coupling by how
-much finer the grid becomes with depth, and by how coarse one grid for all states may be.
+much finer the grid becomes with depth, and by how coarse one grid for all states may be. `ranks`, `plain_layers`: by
+the rank of the predictors, by the number of leading plain layers. `cross_branch`: the other coupling, by where its
+adapters start.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from revffn.evaluation import coupled, heldout_loss
 
 WORKLOAD = quality.WORKLOADS["dolly"]
 HELDOUT_ROWS = 32
-PARTS = ("features", "chosen_signs", "settings", "grids", "ranks", "plain_layers")
+PARTS = ("features", "chosen_signs", "settings", "grids", "ranks", "plain_layers", "cross_branch")
 
 
 @torch.no_grad()
@@ -104,6 +106,27 @@ def variants(model: PreTrainedModel, training: list, held: list, pad: int, name:
             found.append({name: value, "m": m, "loss": loss, "explained": explained_mean})
             print(found[-1], flush=True)
         model = revffn.export(model)
+    return found
+
+
+def cross_branch(path: str, training: list, held: list, pad: int) -> list[dict[str, Any]]:
+    """Its loss untrained by where its adapters start, and how its fixed points do in one training step (left)."""
+    found = []
+    for stream in ("right", "left"):
+        for stream_maps in (False, True):
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+            config = revffn.ReversibleConfig(
+                coupling="cross_branch", query_stream=stream, stream_maps=stream_maps, verify="report"
+            )
+            revffn.convert(model, config, calibration=batches(training[:256], 8, pad))
+            scores = quality.heldout(model.eval(), held, 8, pad)
+            model.train()(**next(batches(training[256:], 2, pad)), use_cache=False).loss.backward()
+            report = revffn.reversible_report(model)
+            layers = [layer["unconverged"] for layer in report["layers"].values() if "unconverged" in layer]
+            found.append({"query_stream": stream, "stream_maps": stream_maps, **scores})
+            found[-1] |= {"unconverged": layers, "anchor_layers": report["anchor_layers"]}
+            found[-1]["mismatched_states"] = report["mismatched_states"]
+            print(found[-1], flush=True)
     return found
 
 
@@ -217,6 +240,10 @@ def main() -> None:
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")
     if "plain_layers" in arguments.parts:
         result["plain_layers"] = variants(model, training, held, pad, "plain_layers", (1, 2, 4, 8))
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    if "cross_branch" in arguments.parts:
+        del model
+        result["cross_branch"] = cross_branch(arguments.model, training, held, pad)
     arguments.output.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -6,7 +6,7 @@ from a recipe (YAML) by `revffn train`, with command-line overrides.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 MAX_SIDE_BITS = 4
@@ -44,7 +44,8 @@ class ReversibleConfig:
     stream_maps: bool | None = None
     """Cross-branch: two linear maps (D x D) say what the streams carry of the embedding and what the final norm reads
     of them, and `convert(calibration=...)` fits them and the adapters. False: the streams are the halves of the hidden
-    state, and the adapters start as the halves of the identity. None: True with calibration."""
+    state, and the adapters start as the halves of the identity. None: True with calibration and queries from the
+    right; with queries from the left the fixed point of a fitted layer does not converge (docs/experiments.md)."""
     num_iterations: int = 10
     """Cross-branch, left: most attention evaluations per inversion."""
     tolerance: float | None = None
@@ -116,6 +117,14 @@ class ReversibleConfig:
             raise ValueError(f"predictor_rank must be None (full) or at least 0, got {self.predictor_rank}.")
         if self.tile_tokens is not None and self.tile_tokens < 1:
             raise ValueError(f"tile_tokens must be None (whole batch) or at least 1, got {self.tile_tokens}.")
+
+    def resolve_stream_maps(self, calibrated: bool) -> ReversibleConfig:
+        """With `stream_maps` said: whether a model that is calibrated, or not, has them."""
+        if self.stream_maps is not None:
+            return self
+        return replace(
+            self, stream_maps=calibrated and self.coupling == "cross_branch" and self.query_stream == "right"
+        )
 
     def side_bits_of(self, layer: int) -> int:
         """m of one decoder layer."""

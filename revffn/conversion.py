@@ -229,8 +229,7 @@ def convert(
             f"cross_branch splits the hidden state in two; hidden_size={model.config.hidden_size} is odd."
         )
     assert all(type(layer).__name__ == row.class_stem + "DecoderLayer" for layer in layers)
-    if config.coupling == "cross_branch" and config.stream_maps is None:
-        config = replace(config, stream_maps=calibration is not None)
+    config = config.resolve_stream_maps(calibrated=calibration is not None)
     fitted = seen = None
     if calibration is not None and config.coupling == "cross_branch" and config.stream_maps:
         seen = see_states(model, calibration)

@@ -477,9 +477,8 @@ def plan_command(question: Any) -> str | None:
         coupling=question.coupling,
         side_bits=question.side_bits,
         query_stream=question.query_stream,
-        stream_maps=True,  # as `revffn train` makes them
         tile_tokens=question.tile_tokens or None,
-    )
+    ).resolve_stream_maps(calibrated=True)  # as `revffn train` does
     dtype = getattr(torch, question.dtype)
     method = Method(
         reversible=reversible,

@@ -12,7 +12,7 @@ import difflib
 import io
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Literal, TypeVar, get_type_hints
 
@@ -59,9 +59,8 @@ class RunReversibleConfig(ReversibleConfig):
         """What `convert` takes, with calibration or without; None leaves the model as it is."""
         if self.coupling is None:
             return None
-        config = ReversibleConfig.from_dict(self.to_dict())
         # Said here, so that a plan made before the calibration is one of the same model.
-        return replace(config, stream_maps=calibrated if config.stream_maps is None else config.stream_maps)
+        return ReversibleConfig.from_dict(self.to_dict()).resolve_stream_maps(calibrated)
 
 
 @dataclass(kw_only=True)

@@ -24,6 +24,7 @@ from revffn import ReversibleConfig
 from revffn.architectures import ARCHITECTURES, router_parameters
 from revffn.calibration import EXIT_RIDGE, RIDGE, choose_grids
 from revffn.config import GRID_SETTINGS
+from revffn.recipe import RunReversibleConfig
 
 COUPLINGS = {
     "innovation": dict(coupling="innovation", side_bits=[0, 1, 3, 2], predictor_rank=5),
@@ -184,7 +185,7 @@ def test_useless_calibration_is_refused(batches, message, coupling):
     model = tiny_model().train()
     before = snapshot(model)
     with pytest.raises(ValueError, match=message):
-        revffn.convert(model, ReversibleConfig(coupling=coupling), calibration=batches)
+        revffn.convert(model, ReversibleConfig(coupling=coupling, stream_maps=True), calibration=batches)
     assert snapshot(model) == before
 
 
@@ -195,7 +196,7 @@ def test_calibration_that_is_not_finite_is_refused(coupling):
         model.model.layers[1].mlp.shared_expert.down_proj.weight[0, 0] = float("nan")
     before = snapshot(model)
     with pytest.raises(ValueError, match="not finite"):
-        revffn.convert(model, ReversibleConfig(coupling=coupling), calibration=CALIBRATION)
+        revffn.convert(model, ReversibleConfig(coupling=coupling, stream_maps=True), calibration=CALIBRATION)
     assert snapshot(model) == before
 
 
@@ -470,7 +471,7 @@ def test_calibration_leaves_mode_hooks_and_gradients_alone():
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("settings", [dict(), dict(coupling="cross_branch")], ids=["innovation", "cross_branch"])
+@pytest.mark.parametrize("settings", [dict(), dict(coupling="cross_branch", stream_maps=True)], ids=str)
 def test_padding_does_not_enter_the_fit(settings):
     padded = tiny_batch(4, 13, seed=8, padded=True)
     other = {**padded, "input_ids": padded["input_ids"].clone()}
@@ -533,7 +534,7 @@ def test_fitted_predictors_bring_the_coupled_model_nearer_to_the_plain_one():
 
 # --- cross_branch's adapters and maps --------------------------------------------------------------------------------
 
-FITTED = {"left": dict(coupling="cross_branch"), "right": dict(coupling="cross_branch", query_stream="right")}
+FITTED = {stream: dict(coupling="cross_branch", query_stream=stream, stream_maps=True) for stream in ("left", "right")}
 
 
 @pytest.mark.parametrize("query_stream", FITTED)
@@ -544,7 +545,7 @@ def test_fitted_adapters_bring_cross_branch_nearer_to_the_plain_model(query_stre
         plain = tiny_model().eval()(**inputs).logits.log_softmax(-1)
         divergences = []
         for stream_maps in (True, False):
-            config = ReversibleConfig(stream_maps=stream_maps, **FITTED[query_stream])
+            config = ReversibleConfig(**{**FITTED[query_stream], "stream_maps": stream_maps})
             model = revffn.convert(tiny_model(), config, calibration=batches).eval()
             found = model(**inputs).logits.log_softmax(-1)
             divergences.append(nn.functional.kl_div(found, plain, log_target=True, reduction="sum").item())
@@ -632,9 +633,22 @@ def test_the_streams_carry_the_principal_components_of_what_is_read():
     rows = torch.cat([s.reshape(-1, 32) for found in states for s in found[1:-1]] + [s.reshape(-1, 32) for s in last])
     rows = nn.functional.normalize(rows * scale, dim=1)
     _, _, directions = torch.linalg.svd(rows, full_matrices=False)
-    revffn.convert(model, ReversibleConfig(coupling="cross_branch"), calibration=batches)
+    revffn.convert(model, ReversibleConfig(**FITTED["right"]), calibration=batches)
     code = model.model.coupling.entry.weight[:16].detach() / scale
     torch.testing.assert_close(code.T @ code, directions[:16].T @ directions[:16], rtol=0, atol=1e-6)
+
+
+def test_stream_maps_come_with_calibration_and_queries_from_the_right():
+    for stream, calibration, expected in (
+        ("right", CALIBRATION, True),
+        ("right", None, False),
+        ("left", CALIBRATION, False),
+    ):
+        config = ReversibleConfig(coupling="cross_branch", query_stream=stream)
+        model = revffn.convert(tiny_model(), config, calibration=calibration)
+        assert model.reversible_config.stream_maps is expected is hasattr(model.model, "coupling")
+        run_config = RunReversibleConfig(coupling="cross_branch", query_stream=stream)
+        assert run_config.resolve(calibration is not None).stream_maps is expected
 
 
 def test_stream_maps_without_calibration_are_the_identity():
@@ -648,7 +662,7 @@ def test_stream_maps_without_calibration_are_the_identity():
 
 def test_stream_maps_follow_the_model(tmp_path):
     """Into a copy, through a file, and into another dtype."""
-    model = with_random_couplings(coupled(stream_maps=True, **FITTED["right"]))
+    model = with_random_couplings(coupled(**FITTED["right"]))
     inputs = tiny_batch()
     names = [name for name, _ in revffn.coupling_parameters(model)]
     assert [name for name in names if "layers" not in name] == [
