@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,25 +110,30 @@ def variants(model: PreTrainedModel, training: list, held: list, pad: int, name:
     return found
 
 
-def cross_branch(path: str, training: list, held: list, pad: int) -> list[dict[str, Any]]:
-    """Its loss untrained by where its adapters start, and how its fixed points do in one training step (left)."""
-    found = []
-    for stream in ("right", "left"):
-        for stream_maps in (False, True):
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-            config = revffn.ReversibleConfig(
-                coupling="cross_branch", query_stream=stream, stream_maps=stream_maps, verify="report"
-            )
-            revffn.convert(model, config, calibration=batches(training[:256], 8, pad))
-            scores = quality.heldout(model.eval(), held, 8, pad)
-            model.train()(**next(batches(training[256:], 2, pad)), use_cache=False).loss.backward()
+def cross_branch(path: str, training: list, held: list, pad: int) -> Iterator[dict[str, Any]]:
+    """Its loss untrained by what its adapters were fitted on, and how its fixed points do in one training step
+    (left). `seen_loss` is on examples that every fit has seen; the plain model's is first."""
+    seen = training[: len(held)]
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    yield {"query_stream": None, **scores(model, held, seen, pad)}
+    for stream, rows in (("right", 0), ("left", 0), ("left", 64), ("right", 64), ("right", 256), ("right", 1024)):
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        config = revffn.ReversibleConfig(
+            coupling="cross_branch", query_stream=stream, stream_maps=rows > 0, verify="report"
+        )
+        revffn.convert(model, config, calibration=batches(training[: rows or 64], 8, pad))
+        row = {"query_stream": stream, "rows": rows, "calibration": model.config.revffn_calibration}
+        row |= scores(model.eval(), held, seen, pad)
+        if stream == "left":
+            model.train()(**next(batches(training[-2:], 2, pad)), use_cache=False).loss.backward()
             report = revffn.reversible_report(model)
-            layers = [layer["unconverged"] for layer in report["layers"].values() if "unconverged" in layer]
-            found.append({"query_stream": stream, "stream_maps": stream_maps, **scores})
-            found[-1] |= {"unconverged": layers, "anchor_layers": report["anchor_layers"]}
-            found[-1]["mismatched_states"] = report["mismatched_states"]
-            print(found[-1], flush=True)
-    return found
+            row["unconverged"] = {k: layer["unconverged"] for k, layer in report["layers"].items()}
+            row["anchor_layers"] = report["anchor_layers"]
+        yield row
+
+
+def scores(model: PreTrainedModel, held: list, seen: list, pad: int) -> dict[str, float]:
+    return quality.heldout(model, held, 8, pad) | {"seen_loss": quality.heldout(model, seen, 8, pad)["loss"]}
 
 
 @torch.no_grad()
@@ -243,7 +249,13 @@ def main() -> None:
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")
     if "cross_branch" in arguments.parts:
         del model
-        result["cross_branch"] = cross_branch(arguments.model, training, held, pad)
+        result["cross_branch"] = []
+        # The same order, and more of them.
+        training, _ = quality.load(replace(WORKLOAD, steps=1026 // WORKLOAD.batch_size), tokenizer, 0)
+        for row in cross_branch(arguments.model, training, held, pad):
+            result["cross_branch"].append(row)
+            print({key: value for key, value in row.items() if key != "calibration"}, flush=True)
+            arguments.output.write_text(json.dumps(result, indent=1) + "\n")
     arguments.output.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -236,7 +236,8 @@ class Seen:
     """One run of the plain model on the calibration batches.
 
     `code` (H, D), float64, is what both streams are to carry of a hidden state: its H principal components in all
-    states behind a layer, in the coordinates that the layers read, scaled to norm 1 and by the weights of their norms.
+    states behind a layer, in the coordinates that the layers read (scaled to norm 1 and by the weights of their
+    norms), each divided by its standard deviation there.
     """
 
     batches: list[SeenBatch]
@@ -255,16 +256,17 @@ def see_states(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) -> 
     covariance = torch.zeros(len(scale), len(scale), dtype=torch.float64, device=scale.device)
     largest = torch.zeros(len(scale), dtype=torch.float64)
     seen: list[SeenBatch] = []
-    num_rows = 0
+    num_rows = num_states = 0
 
     def see(index: int, hidden: Tensor, mask: Tensor | None, kwargs: dict[str, Any] | None) -> None:
-        nonlocal largest, num_rows
+        nonlocal largest, num_rows, num_states
         largest = torch.maximum(largest, hidden.abs().flatten(0, -2).amax(0).double().cpu())
         rows = tokens_of(hidden, mask)
         if index == 0:
             seen.append(SeenBatch(hidden, mask, []))
             num_rows += len(rows)
         else:
+            num_states += len(rows)
             rows = rows * scale
             rows *= rows.square().mean(1, keepdim=True).clamp_min(1e-30).rsqrt()
             covariance.add_(rows.T @ rows)
@@ -273,8 +275,10 @@ def see_states(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) -> 
 
     run_plain(model, batches, see)
     check_seen(num_rows, largest)
-    _, directions = torch.linalg.eigh(covariance)  # ascending
-    code = directions[:, len(scale) // 2 :].T.flip(0) * scale
+    energies, directions = (part.flip(-1)[..., : len(scale) // 2] for part in torch.linalg.eigh(covariance))
+    # All components of one size, or a training step that suits the small ones would be too large for the others.
+    deviation = (energies / num_states).clamp_min(1e-6).sqrt()
+    code = directions.T / deviation[:, None] * scale
     return Seen(seen, num_rows, float(largest.max()), code)
 
 

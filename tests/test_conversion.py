@@ -635,7 +635,10 @@ def test_the_streams_carry_the_principal_components_of_what_is_read():
     _, _, directions = torch.linalg.svd(rows, full_matrices=False)
     revffn.convert(model, ReversibleConfig(**FITTED["right"]), calibration=batches)
     code = model.model.coupling.entry.weight[:16].detach() / scale
-    torch.testing.assert_close(code.T @ code, directions[:16].T @ directions[:16], rtol=0, atol=1e-6)
+    basis = torch.linalg.qr(code.T).Q
+    torch.testing.assert_close(basis @ basis.T, directions[:16].T @ directions[:16], rtol=0, atol=1e-6)
+    rows *= 32**0.5  # a mean square of 1
+    torch.testing.assert_close((rows @ code.T).square().mean(0), torch.ones(16, dtype=torch.float64))
 
 
 def test_stream_maps_come_with_calibration_and_queries_from_the_right():

@@ -55,10 +55,13 @@ def test_overrides_win(recipe):
 
 
 def test_null_coupling_is_the_plain_model(recipe):
-    assert load_run_config(recipe(), ["--reversible.coupling", "null"]).reversible.resolve() is None
-    assert load_run_config(recipe("model: {path: x}\nreversible: {coupling: null}")).reversible.resolve() is None
-    assert load_run_config(recipe()).reversible.resolve() == ReversibleConfig(
-        coupling="none", side_bits=[1, 2, 2], tile_tokens=2048
+    assert load_run_config(recipe(), ["--reversible.coupling", "null"]).reversible.resolve(calibrated=True) is None
+    assert (
+        load_run_config(recipe("model: {path: x}\nreversible: {coupling: null}")).reversible.resolve(calibrated=True)
+        is None
+    )
+    assert load_run_config(recipe()).reversible.resolve(calibrated=True) == ReversibleConfig(
+        coupling="none", side_bits=[1, 2, 2], tile_tokens=2048, stream_maps=False
     )
 
 
