@@ -506,20 +506,21 @@ def by_value(rows: list[dict], name: str) -> dict:
 
 
 def cross_branch_start() -> str:
-    """The untrained cross_branch by where its adapters start, and what became of its fixed points in one step."""
+    """The untrained cross_branch by what its adapters were fitted on, and its fixed points in one step."""
     file = RESULTS / "cross_branch_start.json"
     if not file.exists():
         return NO_RESULTS
-    result = json.loads(file.read_text())
-    lines = ["| queries from the | adapters | held-out loss | accuracy | layers whose fixed point is not found |"]
-    lines.append("|---|---|---:|---:|---:|")
-    for row in result["cross_branch"]:
-        adapters = "fitted" if row["stream_maps"] else "halves of the identity"
-        anchors = (
-            f"{len(row['anchor_layers'])} of {len(row['unconverged'])}" if row["unconverged"] else "no fixed point"
-        )
-        cells = f"{row['loss']:.3f} | {row['accuracy']:.3f} | {anchors}"
-        lines.append(f"| {row['query_stream']} | {adapters} | {cells} |")
+    lines = [
+        "| queries from the | adapters fitted on tokens | held-out loss | accuracy | loss of what all fits saw | "
+    ]
+    lines[0] += "layers whose fixed point is not found |"
+    lines.append("|---|---:|---:|---:|---:|---:|")
+    for row in json.loads(file.read_text())["cross_branch"]:
+        stream = row["query_stream"] or "plain model"
+        tokens = f"{row['calibration']['num_tokens']:,}" if row.get("rows") else "not fitted" if "rows" in row else "–"
+        anchors = f"{len(row['anchor_layers'])} of {len(row['unconverged'])}" if "unconverged" in row else "–"
+        cells = f"{row['loss']:.3f} | {row['accuracy']:.3f} | {row['seen_loss']:.3f} | {anchors}"
+        lines.append(f"| {stream} | {tokens} | {cells} |")
     return "\n".join(lines)
 
 
