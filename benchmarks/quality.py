@@ -166,7 +166,7 @@ METHODS: dict[str, Method] = {
         stream_maps=True,
         stage1_rate=None,
         distil=True,
-        rates=(2e-4, 4e-4, 8e-4),
+        rates=(1e-5, 3e-5, 1e-4),
     ),
     "cross_branch_left": _cross_branch("queries from the left (the paper's)", query_stream="left"),
     "sft_adafactor": Method(
