@@ -25,7 +25,7 @@ import revffn
 
 EXACT = {
     "innovation": dict(coupling="innovation"),
-    "cross_right": dict(coupling="cross_branch", query_stream="right"),
+    "cross_right": dict(coupling="cross_branch", query_stream="right", stream_maps=False),
     "cross_right_maps": dict(coupling="cross_branch", query_stream="right", stream_maps=True),
     "cross_left_anchored": dict(coupling="cross_branch", query_stream="left", anchor_layers=[0, 1, 2, 3]),
 }
@@ -50,7 +50,9 @@ def check_exact(model, inputs, **kwargs) -> dict:
 @pytest.mark.parametrize("coupling", EXACT)
 @pytest.mark.parametrize("model_type", SETTINGS)
 def test_exact_couplings(model_type, coupling, dtype):
-    check_exact(coupled(model_type, dtype, **EXACT[coupling]), tiny_batch(padded=True))
+    # Maps fitted on 52 tokens have small components in them that bf16 resolves badly, by any way to differentiate.
+    rough = dtype == torch.bfloat16 and coupling == "cross_right_maps"
+    check_exact(coupled(model_type, dtype, **EXACT[coupling]), tiny_batch(padded=True), ill_conditioned=rough)
 
 
 @dtypes
@@ -188,6 +190,8 @@ def test_residual_channel_of_30000(coupling, dtype):
     if coupling == "innovation":  # the grid becomes finer everywhere but there
         assert settings.grid_growth > 0 and settings.wide_channels == [5]
         assert settings.fraction_bits + settings.wide_growth <= 29 - 15 < settings.fraction_bits + settings.grid_growth
+    elif coupling == "cross_right_maps":  # the components of all channels together are of one size
+        assert settings.fraction_bits > 29 - 15 and not settings.grid_growth
     else:
         assert settings.fraction_bits == 29 - 15 and not settings.grid_growth
     report = check_exact(model, tiny_batch(), ill_conditioned=True)
