@@ -83,6 +83,17 @@ def check_seen(num_rows: int, largest: Tensor) -> None:
         )
 
 
+def ridge_weight(covariance: Tensor, cross: Tensor, ridge: float) -> Tensor:
+    """The weight (d in, n out) of a ridge regression from cov(x, x) (d, d) and cov(x, y) (d, n).
+
+    `ridge` is relative to a channel's variance: one massive channel would otherwise decide it for all others.
+    """
+    scale = covariance.diagonal().clamp_min(1e-12).sqrt()
+    standard = covariance / torch.outer(scale, scale)
+    standard.diagonal().add_(ridge)
+    return torch.linalg.solve(standard, cross / scale[:, None]) / scale[:, None]
+
+
 # --- innovation ------------------------------------------------------------------------------------------------------
 
 
@@ -176,8 +187,6 @@ def choose_grids(config: ReversibleConfig, largest: Tensor, typical: float) -> d
 def solve(moments: Tensor, rank: int | None) -> tuple[Tensor, Tensor | None, Tensor, float]:
     """Ridge regression with intercept from second moments (2D + 1, 2D + 1); reduced-rank if `rank` is given.
 
-    Channels are standardised first: one massive channel would otherwise decide the ridge for all others.
-
     Returns:
         (up (D, D or r), down (r, D) or None, bias (D,), share of the target's energy explained).
     """
@@ -188,10 +197,7 @@ def solve(moments: Tensor, rank: int | None) -> tuple[Tensor, Tensor | None, Ten
     cross = moments[:D, D + 1 :] / count - torch.outer(mean_x, mean_y)
     energy_y = (moments[D + 1 :, D + 1 :].diagonal() / count).sum()
     variance_y = energy_y - mean_y.square().sum()
-    scale = covariance.diagonal().clamp_min(1e-12).sqrt()
-    standard = covariance / torch.outer(scale, scale)
-    standard.diagonal().add_(RIDGE)
-    weight = torch.linalg.solve(standard, cross / scale[:, None]) / scale[:, None]  # (D in, D out)
+    weight = ridge_weight(covariance, cross, RIDGE)
     down = None
     up = weight
     if rank is not None and rank < D:
@@ -299,12 +305,8 @@ class Regression:
         self.energy += float((y.square().sum(1) / state.square().mean(1).clamp_min(1e-30)).sum())
 
     def solve(self, ridge: float) -> tuple[Tensor, float]:
-        """The map (n, d), and the share of y's energy it explains. `ridge` is relative to the variance of a
-        channel of x."""
-        scale = self.covariance.diagonal().clamp_min(1e-30).sqrt()
-        standard = self.covariance / torch.outer(scale, scale)
-        standard.diagonal().add_(ridge)
-        weight = torch.linalg.solve(standard, self.cross / scale[:, None]) / scale[:, None]
+        """The map (n, d), and the share of y's energy it explains."""
+        weight = ridge_weight(self.covariance, self.cross, ridge)
         left = self.energy - 2 * (weight * self.cross).sum() + (weight * (self.covariance @ weight)).sum()
         return weight.T.contiguous(), 1 - float(left) / max(self.energy, 1e-30)
 

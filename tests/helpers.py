@@ -115,6 +115,19 @@ def tiny_batch(batch: int = 3, tokens: int = 11, seed: int = 1, padded: bool = F
     return inputs
 
 
+def snapshot(model) -> tuple:
+    """What a refused conversion must leave as it was."""
+    return (
+        type(model),
+        type(model.config),
+        model.config.to_json_string(),
+        [type(module) for module in model.modules()],
+        [(name, id(p)) for name, p in model.named_parameters()],
+        list(model.state_dict()),
+        model.training,
+    )
+
+
 def coupled(
     model_type: str = "qwen2_moe",
     dtype: torch.dtype = torch.float32,
