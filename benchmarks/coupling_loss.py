@@ -99,8 +99,9 @@ def variants(model: PreTrainedModel, training: list, held: list, pad: int, name:
         revffn.convert(model, config, calibration=batches(training[:256], 8, pad))
         explained = list(model.config.revffn_calibration["explained"].values())
         for m in (1, 2):
-            for layer in model.model.layers[1:]:
-                layer.coupling.side_bits = m
+            for layer in model.model.layers:
+                if layer.coupling.side_bits is not None:  # plain layers have none
+                    layer.coupling.side_bits = m
             with coupled(model):
                 loss = heldout_loss(model, held, 8, pad)["loss"]
             explained_mean = sum(explained) / len(explained) if explained else 0.0

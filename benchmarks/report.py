@@ -487,6 +487,30 @@ def cross_branch_start() -> str:
     return "\n".join(lines)
 
 
+def ranks() -> str:
+    """The same by rank of the predictors, and the operations of a layer's predictor by rank, full = 1."""
+    file = RESULTS / "coupling_loss_ranks.json"
+    if not file.exists():
+        return NO_RESULTS
+    result = json.loads(file.read_text())
+    full = result["hidden_size"]
+    lines = ["| rank | share of s_{k-1} - s_k predicted | m = 1 | m = 2 | operations, full = 1 |", "|---:" * 5 + "|"]
+    for rank, of_rank in by_value(result["ranks"], "predictor_rank").items():
+        cells = [f"{r['loss'] - result['plain']:+.3f}" for r in of_rank]
+        operations = 1 if rank is None else 2 * rank / full
+        words = f"{full} (full)" if rank is None else rank
+        lines.append(f"| {words} | {of_rank[0]['explained']:.2f} | {' | '.join(cells)} | {operations:.2f} |")
+    return "\n".join(lines)
+
+
+def by_value(rows: list[dict], name: str) -> dict:
+    """Rows grouped by a setting, m rising."""
+    groups: dict = {}
+    for row in sorted(rows, key=lambda row: row["m"]):
+        groups.setdefault(row[name], []).append(row)
+    return groups
+
+
 def explained_layers(result: dict) -> list[int]:
     return list(dict.fromkeys(r["layer"] for r in result["features"]))
 
@@ -513,7 +537,7 @@ def serving() -> str:
 
 TABLES = {"memory": memory, "first_steps": first_steps, "quality": quality, "planner": planner, "terms": terms}
 TABLES |= {"speed": speed, "losses": losses, "pairs": pairs, "scaling": scaling, "serving": serving}
-TABLES |= {"overview": overview, "curves": curves, "grids": grids}
+TABLES |= {"overview": overview, "curves": curves, "grids": grids, "ranks": ranks}
 TABLES["cross_branch_start"] = cross_branch_start
 TABLES |= {"coupling_loss": coupling_loss, "quality_ridge": partial(quality, "quality_ridge_0.001")}
 
