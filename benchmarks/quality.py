@@ -97,6 +97,10 @@ class Method:
     """Takes the learning rate found for this method."""
     rates: tuple[float, ...] = (5e-5, 1e-4, 2e-4)
     """The sweep's first three, rising."""
+    steps: int | None = None
+    """In place of the workload's."""
+    points: int = 3
+    """Measurements on the way, evenly spaced, a multiple of 3; one more before the first step."""
 
 
 def _innovation(words: str, schedule: dict[float, int] | None = None, **settings: Any) -> Method:
@@ -338,7 +342,7 @@ def run(model_path: str, method: Method, workload: Workload, learning_rate: floa
 
     def measure(step: int) -> None:
         now = heldout(model, held, 2 * size, pad)
-        point = {"step": step, "exported": now["loss"], "accuracy": now["accuracy"]}
+        point = {"step": step, "tokens": tokens, "exported": now["loss"], "accuracy": now["accuracy"]}
         if is_innovation:
             with coupled(model):  # the same signs at every measurement
                 point["trained"] = heldout(model, held, 2 * size, pad)["loss"]
@@ -346,12 +350,12 @@ def run(model_path: str, method: Method, workload: Workload, learning_rate: floa
         print(name, point, flush=True)
 
     kept = step_bytes(backbone(model), next(batches(training, size, pad)))
+    updates, losses, tokens, largest = None, [], 0, 0
     measure(0)
     start = drift(model, text, base)
     trainable = {p for p in model.parameters() if p.requires_grad}
     model.train()
     first_of_stage2 = round(method.stage1 * steps) + 1
-    updates, losses, tokens, largest = None, [], 0, 0
     for step, batch in enumerate(batches(training[: steps * size], size, pad), start=1):
         torch.manual_seed(1000 * seed + step)
         stage, first, last = (1, 1, first_of_stage2 - 1) if step < first_of_stage2 else (2, first_of_stage2, steps)
@@ -376,7 +380,7 @@ def run(model_path: str, method: Method, workload: Workload, learning_rate: floa
         tokens += int(batch["attention_mask"].sum())
         if is_innovation:
             largest = max(largest, revffn.reversible_report(model)["largest_grid_value"])
-        if step % (steps // 3) == 0:
+        if step % (steps // method.points) == 0:
             measure(step)
             model.train()
     result = {
@@ -470,7 +474,7 @@ def one(arguments: argparse.Namespace, name: str, seed: int, learning_rate: floa
         print(f"{lock.relative_to(ROOT)}: another process is at it; delete the file if none is.", flush=True)
         return
     workload = WORKLOADS[arguments.workload]
-    steps = arguments.steps or (workload.steps // 3 if arguments.sweep else workload.steps)
+    steps = arguments.steps or (METHODS[name].steps or workload.steps) // (3 if arguments.sweep else 1)
     workload = Workload(**{**vars(workload), "steps": steps})
     git = git_state()
     try:

@@ -178,7 +178,7 @@ def quality(results: str = "quality") -> str:
 
 
 def curves() -> str:
-    """One row for each workload and method, its seeds' mean: held-out loss by share of the tokens, and after how many
+    """One row for each workload and method, its seeds' mean: held-out loss by share of the steps, and after how many
     tokens it was measured to be at most what the base model has untrained."""
     heads = ("workload", "method", "seeds", "before", "a third", "two thirds", "end", "tokens")
     heads += ("tokens to the base's loss",)
@@ -195,14 +195,19 @@ def curves() -> str:
         for results in by_method.values():
             points = list(zip(*(result["curve"] for result in results), strict=True))
             losses = [statistics.mean(point["exported"] for point in at_step) for at_step in points]
-            tokens = statistics.mean(result["tokens"] for result in results)
+            steps, tokens = results[0]["settings"]["steps"], statistics.mean(result["tokens"] for result in results)
             # To the rounding of another kernel: most methods start there.
             reached = [i for i, loss in enumerate(losses) if loss <= base + 1e-3]
-            share = points[reached[0]][0]["step"] / points[-1][0]["step"] if reached else None
+            needed = "not reached"
+            if reached:
+                # Older files do not say how many tokens a point had seen.
+                at = [point.get("tokens", tokens * point["step"] / steps) for point in points[reached[0]]]
+                needed = f"{statistics.mean(at):,.0f}"
+            thirds = losses[:: (len(losses) - 1) // 3]
             lines.append(
                 f"| {folder.name} | {results[0]['description']} | {len(results)} | "
-                + " | ".join(f"{loss:.4f}" for loss in losses)
-                + f" | {tokens:,.0f} | {'not reached' if share is None else f'{share * tokens:,.0f}'} |"
+                + " | ".join(f"{loss:.4f}" for loss in thirds)
+                + f" | {tokens:,.0f} | {needed} |"
             )
     return "\n".join(lines) if len(lines) > 2 else NO_RESULTS
 
@@ -218,7 +223,7 @@ TIMED_AS = {
 
 def overview() -> str:
     """One row for each method of quality.py: loss on every workload, bytes, time. Innovation as calibration sets it
-    up; what it was before, with one grid, is in the longer table."""
+    up; what it was before, with one grid, is in the longer table, as are runs of other lengths."""
     folders = sorted(path for path in (RESULTS / "quality").glob("*") if path.is_dir())
     found: dict[str, dict[str, dict[int, dict]]] = {}
     for folder in folders:
@@ -237,7 +242,9 @@ def overview() -> str:
     for method, workloads in sorted(
         found.items(), key=lambda item: (item[0] != "sft", mean_gap(item[1], found["sft"]))
     ):
-        first = next(iter(next(iter(workloads.values())).values()))
+        workload, first = next((name, result) for name, seeds in workloads.items() for result in seeds.values())
+        if not is_as_long(first, found["sft"].get(workload, {})):
+            continue
         cells = [first["description"]]
         for folder in folders:
             seeds = workloads.get(folder.name, {})
@@ -263,11 +270,17 @@ def overview() -> str:
 
 
 def gaps_of(seeds: dict[int, dict], plain: dict[int, dict]) -> list[float]:
-    """Held-out loss above plain SFT's, by seed."""
+    """Held-out loss above plain SFT's, by seed; none for a run of more or fewer steps."""
     both = [
-        (result, plain[seed]) for seed, result in sorted(seeds.items()) if seed in plain and "failed" not in result
+        (result, plain[seed])
+        for seed, result in sorted(seeds.items())
+        if seed in plain and "failed" not in result and is_as_long(result, plain)
     ]
     return [ours["curve"][-1]["exported"] - theirs["curve"][-1]["exported"] for ours, theirs in both]
+
+
+def is_as_long(result: dict, plain: dict[int, dict]) -> bool:
+    return all(result["settings"]["steps"] == other["settings"]["steps"] for other in plain.values())
 
 
 def mean_gap(workloads: dict[str, dict[int, dict]], plain: dict[str, dict[int, dict]]) -> float:

@@ -367,6 +367,8 @@ def test_quality_of_the_same_function_is_the_same_and_seeds_differ(model_folder,
 
     plain, checkpointing, other = go("sft"), go("sft_checkpointing"), go("sft", seed=1)
     assert [point["step"] for point in plain["curve"]] == [0, 2, 4, 6] and len(plain["losses"]) == 6
+    seen = [point["tokens"] for point in plain["curve"]]
+    assert seen[0] == 0 < seen[1] < seen[2] < seen[3] == plain["tokens"]
     assert plain["losses"] == pytest.approx(checkpointing["losses"], rel=1e-3)
     assert plain["losses"] != other["losses"] and plain["curve"][0] == other["curve"][0]
     assert plain["curve"][-1]["exported"] < plain["curve"][0]["exported"]
@@ -432,13 +434,23 @@ def test_quality_tables_pair_seeds(tmp_path, monkeypatch):
     assert report.quality() == report.NO_RESULTS
     folder = tmp_path / "quality" / "dolly"
     folder.mkdir(parents=True)
-    for method, losses in {"sft": [2.0, 2.2, 2.4], "innovation": [2.01, 2.22, 2.43], "galore": []}.items():
+    found = {"sft": [2.0, 2.2, 2.4], "innovation": [2.01, 2.22, 2.43], "longer": [1.9], "galore": []}
+    for method, losses in found.items():
         for seed, loss in enumerate(losses or [None]):
-            settings = {"seed": seed, "steps": 300, "learning_rate": 5e-5}
+            steps = 1200 if method == "longer" else 300
+            settings = {"seed": seed, "steps": steps, "learning_rate": 5e-5, "reversible": None}
             result = {"method": method, "description": method, "settings": settings, "failed": "IndexError: 3-D"}
             if loss is not None:
                 result |= {
-                    "curve": [{"exported": loss, "accuracy": 0.5}],
+                    # Straight down; the longer run starts higher, looks twice as often, and counts its tokens.
+                    "curve": [
+                        {"step": steps * i // n, "exported": start + (loss - start) * i / n, "accuracy": 0.5}
+                        | ({"tokens": 100 * i + 11} if method == "longer" else {})
+                        for start, n in [(3.1, 6) if method == "longer" else (2.5, 3)]
+                        for i in range(n + 1)
+                    ],
+                    "tokens": 600,
+                    "trained_parameters": 7000,
                     "kept_bytes": 900,
                     "kept_bytes_of_tokens": 9,
                 }
@@ -449,6 +461,11 @@ def test_quality_tables_pair_seeds(tmp_path, monkeypatch):
     # Student's interval of 0.01, 0.02, 0.03: 4.303 * 0.01 / sqrt(3)
     assert "| 2.2000 | – |" in rows["sft"] and "| 2.2200 | +0.0200 ± 0.0248 |" in rows["innovation"]
     assert "failed: IndexError: 3-D" in rows["galore"] and len({line.count("|") for line in rows.values()}) == 1
+    assert "| 1.9000 | – |" in rows["longer"]  # than plain SFT: no comparison
+    assert "longer" not in report.overview() and "+0.0200 ± 0.0248 (3)" in report.overview()
+    rows = {line.split("|")[2].strip(): line for line in report.curves().splitlines()}
+    assert "| 2.5000 | 2.4000 | 2.3000 | 2.2000 | 600 | 0 |" in rows["sft"]
+    assert "| 3.1000 | 2.7000 | 2.3000 | 1.9000 | 600 | 311 |" in rows["longer"]  # 2.5 at the third of six looks
 
 
 # --- on the device ---------------------------------------------------------------------------------------------------
