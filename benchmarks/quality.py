@@ -378,7 +378,7 @@ def run(model_path: str, method: Method, workload: Workload, learning_rate: floa
         updates.set_lr(peak * min(done / warm, (last - step + 1) / (last - first + 2 - warm)))
         losses.append(updates.step(batch))
         tokens += int(batch["attention_mask"].sum())
-        if is_innovation:
+        if revffn.is_reversible(model):
             largest = max(largest, revffn.reversible_report(model)["largest_grid_value"])
         if step % (steps // method.points) == 0:
             measure(step)
@@ -399,7 +399,6 @@ def run(model_path: str, method: Method, workload: Workload, learning_rate: floa
         report = revffn.reversible_report(model)
         result["mismatched_states"] = report["mismatched_states_total"]
         result["anchor_layers"] = report["anchor_layers"]
-    if is_innovation:
         result["grids"] = {name: model.config.revffn[name] for name in GRID_SETTINGS}
         result["largest_grid_value"] = largest
     return result

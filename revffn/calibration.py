@@ -147,9 +147,10 @@ def fitting(magnitude: float, margin: int) -> int:
     return min(MAX_FRACTION_BITS, 31 - margin - math.ceil(math.log2(max(magnitude, 1e-6))))
 
 
-def widest_grid(magnitude: float) -> int:
-    """`fraction_bits` of one grid for all states, the largest of which is `magnitude`."""
-    return max(0, fitting(magnitude, 2))
+def one_grid(coupling: str, magnitude: float) -> int:
+    """`fraction_bits` of one grid for all states, the largest of which is `magnitude`. cross_branch learns its
+    function anew, and training moves its streams further; they keep no side bits, so that room costs only rounding."""
+    return max(0, fitting(magnitude, 4 if coupling == "cross_branch" else 2))
 
 
 def choose_grids(config: ReversibleConfig, largest: Tensor, typical: float) -> dict[str, Any]:
@@ -160,7 +161,7 @@ def choose_grids(config: ReversibleConfig, largest: Tensor, typical: float) -> d
         typical: Of the state with the smallest values: the root mean square of the median channel.
     """
 
-    widest = widest_grid(float(largest.max()))
+    widest = one_grid(config.coupling, float(largest.max()))
     plain = {"fraction_bits": widest, "grid_growth": 0, "wide_channels": [], "wide_growth": 0}
     if config.coupling != "innovation" or config.grid_growth == 0:
         return plain

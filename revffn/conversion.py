@@ -26,7 +26,7 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .architectures import ARCHITECTURES, PREFIX, find_architecture, plain_model_type
 from .blocks import ReversibleLayer, ReversibleNorm
-from .calibration import fit_adapters, fit_predictors, load_predictors, see_states, widest_grid
+from .calibration import fit_adapters, fit_predictors, load_predictors, one_grid, see_states
 from .config import ReversibleConfig
 from .reversible import Report, Walk, carrier_like
 from .sublayers import COUPLINGS, CrossBranchCoupling, Predictor, StreamMaps, TiledExperts
@@ -246,7 +246,7 @@ def convert(
     attach(model, config)
     if seen is not None:
         fitted = fit_adapters(model, seen)
-        model.config.revffn["fraction_bits"] = widest_grid(fitted["largest_stream_value"])
+        model.config.revffn["fraction_bits"] = one_grid(config.coupling, fitted["largest_stream_value"])
     elif fitted is not None:
         load_predictors(model, fitted)
     if fitted is not None:

@@ -191,9 +191,9 @@ def test_residual_channel_of_30000(coupling, dtype):
         assert settings.grid_growth > 0 and settings.wide_channels == [5]
         assert settings.fraction_bits + settings.wide_growth <= 29 - 15 < settings.fraction_bits + settings.grid_growth
     elif coupling == "cross_right_maps":  # the components of all channels together are of one size
-        assert settings.fraction_bits > 29 - 15 and not settings.grid_growth
+        assert settings.fraction_bits > 27 - 15 and not settings.grid_growth
     else:
-        assert settings.fraction_bits == 29 - 15 and not settings.grid_growth
+        assert settings.fraction_bits == 27 - 15 and not settings.grid_growth
     report = check_exact(model, tiny_batch(), ill_conditioned=True)
     assert not report["saturated"]
 
