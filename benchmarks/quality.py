@@ -130,6 +130,8 @@ def _cross_branch(words: str, query_stream: str, **fields: Any) -> Method:
     return Method(description=f"cross_branch, {words}", reversible=reversible, stage1=0.5, **fields)
 
 
+_FITTED: dict[str, Any] = dict(query_stream="right", stream_maps=True, stage1_rate=None, distil=True)
+
 METHODS: dict[str, Method] = {
     "sft": Method(description="plain SFT", reversible=dict(coupling="none")),
     "sft_checkpointing": Method(
@@ -165,12 +167,14 @@ METHODS: dict[str, Method] = {
     ),
     "cross_branch": _cross_branch("queries from the right", query_stream="right"),
     "cross_branch_fitted": _cross_branch(
-        "queries from the right, adapters fitted, then distilled",
-        query_stream="right",
-        stream_maps=True,
-        stage1_rate=None,
-        distil=True,
-        rates=(1e-5, 3e-5, 1e-4),
+        "queries from the right, adapters fitted, then distilled", **_FITTED, rates=(1e-5, 3e-5, 1e-4)
+    ),
+    "cross_branch_long": _cross_branch(
+        "queries from the right, adapters fitted, then distilled, longer",
+        **_FITTED,
+        rate_of="cross_branch_fitted",
+        steps=1200,
+        points=12,
     ),
     "cross_branch_left": _cross_branch("queries from the left (the paper's)", query_stream="left"),
     "sft_adafactor": Method(
