@@ -53,6 +53,8 @@ runs() {
 --workload qwen1.5_16x2048 --method galore_linear
 --workload qwen1.5_16x2048 --method ours_cross_branch_right_tiles
 --workload qwen1.5_16x2048 --method ours_cross_branch_right
+--workload qwen1.5_16x2048 --method ours_cross_branch_right_maps_tiles
+--workload qwen1.5_16x2048 --method ours_cross_branch_right_maps
 --workload qwen1.5_16x2048 --method ours_cross_branch_left_tiles
 --workload qwen1.5_16x2048 --method ours_cross_branch_left
 LIST

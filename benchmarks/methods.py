@@ -388,6 +388,7 @@ def _transformers(description: str, name: str = "checkpointing", period: int = 1
 
 def _ours(words: str, **settings: Any) -> dict[str, BenchmarkMethod]:
     name = "_".join([settings["coupling"], *([settings["query_stream"]] if "query_stream" in settings else [])])
+    name += "_maps" if settings.get("stream_maps") else ""
     start = partial(own_optimizer, of_simulation={"name": "reversible"})
     return {
         f"ours_{name}{'_tiles' if tiles else ''}": BenchmarkMethod(
@@ -448,6 +449,12 @@ METHODS: dict[str, BenchmarkMethod] = {
         tiles=True,
     ),
     **_ours("cross_branch, queries from the right", coupling="cross_branch", query_stream="right"),
+    **_ours(
+        "cross_branch, queries from the right, stream maps",
+        coupling="cross_branch",
+        query_stream="right",
+        stream_maps=True,
+    ),
     **_ours("cross_branch, queries from the left", coupling="cross_branch", query_stream="left"),
     **_ours("layer inputs stored", coupling="none"),
 }
