@@ -520,6 +520,19 @@ def ranks() -> str:
     return "\n".join(lines)
 
 
+def plain_layers() -> str:
+    """The same by the number of leading layers that run plainly."""
+    file = RESULTS / "coupling_loss_plain_layers.json"
+    if not file.exists():
+        return NO_RESULTS
+    result = json.loads(file.read_text())
+    lines = ["| plain layers | share of s_{k-1} - s_k predicted | m = 1 | m = 2 |", "|---:" * 4 + "|"]
+    for number, of_number in by_value(result["plain_layers"], "plain_layers").items():
+        cells = [f"{r['loss'] - result['plain']:+.3f}" for r in of_number]
+        lines.append(f"| {number} | {of_number[0]['explained']:.2f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def by_value(rows: list[dict], name: str) -> dict:
     """Rows grouped by a setting, m rising."""
     groups: dict = {}
@@ -555,6 +568,7 @@ def serving() -> str:
 TABLES = {"memory": memory, "first_steps": first_steps, "quality": quality, "planner": planner, "terms": terms}
 TABLES |= {"speed": speed, "losses": losses, "pairs": pairs, "scaling": scaling, "serving": serving}
 TABLES |= {"overview": overview, "curves": curves, "grids": grids, "ranks": ranks}
+TABLES["plain_layers"] = plain_layers
 TABLES["cross_branch_start"] = cross_branch_start
 TABLES |= {"coupling_loss": coupling_loss, "quality_ridge": partial(quality, "quality_ridge_0.001")}
 

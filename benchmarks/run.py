@@ -451,7 +451,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--lr", type=float, default=1e-5)
     result.add_argument("--step-after-backward", action="store_true", help="keep all gradients until backward ends")
     result.add_argument("--tiny", action="store_true", help="the same code at a size for a CPU and a second")
-    result.add_argument("--out", type=Path, help="write the JSON to this file, or into this folder")
+    result.add_argument(
+        "--out", type=Path, help="write the JSON to this file, or into this folder if the name does not end in .json"
+    )
     result.add_argument("--commit", help="what is run, where there is no git to ask")
     result.add_argument("--allow-dirty", action="store_true", help="record although the tree is not the commit's")
     result.add_argument("--allow-untested", action="store_true", help="record without green tests")
@@ -523,6 +525,7 @@ def main(argv: list[str] | None = None) -> int:
                 f"Not recorded: no green run of {', '.join(TESTS)} on this code and these versions. "
                 "Run python benchmarks/run.py --tests first, or give --allow-untested."
             )
+        (args.out.parent if args.out.suffix == ".json" else args.out).mkdir(parents=True, exist_ok=True)
     workload = WORKLOADS[args.workload]
     if args.tiny:
         workload = workload.tiny()

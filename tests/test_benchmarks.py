@@ -168,8 +168,9 @@ def refused(capsys, *arguments: str) -> str:
 
 def test_a_result(recordable, tmp_path, capsys):
     arguments = "--workload qwen1.5_16x2048 --method ours_innovation_tiles --tiny --steps 3"
-    assert run.main([*arguments.split(), "--out", str(tmp_path)]) == 0
-    (file,) = tmp_path.iterdir()
+    folder = tmp_path / "new" / "results"
+    assert run.main([*arguments.split(), "--out", str(folder)]) == 0
+    (file,) = folder.iterdir()
     assert file.name == "run_cpu_qwen1.5_16x2048_ours_innovation_tiles.json"
     result = json.loads(file.read_text())
     time = result["step_time_ms"]
