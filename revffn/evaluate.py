@@ -1,7 +1,8 @@
 """`revffn evaluate`: benchmark scores of a model with confidence intervals, and tables that compare runs.
 
 Everything that can be refused is refused before weights are loaded. The results are written after every task, whole or
-not at all, and a second call with the same settings goes on with what is missing. Intervals are 95 %, value plus and
+not at all, and a second call with the same settings goes on with what is missing, also in the middle of a task of the
+harness or of MT-Bench, whose answers are kept beside the results. Intervals are 95 %, value plus and
 minus 1.96 standard errors; which standard error, each task's module says (harness: lm-evaluation-harness's own).
 """
 
@@ -83,6 +84,8 @@ def evaluate_command(config: EvaluateConfig) -> None:
         result = with_intervals(run(model))
         results["results"][task] = {"settings": settings[task], "device": device.type, **result}
         write_results(output, results)
+        if task in HARNESS_TASKS:
+            answers_file(output, task, model).unlink()
     print(table({output.name: results}))
 
 
@@ -137,7 +140,8 @@ def prepare_harness(
 
     def run(model: PreTrainedModel) -> dict[str, Any]:
         lm = harness.wrap(model, tokenizer, config.batch_size)
-        rows = harness.run_task(group, lm, config.limit, config.chat_template)
+        answers = answers_file(Path(config.output), task, model)
+        rows = harness.run_task(group, lm, config.limit, config.chat_template, answers)
         whole = rows[{"mmlu": "mmlu", "gsm8k": "gsm8k_cot"}.get(task, f"revffn_{task}")]
         return {**copy.deepcopy(whole), "harness_tasks": rows}
 
@@ -230,6 +234,12 @@ def with_intervals(result: dict[str, Any]) -> dict[str, Any]:
             value, stderr = metric["value"], metric["stderr"]
             metric["interval"] = None if stderr is None else [value - Z * stderr, value + Z * stderr]
     return result
+
+
+def answers_file(output: Path, task: str, model: PreTrainedModel) -> Path:
+    """Where a model's answers lie until the harness's task is done; another model's are elsewhere."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    return output.with_name(f"{output.stem}.{task}_{digest(model)}_{dtype}_rank0.db")
 
 
 def write_results(output: Path, results: dict[str, Any]) -> None:

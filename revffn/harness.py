@@ -193,8 +193,14 @@ def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size:
     return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
 
 
-def run_task(group: Group, lm: HFLM, limit: int | None, chat_template: bool) -> dict[str, dict[str, Any]]:
+def run_task(
+    group: Group, lm: HFLM, limit: int | None, chat_template: bool, answers: Path | None = None
+) -> dict[str, dict[str, Any]]:
     """Evaluate one loaded task.
+
+    Args:
+        answers: A database of the harness, named *_rank0.db. What is in it is not asked again, and each answer is
+            written to it as it comes. It must hold answers of the same model.
 
     Returns:
         Harness task or group -> `metrics` (name -> value, stderr), `questions`, and for a task `num_fewshot` and
@@ -203,6 +209,7 @@ def run_task(group: Group, lm: HFLM, limit: int | None, chat_template: bool) -> 
     found = lm_eval.simple_evaluate(
         model=lm, tasks=[group], task_manager=TaskManager(include_defaults=False), limit=limit,
         apply_chat_template=chat_template, fewshot_as_multiturn=chat_template,
+        use_cache=None if answers is None else str(answers).removesuffix("_rank0.db"),
     )  # fmt: skip
     rows: dict[str, dict[str, Any]] = {}
     for name, values in found["results"].items():

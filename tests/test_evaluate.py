@@ -10,11 +10,13 @@ import importlib
 import json
 import math
 import os
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from helpers import tiny_model
 
 import revffn
@@ -303,6 +305,47 @@ def test_a_second_call_goes_on(folder, tmp_path, text_file, data, monkeypatch):
     assert second["results"]["perplexity"] == first["results"]["perplexity"]
     assert second["results"]["gsm8k"]["settings"]["chat_template"] is True
     assert sorted(file.name for file in tmp_path.iterdir()) == ["r.json", "text.txt"]
+
+
+@pytest.mark.parametrize("task, method", [("mmlu", "_model_call"), ("gsm8k", "_model_generate")])
+def test_an_interrupted_task_goes_on(task, method, folder, tmp_path, data, monkeypatch):
+    """Answers given before the interruption are not asked for again, unless the weights are others; the numbers are
+    those of one go, and nothing is left beside them."""
+    from lm_eval.models.huggingface import HFLM
+
+    words = ["--tasks", task, "--batch_size", 1, f"--{task}_path", data / task]
+    words += ["--mmlu_subjects", ",".join(SUBJECTS)] if task == "mmlu" else []
+    calls, last, ask = 0, math.inf, getattr(HFLM, method)
+
+    def counted(*args, **kwargs):
+        nonlocal calls
+        if calls == last:
+            raise KeyboardInterrupt
+        calls += 1
+        return ask(*args, **kwargs)
+
+    monkeypatch.setattr(HFLM, method, counted)
+    one_go = evaluated(folder, tmp_path / "one_go.json", *words)["results"][task]
+    total, calls, last = calls, 0, 3
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(folder, tmp_path / "r.json", *words)
+    assert not (tmp_path / "r.json").exists() and total == (10 if task == "mmlu" else 4)
+    calls, last = 0, math.inf
+    assert evaluated(folder, tmp_path / "r.json", *words)["results"][task] == one_go
+    assert calls == total - 3
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["one_go.json", "r.json"]
+    # Other weights are asked everything, and what another model said stays for it.
+    (tmp_path / "r.json").unlink()
+    calls, last = 0, 3
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(folder, tmp_path / "r.json", *words)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    model.lm_head.weight.data.mul_(2)
+    shutil.copytree(folder, tmp_path / "other")
+    model.save_pretrained(tmp_path / "other")
+    calls, last = 0, math.inf
+    evaluated(tmp_path / "other", tmp_path / "r.json", *words)
+    assert calls == total and len([*tmp_path.glob("r.*.db")]) == 1
 
 
 def test_tables(tmp_path, capsys):
