@@ -1,7 +1,6 @@
-"""How a step's time and memory grow with tokens, depth and experts -> one JSON, and a figure for each.
+"""How a step's time and memory grow with tokens, depth and experts -> one JSON.
 
     python benchmarks/scaling.py --out benchmarks/results/scaling.json     # wants a quiet machine
-    python benchmarks/scaling.py --draw benchmarks/results/scaling.json    # docs/figures/scaling_*.svg
 
 Memory: live tensors at the peak of a step at true width (Qwen1.5-MoE-A2.7B in bf16), planned from the config. Time: a
 small model of the same proportions in float32 on this machine. In every round each size takes one step, in turns; what
@@ -14,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -31,7 +29,6 @@ from revffn.planner import plan
 from revffn.simulation import Method
 
 ROOT = Path(__file__).resolve().parent.parent
-FIGURES = ROOT / "docs" / "figures"
 MODEL = "qwen1.5-moe-a2.7b"
 SIZES = {
     "tokens": (1024, 4096, 16384, 65536, 131072),
@@ -104,79 +101,18 @@ def times(axis: str, rounds: int) -> dict[str, list[dict[str, Any]]]:
     return out
 
 
-# --- figures ---------------------------------------------------------------------------------------------------------
-
-NAMES = {
-    "ours_innovation_tiles": "ours, innovation m = 2",
-    "hf_checkpointing_linear_ce": "transformers + checkpointing",
-}
-COLORS = {"ours_innovation_tiles": "#5e81ac", "hf_checkpointing_linear_ce": "#bf616a"}
-
-
-def draw(result: dict[str, Any], axis: str, file: Path) -> None:
-    """Time on the left, memory on the right."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    for name in METHODS:
-        points = result[axis]["time"][name]
-        middle = [point["ratio"]["median"] for point in points]
-        low, high = zip(*(point["ratio"]["quartiles"] for point in points), strict=True)
-        sizes = [point["size"] for point in points]
-        left.plot(sizes, middle, "o-", color=COLORS[name], label=NAMES[name])
-        left.fill_between(sizes, low, high, color=COLORS[name], alpha=0.2, linewidth=0)
-        points = result[axis]["memory"][name]
-        sizes = [point["size"] for point in points]
-        right.plot(sizes, [p["peak_bytes"] / 2**30 for p in points], "o-", color=COLORS[name])
-        rest = [(p["peak_bytes"] - p["parts"]["weights"] - p["parts"]["optimizer"]) / 2**30 for p in points]
-        right.plot(sizes, rest, "o--", color=COLORS[name], markerfacecolor="white")
-    if axis == "tokens":
-        first = SIZES[axis][0]
-        left.plot(SIZES[axis], [size / first for size in SIZES[axis]], ":", color="black", label="linear")
-        for axes in (left, right):
-            axes.set_xscale("log", base=2)
-        left.set_yscale("log", base=2)
-    unit = {"tokens": "tokens per step", "depth": "decoder layers", "experts": "experts per layer"}[axis]
-    for axes, title in (
-        (left, f"step time, {SIZES[axis][0]} {unit} = 1 (small model)"),
-        (right, "peak, GiB (true width; dashed: without weights and optimizer)"),
-    ):
-        axes.set_title(title, loc="left", fontsize=10)
-        axes.set_xlabel(unit)
-        axes.set_xticks(SIZES[axis], [f"{size // 1024}k" if size >= 1024 else str(size) for size in SIZES[axis]])
-        axes.minorticks_off()
-        axes.set_ylim(bottom=None if axes is left and axis == "tokens" else 0)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(True, color="#e5e9f0")
-    left.legend(frameon=False, fontsize=9)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, metadata={"Date": None})
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="measure, and write the JSON to this file")
-    parser.add_argument("--draw", type=Path, help="draw the figures of this file")
+    parser.add_argument("--out", type=Path, required=True, help="write the JSON to this file")
     parser.add_argument("--axes", nargs="*", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    if args.out is None and args.draw is None:
-        parser.error("nothing to do: give --out FILE, --draw FILE or both")
-    if args.out is not None:
-        result: dict[str, Any] = {"settings": {"model": MODEL, "base": BASE, "small_base": SMALL_BASE, "small": SMALL}}
-        result |= {"rounds": args.rounds, "date": now(), "device": device_facts("cpu"), **provenance()}
-        for axis in args.axes:
-            result[axis] = {"time": times(axis, args.rounds), "memory": memory(axis)}
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
-    if args.draw is not None:
-        result = json.loads(args.draw.read_text())
-        for axis in args.axes:
-            draw(result, axis, FIGURES / f"scaling_{axis}.svg")
+    result: dict[str, Any] = {"settings": {"model": MODEL, "base": BASE, "small_base": SMALL_BASE, "small": SMALL}}
+    result |= {"rounds": args.rounds, "date": now(), "device": device_facts("cpu"), **provenance()}
+    for axis in args.axes:
+        result[axis] = {"time": times(axis, args.rounds), "memory": memory(axis)}
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    sys.exit(main())
+    main()

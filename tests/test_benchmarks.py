@@ -23,8 +23,8 @@ from revffn import reversible_report
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # scripts that import each other
-methods, quality, report, run, workloads = map(
-    importlib.import_module, ("methods", "quality", "report", "run", "workloads")
+figures, methods, quality, report, run, workloads = map(
+    importlib.import_module, ("figures", "methods", "quality", "report", "run", "workloads")
 )
 
 SUITE = BENCHMARKS / "gpu_suite.sh"
@@ -467,6 +467,30 @@ def test_quality_tables_pair_seeds(tmp_path, monkeypatch):
     rows = {line.split("|")[2].strip(): line for line in report.curves().splitlines()}
     assert "| 2.5000 | 2.4000 | 2.3000 | 2.2000 | 600 | 0 |" in rows["sft"]
     assert "| 3.1000 | 2.7000 | 2.3000 | 1.9000 | 600 | 311 |" in rows["longer"]  # 2.5 at the third of six looks
+
+
+def test_figures_show_what_the_files_say(tmp_path, monkeypatch):
+    drawn = figures.figures()
+    assert {f"{name}.svg" for name in drawn} == {file.name for file in figures.FIGURES.iterdir()}
+    folder = figures.RESULTS / "quality" / "gsm8k"
+    runs = figures.runs_by_method(folder)
+    assert "galore" not in runs and set(runs) <= set(figures.TUNED) and len(runs["innovation_grown"]) == 3
+    left, right = drawn["quality_gsm8k"].axes
+    curves = {line.get_label(): line for line in left.lines}
+    label = figures.TUNED["cross_branch_long"][0]
+    points = runs["cross_branch_long"][0]["curve"]
+    assert [*curves[label].get_xdata()] == [point["tokens"] for point in points]
+    assert [*curves[label].get_ydata()] == [point["exported"] for point in points]
+    gaps = {name: report.gaps_of(runs[name], runs["sft"]) for name in runs}
+    heights = sorted(line.get_ydata()[0] for line in right.lines)
+    assert heights == pytest.approx(sorted(sum(gap) / len(gap) for gap in gaps.values() if gap))
+    assert not gaps["cross_branch_long"] and len(gaps["innovation_m1_grown"]) == 3
+    # The same files, the same picture, to the byte.
+    for name in ("a", "b"):
+        monkeypatch.setattr(sys, "argv", ["figures.py", "--out", str(tmp_path / name)])
+        figures.main()
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
 
 
 # --- on the device ---------------------------------------------------------------------------------------------------
