@@ -6,12 +6,14 @@
         --output benchmarks/results/coupling_loss_grids.json
 
 `settings`: the library's coupling by ridge, calibration rows, m and sign. `features`: the share of the last update's
-energy that a predictor explains on held-out tokens, by what it sees. `chosen_signs`: signs not drawn but chosen for
-every token and group of channels so that they undo what the coupling has added so far, in plain floating point. The
-last two are not in the library: what they would win is measured here first. `grids`: the library's coupling by how
-much finer the grid becomes with depth, and by how coarse one grid for all states may be. `ranks`, `plain_layers`: by
-the rank of the predictors, by the number of leading plain layers. `cross_branch`: the other coupling, by where its
-adapters start.
+energy that a predictor explains on held-out tokens, by what it sees. `token_groups`: the same with a map for each
+group of tokens. `chosen_signs`: signs not drawn but chosen for every token and group of channels so that they undo
+what the coupling has added so far, in plain floating point. `sublayers`: a step of the coupling for each sublayer in
+place of each layer, likewise. These four are not in the library: what they would win is measured here first.
+`refit`: `--model` is a trained reversible model; its predictors as they are, and fitted again on its states. `grids`:
+the library's coupling by how much finer the grid becomes with depth, and by how coarse one grid for all states may be.
+`ranks`, `plain_layers`: by the rank of the predictors, by the number of leading plain layers. `cross_branch`: the
+other coupling, by where its adapters start.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ import quality
 import torch
 from simulate import git_state
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import revffn
@@ -36,7 +40,8 @@ from revffn.evaluation import coupled, heldout_loss
 
 WORKLOAD = quality.WORKLOADS["dolly"]
 HELDOUT_ROWS = 32
-PARTS = ("features", "chosen_signs", "settings", "grids", "ranks", "plain_layers", "cross_branch")
+PARTS = ("features", "chosen_signs", "token_groups", "sublayers", "refit", "settings", "grids", "ranks")
+PARTS += ("plain_layers", "cross_branch")
 
 
 @torch.no_grad()
@@ -212,6 +217,99 @@ def chosen_signs(model: PreTrainedModel, now: list[Tensor], held: list, pad: int
     return found
 
 
+def token_groups(now: list[Tensor], held: list[Tensor]) -> list[dict[str, Any]]:
+    """The share of the last update that is predicted with one map for each group of tokens alike in direction."""
+    from sklearn.cluster import KMeans
+
+    found = []
+    for k in range(5, len(now) - 1, 5):
+        target = held[k - 1] - held[k]
+        directions = [F.normalize(s[k]).numpy() for s in (now, held)]
+        for number in (1, 2, 4, 8):
+            groups = KMeans(number, random_state=0).fit(directions[0])
+            predicted = torch.zeros_like(target)
+            for group in range(number):
+                inside, asked = (torch.from_numpy(groups.predict(part) == group) for part in directions)
+                weight, bias = ridge_fit(now[k][inside], (now[k - 1] - now[k])[inside], calibration.RIDGE)
+                predicted[asked] = held[k][asked] @ weight + bias
+            left = (target - predicted).square().sum() / (target - target.mean(0)).square().sum()
+            smallest = int(min(torch.from_numpy(groups.labels_).bincount()))
+            found.append(dict(layer=k, groups=number, smallest=smallest, explained=1 - left.item()))
+            print(found[-1], flush=True)
+    return found
+
+
+@torch.no_grad()
+def sublayers(model: PreTrainedModel, training: list, held: list, pad: int) -> list[dict[str, Any]]:
+    """The loss with a step for each layer, and with one for each sublayer, which keeps bits twice per layer. The
+    first layer is plain."""
+    layers = model.model.layers
+    seen: dict[int, list[Tensor]] = {}
+    # h_{2k} enters layer k, h_{2k+1} its feed-forward.
+    readers = [module for layer in layers for module in (layer, layer.post_attention_layernorm)]
+    adders = [module for layer in layers for module in (layer.self_attn, layer.mlp)]
+    mask = torch.tensor(True)
+
+    def note(j: int, state: Tensor) -> None:
+        seen.setdefault(j, []).append(state[mask].double())
+
+    hooks = [
+        reader.register_forward_pre_hook(lambda _, args, j=j: note(j, args[0])) for j, reader in enumerate(readers)
+    ]
+    for batch in batches(training, 8, pad):
+        mask = batch["attention_mask"].bool()
+        model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    states = [torch.cat(seen.pop(j)) for j in range(len(readers))]
+    at: dict[int, Tensor] = {}
+
+    def enter(j: int, state: Tensor) -> None:
+        at[j] = state
+
+    def add(weight: Tensor, bias: Tensor, gain: float, j: int, before: int, output: Any) -> Any:
+        change = gain * (at[before] - at[j] - at[j] @ weight - bias)
+        return (output[0] + change, *output[1:]) if isinstance(output, tuple) else output + change
+
+    found = []
+    for per, stride in (("layer", 2), ("sublayer", 1)):
+        steps = range(2, len(readers), stride)
+        maps = {j: ridge_fit(states[j], states[j - stride] - states[j], calibration.RIDGE) for j in steps}
+        for m in (1, 2, 4):
+            hooks = [
+                reader.register_forward_pre_hook(lambda _, args, j=j: enter(j, args[0]))
+                for j, reader in enumerate(readers)
+            ]
+            for j, (weight, bias) in maps.items():
+                step = partial(add, weight.float(), bias.float(), 2.0**-m, j, j - stride)
+                # The step's last sublayer, so that nothing in the step reads what is added.
+                hooks.append(adders[j + stride - 1].register_forward_hook(lambda _, args, out, step=step: step(out)))
+            loss = heldout_loss(model, held, 8, pad)["loss"]
+            for hook in hooks:
+                hook.remove()
+            found.append(dict(per=per, m=m, bits_per_layer=m * 2 // stride, loss=loss))
+            print(found[-1], flush=True)
+    return found
+
+
+@torch.no_grad()
+def refit(path: str, training: list, held: list, pad: int) -> dict[str, float]:
+    """The coupled function of a trained model above the exported one, with its predictors and with new ones."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    config = revffn.ReversibleConfig(**{
+        name: model.config.revffn[name] for name in ("side_bits", "plain_layers", "random_sign")
+    })  # fmt: skip
+    found = {}
+    for name in ("as they are", "fitted again"):
+        with coupled(model):
+            found[name] = heldout_loss(model, held, 8, pad)["loss"]
+        model = revffn.export(model)
+        found["exported"] = heldout_loss(model, held, 8, pad)["loss"]
+        revffn.convert(model, config, calibration=batches(training, 8, pad))
+    print(found, flush=True)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="runs/smollm2-moe")
@@ -227,12 +325,18 @@ def main() -> None:
     result: dict[str, Any] = {"model": arguments.model, "heldout_rows": len(held), "git": git}
     result["hidden_size"] = model.config.hidden_size
     result["plain"] = heldout_loss(model, held, 8, pad)["loss"]
-    if {"features", "chosen_signs"} & set(arguments.parts):
+    if "refit" in arguments.parts:
+        result["refit"] = refit(arguments.model, training[:256], held, pad)
+    if {"features", "chosen_signs", "token_groups"} & set(arguments.parts):
         now = states(model, training[:128], pad)
     if "features" in arguments.parts:
         result["features"] = features(now, states(model, held, pad))
     if "chosen_signs" in arguments.parts:
         result["chosen_signs"] = chosen_signs(model, now, held, pad)
+    if "token_groups" in arguments.parts:
+        result["token_groups"] = token_groups(now, states(model, held, pad))
+    if "sublayers" in arguments.parts:
+        result["sublayers"] = sublayers(model, training[:128], held, pad)
     if "settings" in arguments.parts:
         result["settings"] = settings(model, training, held, pad)
         model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
