@@ -155,9 +155,7 @@ def states(model: PreTrainedModel, rows: list, pad: int) -> list[Tensor]:
 
 def ridge_fit(x: Tensor, y: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     x0, y0 = x - x.mean(0), y - y.mean(0)
-    covariance = x0.T @ x0
-    covariance += ridge * torch.diag(covariance.diagonal())
-    weight = torch.linalg.solve(covariance, x0.T @ y0)
+    weight = calibration.ridge_weight(x0.T @ x0, x0.T @ y0, ridge)
     return weight, y.mean(0) - x.mean(0) @ weight
 
 
