@@ -533,6 +533,37 @@ def plain_layers() -> str:
     return "\n".join(lines)
 
 
+def token_groups() -> str:
+    """The predicted share by layer, with a map for each of some groups of tokens."""
+    file = RESULTS / "coupling_loss_finer.json"
+    if not file.exists():
+        return NO_RESULTS
+    rows = json.loads(file.read_text())["token_groups"]
+    layers = list(dict.fromkeys(r["layer"] for r in rows))
+    lines = ["| groups | " + " | ".join(f"layer {k}" for k in layers) + " |", "|---:" * (len(layers) + 1) + "|"]
+    for number in dict.fromkeys(r["groups"] for r in rows):
+        shares = [f"{r['explained']:.3f}" for r in rows if r["groups"] == number]
+        lines.append(f"| {number} | {' | '.join(shares)} |")
+    return "\n".join(lines)
+
+
+def sublayers() -> str:
+    """What the coupling adds to the loss with a step for each layer, and for each sublayer."""
+    file = RESULTS / "coupling_loss_finer.json"
+    if not file.exists():
+        return NO_RESULTS
+    result = json.loads(file.read_text())
+    lines = [
+        "| a step for each | m = 1 | m = 2 | m = 4 | bits kept per layer and channel |",
+        "|---|---:|---:|---:|---|",
+    ]
+    for per, rows in by_value(result["sublayers"], "per").items():
+        cells = [f"{r['loss'] - result['plain']:+.3f}" for r in rows]
+        cells.append(", ".join(str(r["bits_per_layer"]) for r in rows))
+        lines.append(f"| {per} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def by_value(rows: list[dict], name: str) -> dict:
     """Rows grouped by a setting, m rising."""
     groups: dict = {}
@@ -568,7 +599,7 @@ def serving() -> str:
 TABLES = {"memory": memory, "first_steps": first_steps, "quality": quality, "planner": planner, "terms": terms}
 TABLES |= {"speed": speed, "losses": losses, "pairs": pairs, "scaling": scaling, "serving": serving}
 TABLES |= {"overview": overview, "curves": curves, "grids": grids, "ranks": ranks}
-TABLES["plain_layers"] = plain_layers
+TABLES |= {"plain_layers": plain_layers, "token_groups": token_groups, "sublayers": sublayers}
 TABLES["cross_branch_start"] = cross_branch_start
 TABLES |= {"coupling_loss": coupling_loss, "quality_ridge": partial(quality, "quality_ridge_0.001")}
 
