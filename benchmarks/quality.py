@@ -91,8 +91,9 @@ class Method:
     """Learning rate of that; None: the same as afterwards."""
     distil: bool = False
     """The first of the two stages learns the base model's distribution, of all tokens, in place of the responses."""
-    schedule: dict[float, int] = field(default_factory=dict)
-    """m of innovation from this share of the steps on."""
+    schedule: dict[float, int | Literal["plain", "refit"]] = field(default_factory=dict)
+    """What changes after this share of the steps, of innovation: m; `plain`, the rest is trained without the coupling;
+    `refit`, the predictors are fitted again."""
     rate_of: str | None = None
     """Takes the learning rate found for this method."""
     rates: tuple[float, ...] = (5e-5, 1e-4, 2e-4)
@@ -103,7 +104,7 @@ class Method:
     """Measurements on the way, evenly spaced, a multiple of 3; one more before the first step."""
 
 
-def _innovation(words: str, schedule: dict[float, int] | None = None, **settings: Any) -> Method:
+def _innovation(words: str, schedule: dict[float, Any] | None = None, **settings: Any) -> Method:
     return Method(
         description=f"innovation, {words}",
         reversible={"coupling": "innovation", "side_bits": 2, "random_sign": False, "grid_growth": 0, **settings},
@@ -144,6 +145,15 @@ METHODS: dict[str, Method] = {
     "innovation_m1_fixed": _innovation("m = 1, fixed sign", side_bits=1),
     "innovation_m4_fixed": _innovation("m = 4, fixed sign", side_bits=4),
     "innovation_m1_rising": _innovation("m = 1, then 4 for the last fifth, fixed sign", {0.0: 1, 0.8: 4}, side_bits=1),
+    "innovation_m1_plain_end": _innovation(
+        "m = 1, growing grid, then plain for the last tenth", {0.9: "plain"}, side_bits=1, grid_growth=None
+    ),
+    "innovation_m1_refit": _innovation(
+        "m = 1, growing grid, fitted again after each third",
+        {1 / 3: "refit", 2 / 3: "refit"},
+        side_bits=1,
+        grid_growth=None,
+    ),
     "innovation_random": _innovation("m = 2, random sign", random_sign=True),
     "innovation_m1_random": _innovation("m = 1, random sign", side_bits=1, random_sign=True),
     "innovation_plain2": _innovation("m = 2, two plain layers", plain_layers=2),
@@ -275,9 +285,10 @@ def heldout(model: Any, rows: list, batch_size: int, pad: int) -> dict[str, floa
 
 @dataclass(kw_only=True)
 class Updates:
-    """What makes the updates: `step(batch)` is forward, backward and update at the rate last set."""
+    """What makes the updates: `step(model, batch)` is forward, backward and update at the rate last set. The model may
+    be another around the same parameters."""
 
-    step: Callable[[dict[str, Tensor]], float]
+    step: Callable[[Any, dict[str, Tensor]], float]
     set_lr: Callable[[float], None]
 
 
@@ -297,7 +308,7 @@ def updates_of(
     if method.rule in ("lomo", "galore", "galore_linear"):
         row = benchmark_methods.METHODS[method.rule]
         training = row.start(model, benchmark_methods.OptimizerSettings(lr=learning_rate))
-        return Updates(step=lambda batch: training.step(batch).item(), set_lr=training.set_lr)
+        return Updates(step=lambda _, batch: training.step(batch).item(), set_lr=training.set_lr)
     if method.rule == "adamw":
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
@@ -307,7 +318,7 @@ def updates_of(
             parameter_groups(model, 0.0), rule=method.rule, betas=(0.9, 0.95), in_backward=False, seed=seed
         )
 
-    def step(batch: dict[str, Tensor]) -> float:
+    def step(model: Any, batch: dict[str, Tensor]) -> float:
         loss = divergence_from(teacher, model, batch) if teacher else model(**batch, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -334,27 +345,32 @@ def run(model_path: str, method: Method, workload: Workload, learning_rate: floa
         parameter.requires_grad_(False)
     torch.manual_seed(seed)
     calibration = None
-    if method.reversible is None:
-        model = method.change(model)
-    else:
+
+    def convert(model: PreTrainedModel) -> None:
         config = revffn.ReversibleConfig(**method.reversible)
         fits = config.coupling != "none"
         revffn.convert(model, config, calibration=batches(training[:CALIBRATION_ROWS], size, pad) if fits else None)
+
+    if method.reversible is None:
+        model = method.change(model)
+    else:
+        convert(model)
         calibration = getattr(model.config, "revffn_calibration", None)
-    is_innovation = revffn.is_reversible(model) and config.coupling == "innovation"
+    is_innovation = (method.reversible or {}).get("coupling") == "innovation"
     curve: list[dict[str, Any]] = []
 
     def measure(step: int) -> None:
         now = heldout(model, held, 2 * size, pad)
         point = {"step": step, "tokens": tokens, "exported": now["loss"], "accuracy": now["accuracy"]}
-        if is_innovation:
+        if is_innovation and revffn.is_reversible(model):
             with coupled(model):  # the same signs at every measurement
                 point["trained"] = heldout(model, held, 2 * size, pad)["loss"]
         curve.append(point)
         print(name, point, flush=True)
 
     kept = step_bytes(backbone(model), next(batches(training, size, pad)))
-    updates, losses, tokens, largest = None, [], 0, 0
+    updates, losses, tokens, largest, mismatched = None, [], 0, 0, 0
+    last_coupled = model if revffn.is_reversible(model) else None
     measure(0)
     start = drift(model, text, base)
     trainable = {p for p in model.parameters() if p.requires_grad}
@@ -371,16 +387,24 @@ def run(model_path: str, method: Method, workload: Workload, learning_rate: floa
             if method.distil and stage == 1:
                 teacher = AutoModelForCausalLM.from_pretrained(model_path, dtype=method.dtype).eval()
             updates = updates_of(method, model, learning_rate, seed, teacher)
-        for share, bits in method.schedule.items():
+        for share, change in method.schedule.items():
             if step == 1 + round(share * steps):
-                for layer in model.model.layers:
-                    if layer.coupling.side_bits is not None:
-                        layer.coupling.side_bits = bits
+                if change == "plain":
+                    model = revffn.export(model)
+                elif change == "refit":
+                    mismatched += revffn.reversible_report(model)["mismatched_states_total"]
+                    model = revffn.export(model)
+                    convert(model)
+                    last_coupled = model
+                else:
+                    for layer in model.model.layers:
+                        if layer.coupling.side_bits is not None:
+                            layer.coupling.side_bits = change
         own_rate = stage == 1 and method.stage1_rate is not None
         peak, warm = method.stage1_rate if own_rate else learning_rate, max(1, (last - first + 1) // 10)
         done = step - first + 1
         updates.set_lr(peak * min(done / warm, (last - step + 1) / (last - first + 2 - warm)))
-        losses.append(updates.step(batch))
+        losses.append(updates.step(model, batch))
         tokens += int(batch["attention_mask"].sum())
         if revffn.is_reversible(model):
             largest = max(largest, revffn.reversible_report(model)["largest_grid_value"])
@@ -399,11 +423,11 @@ def run(model_path: str, method: Method, workload: Workload, learning_rate: floa
         "kept_bytes_of_tokens": next(batches(training, size, pad))["input_ids"].numel(),
         "calibration": calibration,
     }
-    if revffn.is_reversible(model):
-        report = revffn.reversible_report(model)
-        result["mismatched_states"] = report["mismatched_states_total"]
+    if last_coupled is not None:
+        report = revffn.reversible_report(last_coupled)
+        result["mismatched_states"] = mismatched + report["mismatched_states_total"]
         result["anchor_layers"] = report["anchor_layers"]
-        result["grids"] = {name: model.config.revffn[name] for name in GRID_SETTINGS}
+        result["grids"] = {name: last_coupled.config.revffn[name] for name in GRID_SETTINGS}
         result["largest_grid_value"] = largest
     return result
 

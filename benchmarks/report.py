@@ -224,14 +224,15 @@ TIMED_AS = {
 
 def overview() -> str:
     """One row for each method of quality.py: loss on every workload, bytes, time. Innovation as calibration sets it
-    up; what it was before, with one grid, is in the longer table, as are runs of other lengths."""
+    up; with one grid or a schedule it is in the longer table, as are runs of other lengths."""
     folders = sorted(path for path in (RESULTS / "quality").glob("*") if path.is_dir())
     found: dict[str, dict[str, dict[int, dict]]] = {}
     for folder in folders:
         for file in sorted(folder.glob("*_seed*.json")):
             result = json.loads(file.read_text())
             settings = result["settings"]["reversible"] or {}
-            if settings.get("coupling") == "innovation" and settings.get("grid_growth", 0) == 0:
+            tried = settings.get("grid_growth", 0) == 0 or result["settings"].get("schedule")
+            if settings.get("coupling") == "innovation" and tried:
                 continue
             seeds = found.setdefault(result["method"], {}).setdefault(folder.name, {})
             seeds[result["settings"]["seed"]] = result

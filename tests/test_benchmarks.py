@@ -19,6 +19,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import revffn
 from revffn import reversible_report
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -388,6 +389,37 @@ def test_quality_of_the_same_function_is_the_same_and_seeds_differ(model_folder,
     assert all(a != b for a, b in zip(distilled["losses"], fitted["losses"], strict=True))
     # The second stage learns the responses: a loss of the same kind as the other's.
     assert distilled["losses"][3:] == pytest.approx(fitted["losses"][3:], rel=0.05)
+
+
+def test_schedules_of_innovation(model_folder, data_file, monkeypatch):
+    """Without the coupling for the last step, the losses are those with it until then; predictors fitted again are
+    others, fitted on the weights of that step, and the optimizer goes on with the same parameters."""
+    workload = quality.Workload(path=str(data_file()), steps=6, batch_size=2, max_length=64, num_heldout=4)
+    fitted, convert = [], revffn.convert
+
+    def noted(model, config, **rest):
+        made = convert(model, config, **rest)
+        fitted.append(model.model.layers[1].coupling.predictor.up.weight.detach().clone())
+        return made
+
+    monkeypatch.setattr(revffn, "convert", noted)
+
+    def go(name: str, **changes) -> dict:
+        method = dataclasses.replace(quality.METHODS[name], **changes)
+        return quality.run(str(model_folder()), method, workload, 1e-3, 0, name)
+
+    coupled = go("innovation_m1_grown")
+    plain_end = go("innovation_m1_plain_end", schedule={5 / 6: "plain"})
+    assert plain_end["losses"][:5] == coupled["losses"][:5] and plain_end["losses"][5] != coupled["losses"][5]
+    assert "trained" in plain_end["curve"][-2] and "trained" not in plain_end["curve"][-1]
+    assert plain_end["curve"][-1]["exported"] != plain_end["curve"][-2]["exported"]  # it learns on
+    refit = go("innovation_m1_refit")
+    assert len(fitted) == 5 and all(torch.equal(fitted[i], fitted[0]) for i in (1, 2))
+    assert not torch.equal(fitted[3], fitted[2]) and not torch.equal(fitted[4], fitted[3])
+    assert refit["losses"][:2] == coupled["losses"][:2] and refit["losses"][2:] != coupled["losses"][2:]
+    assert refit["losses"] == pytest.approx(coupled["losses"], rel=0.05)
+    for result in (coupled, plain_end, refit):
+        assert result["mismatched_states"] == 0 and result["curve"][-1]["exported"] < result["curve"][0]["exported"]
 
 
 def test_divergence_from_the_base_model(model_folder):
