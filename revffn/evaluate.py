@@ -85,7 +85,7 @@ def evaluate_command(config: EvaluateConfig) -> None:
         results["results"][task] = {"settings": settings[task], "device": device.type, **result}
         write_results(output, results)
         if task in HARNESS_TASKS:
-            answers_file(output, task, model).unlink()
+            answers_file(output, task, model).unlink(missing_ok=True)
     print(table({output.name: results}))
 
 
