@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 import random
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,7 @@ def read_file(file: Path) -> Iterator[tuple[Any, str]]:
     try:
         text = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
         text = text.decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise InputError(f"{file}: cannot be read ({error}). Give UTF-8 text, with gzip for .gz.") from None
     if file.suffix == ".csv":
         rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)

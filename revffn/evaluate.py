@@ -9,6 +9,7 @@ minus 1.96 standard errors; which standard error, each task's module says (harne
 from __future__ import annotations
 
 import copy
+import glob
 import hashlib
 import importlib.util
 import json
@@ -51,6 +52,8 @@ def evaluate_command(config: EvaluateConfig) -> None:
     if unknown:
         raise InputError(f"tasks: unknown {', '.join(map(repr, unknown))}. Known: {', '.join(TASKS)}.")
     output = Path(config.output)
+    if output.suffix != ".json":
+        raise InputError(f"output {config.output!r}: expected a name that ends in .json.")
     found = read_results(output) if output.exists() else None
     if not output.resolve().parent.is_dir():
         raise InputError(f"output {config.output!r}: there is no folder {output.resolve().parent}. Make it first.")
@@ -73,25 +76,30 @@ def evaluate_command(config: EvaluateConfig) -> None:
         "model_type": model.config.model_type,
         "function": function,
         "weights": digest(model),
+        "config": config_digest(model.config),
+        "tokenizer": tokenizer_digest(tokenizer),
         "dtype": str(model.dtype).removeprefix("torch."),
         "parameters": sum(p.numel() for p in model.parameters()),
     }
-    results = found or {"about": about, "versions": versions(), "results": {}}
-    if results["about"] != about:
-        differing = [key for key, value in about.items() if results["about"].get(key) != value]
-        raise InputError(f"{output} holds the results of another model ({', '.join(differing)}). Name another file.")
+    results = results_of(output, about)
     for task, run in work.items():
-        result = with_intervals(run(model))
-        results["results"][task] = {"settings": settings[task], "device": device.type, **result}
+        how = {"settings": settings[task], "device": device.type, "versions": versions()}
+        result = with_intervals(run(model, about, how))
+        results = results_of(output, about)  # another call may have written meanwhile
+        results["results"][task] = how | result
         write_results(output, results)
-        if task in HARNESS_TASKS:
-            answers_file(output, task, model).unlink(missing_ok=True)
+        for file in output.parent.glob(glob.escape(answers_prefix(output, task, about, how)) + "*"):
+            file.unlink(missing_ok=True)
     print(table({output.name: results}))
+
+
+Run = Callable[[PreTrainedModel, dict[str, Any], dict[str, Any]], dict[str, Any]]
+"""What runs a task: the model, what is told about it, and how it is run -> metrics."""
 
 
 def prepare(
     task: str, config: EvaluateConfig, model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
-) -> Callable[[PreTrainedModel], dict[str, Any]]:
+) -> Run:
     """Read and check what a task needs; what is returned runs it."""
     if task == "mt_bench" or (task in HARNESS_TASKS and config.chat_template):
         check_chat_template(tokenizer, config.model)
@@ -104,7 +112,7 @@ def prepare(
             raise InputError("perplexity needs a text: --text FILE.")
         text = read_text(config.text)
         check(model_config, tokenizer, config.window)
-        return lambda model: perplexity(
+        return lambda model, about, how: perplexity(
             model,
             tokenizer,
             text,
@@ -118,12 +126,10 @@ def prepare(
     if config.mt_bench_path is None:
         raise InputError("mt_bench needs its questions and judge prompts: --mt_bench_path FOLDER, from FastChat.")
     bench = Bench(config)
-    return lambda model: bench.run(model, tokenizer, digest(model))
+    return lambda model, about, how: bench.run(model, tokenizer, about)
 
 
-def prepare_harness(
-    task: str, config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase
-) -> Callable[[PreTrainedModel], dict[str, Any]]:
+def prepare_harness(task: str, config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) -> Run:
     missing = [name for name in ("lm_eval", "datasets") if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(
@@ -138,9 +144,10 @@ def prepare_harness(
         subjects = [subject.strip() for subject in config.mmlu_subjects.split(",")]
     group = harness.load_task(task, paths, subjects)
 
-    def run(model: PreTrainedModel) -> dict[str, Any]:
+    def run(model: PreTrainedModel, about: dict[str, Any], how: dict[str, Any]) -> dict[str, Any]:
         lm = harness.wrap(model, tokenizer, config.batch_size)
-        answers = answers_file(Path(config.output), task, model)
+        output = Path(config.output)
+        answers = output.with_name(answers_prefix(output, task, about, how))
         rows = harness.run_task(group, lm, config.limit, config.chat_template, answers)
         whole = rows[{"mmlu": "mmlu", "gsm8k": "gsm8k_cot"}.get(task, f"revffn_{task}")]
         return {**copy.deepcopy(whole), "harness_tasks": rows}
@@ -163,7 +170,10 @@ def task_settings(task: str, config: EvaluateConfig) -> dict[str, Any]:
         "perplexity": ("limit", "batch_size", "text", "window", "stride"),
         "mt_bench": ("limit", "mt_bench_path", "max_new_tokens", "seed", "judge_model"),
     }[task]
-    return {name: getattr(config, name) for name in names}
+    settings = {name: getattr(config, name) for name in names}
+    if task == "perplexity" and config.text is not None and Path(config.text).is_file():
+        settings["text_sha256"] = short_sha256(Path(config.text).read_bytes())
+    return settings
 
 
 # --- model -----------------------------------------------------------------------------------------------------------
@@ -194,7 +204,10 @@ def find_model(given: str) -> tuple[str, PretrainedConfig, PreTrainedTokenizerBa
 
 def load_model(folder: str, device: torch.device) -> tuple[PreTrainedModel, str]:
     """A model, and which function is evaluated: plain, exported, or its own (cross_branch, which has no other)."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    except OSError as error:
+        raise InputError(f"model {folder!r}: {' '.join(str(error).split())[:200]}") from None
     function = "plain"
     if revffn.is_reversible(model):
         try:
@@ -212,6 +225,27 @@ def digest(model: PreTrainedModel) -> str:
         sample = flat[:: max(1, flat.numel() // 64)].float().cpu()
         seen.update(f"{name} {tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
     return seen.hexdigest()[:16]
+
+
+def config_digest(config: PretrainedConfig) -> str:
+    """Of what the model computes, not of where it came from or who wrote it."""
+    values = config.to_dict()
+    for name in ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"):
+        values.pop(name, None)
+    return short_sha256(json.dumps(values, sort_keys=True, default=str).encode())
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of a few texts' tokens, the special tokens and the chat template: what prompts come to the model as."""
+    texts = ("The house is red.\n\nOne river, 东京, grün; x = 3.14e-5", " A", "Question: 12 + 7?\nAnswer:", "")
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    return short_sha256(json.dumps([ids, vocabulary, tokenizer.chat_template, tokenizer.special_tokens_map],
+                                   sort_keys=True, default=str).encode())  # fmt: skip
+
+
+def short_sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def versions() -> dict[str, str]:
@@ -236,10 +270,26 @@ def with_intervals(result: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def answers_file(output: Path, task: str, model: PreTrainedModel) -> Path:
-    """Where a model's answers lie until the harness's task is done; another model's are elsewhere."""
-    dtype = str(model.dtype).removeprefix("torch.")
-    return output.with_name(f"{output.stem}.{task}_{digest(model)}_{dtype}_rank0.db")
+def answers_prefix(output: Path, task: str, about: dict[str, Any], how: dict[str, Any]) -> str:
+    """How the file's name begins that keeps a model's answers until the harness's task is done. Those of another
+    model, device, version or setting are elsewhere."""
+    key = short_sha256(json.dumps([about, how], sort_keys=True).encode())
+    return f"{output.stem}.{task}_{key}_rank"
+
+
+def results_of(output: Path, about: dict[str, Any]) -> dict[str, Any]:
+    """What the file holds, or will.
+
+    Raises:
+        InputError: It holds another model's.
+    """
+    if not output.exists():
+        return {"about": about, "results": {}}
+    results = read_results(output)
+    if results["about"] != about:
+        differing = [key for key, value in about.items() if results["about"].get(key) != value]
+        raise InputError(f"{output} holds the results of another model ({', '.join(differing)}). Name another file.")
+    return results
 
 
 def write_results(output: Path, results: dict[str, Any]) -> None:
@@ -292,6 +342,9 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
             values = {name: result["settings"].get(key) for name, result in there.items()}
             if len(set(map(str, values.values()))) > 1:
                 notes.append(f"{task}: {key} differs: {', '.join(f'{n} {v}' for n, v in values.items())}.")
+        for key in ("device", "versions"):
+            if len({json.dumps(result.get(key), sort_keys=True) for result in there.values()}) > 1:
+                notes.append(f"{task}: {key} differ." if key == "versions" else f"{task}: {key} differs.")
         prompts = [
             {name: row["prompts_sha256"] for name, row in result["harness_tasks"].items() if "prompts_sha256" in row}
             for result in there.values()

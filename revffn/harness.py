@@ -199,8 +199,8 @@ def run_task(
     """Evaluate one loaded task.
 
     Args:
-        answers: A database of the harness, named *_rank0.db. What is in it is not asked again, and each answer is
-            written to it as it comes. It must hold answers of the same model.
+        answers: Beginning, up to `_rank`, of the name of a database of the harness. What is in it is not asked again,
+            and each answer is written to it as it comes. It must hold answers of the same model.
 
     Returns:
         Harness task or group -> `metrics` (name -> value, stderr), `questions`, and for a task `num_fewshot` and
@@ -209,7 +209,7 @@ def run_task(
     found = lm_eval.simple_evaluate(
         model=lm, tasks=[group], task_manager=TaskManager(include_defaults=False), limit=limit,
         apply_chat_template=chat_template, fewshot_as_multiturn=chat_template,
-        use_cache=None if answers is None else str(answers).removesuffix("_rank0.db"),
+        use_cache=None if answers is None else str(answers).removesuffix("_rank"),
     )  # fmt: skip
     rows: dict[str, dict[str, Any]] = {}
     for name, values in found["results"].items():

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import read_file
 from .evaluation import mode
@@ -146,14 +146,20 @@ def next_turn(
     room = min(max_new_tokens, getattr(model.config, "max_position_embeddings", used + max_new_tokens) - used)
     if room < 1:
         return ""
-    # The plain distribution at this temperature, without what a model's own generation config adds.
-    how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    how: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         how = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), mode(model, training=False):
-        torch.manual_seed(seed)
-        output = model.generate(**inputs.to(model.device), **how, max_new_tokens=room, pad_token_id=pad)
+    own = model.generation_config
+    # The plain distribution at this temperature: what a model's own generation config adds (a repetition penalty, ...)
+    # would be taken for everything that is not given.
+    model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=pad)
+    try:
+        with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), mode(model, training=False):
+            torch.manual_seed(seed)
+            output = model.generate(**inputs.to(model.device), **how, max_new_tokens=room)
+    finally:
+        model.generation_config = own
     return tokenizer.decode(output[0, used:], skip_special_tokens=True).strip()
 
 
@@ -219,6 +225,13 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
+def body_of(error: urllib.error.HTTPError) -> str:
+    try:
+        return error.read().decode(errors="replace")
+    except (OSError, http.client.HTTPException):
+        return "no readable body"
+
+
 @dataclass
 class Judge:
     """A chat endpoint."""
@@ -244,9 +257,12 @@ class Judge:
             wanted_pause = None
             try:
                 with opener.open(request, timeout=TIMEOUT_SECONDS) as response:
-                    return json.loads(response.read())["choices"][0]["message"]["content"]
+                    content = json.loads(response.read())["choices"][0]["message"]["content"]
+                if content is not None and not isinstance(content, str):
+                    raise ValueError(f"content of type {type(content).__name__}")
+                return content or ""  # null: all tokens went into thinking, or it would not
             except urllib.error.HTTPError as error:
-                problem = f"HTTP {error.code}: {' '.join(error.read().decode(errors='replace').split())[:200]}"
+                problem = f"HTTP {error.code}: {' '.join(body_of(error).split())[:200]}"
                 if error.code not in (408, 429) and error.code < 500:
                     raise JudgeError(f"judge {address} refuses with {problem}.") from None
                 wanted_pause = error.headers.get("Retry-After")
@@ -285,8 +301,11 @@ class Bench:
             key = os.environ.get(config.judge_key_variable)
             self.judge = Judge(config.judge_url, config.judge_model, key, config.judge_attempts)
 
-    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weights: str) -> dict[str, Any]:
+    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, about: dict[str, Any]) -> dict[str, Any]:
         """Answer what is not answered, judge what is not judged.
+
+        Args:
+            about: `weights`, `config`, `tokenizer` and `dtype` tell whether answers that are there are this model's.
 
         Returns:
             `metrics`, empty without a judge, and how many there are of what; `complete` says that all is judged.
@@ -295,16 +314,17 @@ class Bench:
             InputError: The answers that are there are another model's.
             JudgeError: The judge cannot be had.
         """
-        answers = self.answers(model, tokenizer, weights)
+        answers = self.answers(model, tokenizer, about)
         result: dict[str, Any] = {"metrics": {}, "answers": len(answers), "files": self.folder.name, "complete": False}
         return result if self.judge is None else result | self.scores(self.judgments(self.judge, answers))
 
     def answers(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weights: str
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, about: dict[str, Any]
     ) -> dict[int, dict[str, Any]]:
         """question_id -> row of answers.jsonl."""
         file = self.folder / "answers.jsonl"
-        how = {"weights": weights, "max_new_tokens": self.config.max_new_tokens, "seed": self.config.seed}
+        how = {name: about[name] for name in ("weights", "config", "tokenizer", "dtype")}
+        how |= {"max_new_tokens": self.config.max_new_tokens, "seed": self.config.seed}
         rows = read_rows(file)
         for row in rows:
             differing = [key for key, value in how.items() if row.get(key) != value]
@@ -313,7 +333,7 @@ class Bench:
         found = {row["question_id"]: row for row in rows}
         for question in tqdm([q for q in self.questions if q["question_id"] not in found], "mt_bench answers"):
             turns = answer_question(model, tokenizer, question, self.config.max_new_tokens, self.config.seed)
-            text = json.dumps([question["question_id"], weights, turns])
+            text = json.dumps([question["question_id"], how["weights"], turns])
             row = {
                 "question_id": question["question_id"],
                 "answer_id": hashlib.sha256(text.encode()).hexdigest()[:22],

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def read_text(path: str) -> str:
         raise InputError(f"text {path!r}: no such file. Give a text file, or a .gz of one.")
     try:
         text = (gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()).decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise InputError(f"{file}: cannot be read ({error}). Give UTF-8 text, with gzip for .gz.") from None
     if not text.strip():
         raise InputError(f"{file}: no text in it. Give a file with some.")
@@ -117,7 +118,7 @@ def perplexity(
         for at in range(0, len(chosen), batch_size):
             losses += window_losses(model, [start_id, *ids], chosen[at : at + batch_size])
     tokens = [w.end - w.first for w in chosen]
-    # A character that several tokens share counts once, with the token it ends in.
+    # A character that several tokens share counts once, with the first of them.
     edges = [0, *(ends[w.end - 1] for w in chosen)]
     num_bytes = [len(text[a:b].encode()) for a, b in zip(edges, edges[1:], strict=False)]
     per_token, per_byte = ratio(losses, tokens), ratio(losses, num_bytes)

@@ -303,7 +303,11 @@ def test_a_second_call_goes_on(folder, tmp_path, text_file, data, monkeypatch):
     second = evaluated(folder, tmp_path / "r.json", *words, "--chat_template", "--gsm8k_path", data / "gsm8k")
     assert second["results"].keys() == {"perplexity", "gsm8k"}
     assert second["results"]["perplexity"] == first["results"]["perplexity"]
-    assert second["results"]["gsm8k"]["settings"]["chat_template"] is True
+    gsm8k = second["results"]["gsm8k"]
+    plain = evaluated(folder, tmp_path / "r2.json", "--tasks", "gsm8k", "--limit", 1, "--gsm8k_path", data / "gsm8k")
+    prompts = [r["harness_tasks"]["gsm8k_cot"]["prompts_sha256"] for r in (gsm8k, plain["results"]["gsm8k"])]
+    assert gsm8k["settings"]["chat_template"] is True and prompts[0] != prompts[1]
+    (tmp_path / "r2.json").unlink()
     assert sorted(file.name for file in tmp_path.iterdir()) == ["r.json", "text.txt"]
 
 
@@ -334,6 +338,17 @@ def test_an_interrupted_task_goes_on(task, method, folder, tmp_path, data, monke
     assert evaluated(folder, tmp_path / "r.json", *words)["results"][task] == one_go
     assert calls == total - 3
     assert sorted(file.name for file in tmp_path.iterdir()) == ["one_go.json", "r.json"]
+    # A quick look at it in between has answers of its own, and leaves those that are there.
+    (tmp_path / "r.json").unlink()
+    calls, last = 0, 3
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(folder, tmp_path / "r.json", *words)
+    calls, last = 0, math.inf
+    evaluated(folder, tmp_path / "r.json", *words, "--limit", 1)
+    assert calls == (2 if task == "mmlu" else 1)
+    (tmp_path / "r.json").unlink()
+    calls = 0
+    assert evaluated(folder, tmp_path / "r.json", *words)["results"][task] == one_go and calls == total - 3
     # Other weights are asked everything, and what another model said stays for it.
     (tmp_path / "r.json").unlink()
     calls, last = 0, 3
@@ -346,6 +361,39 @@ def test_an_interrupted_task_goes_on(task, method, folder, tmp_path, data, monke
     calls, last = 0, math.inf
     evaluated(tmp_path / "other", tmp_path / "r.json", *words)
     assert calls == total and len([*tmp_path.glob("r.*.db")]) == 1
+
+
+def test_two_calls_on_one_file(folder, tmp_path, text_file, data, monkeypatch):
+    """What another call has written meanwhile stays."""
+    output, own = tmp_path / "r.json", perplexity.perplexity
+
+    def meanwhile(*args, **kwargs):
+        monkeypatch.setattr(perplexity, "perplexity", own)
+        evaluated(folder, output, "--tasks", "gsm8k", "--limit", 1, "--gsm8k_path", data / "gsm8k")
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(perplexity, "perplexity", meanwhile)
+    found = evaluated(folder, output, "--tasks", "perplexity", "--text", text_file, "--limit", 1)
+    assert set(found["results"]) == {"gsm8k", "perplexity"}
+
+
+def test_what_makes_a_model_another(folder, tmp_path, text_file, refused, capsys):
+    """Not its weights alone: its config, its tokenizer, the text that is scored."""
+    words = ["--tasks", "perplexity", "--text", str(text_file), "--limit", "1"]
+    place, output = tmp_path / "model", tmp_path / "r.json"
+    for name, file, change in (
+        ("config", "config.json", lambda text: json.dumps({**json.loads(text), "rms_norm_eps": 0.5})),
+        ("tokenizer", "chat_template.jinja", lambda text: text + "!"),
+    ):
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(folder, place)
+        output.unlink(missing_ok=True)
+        evaluated(place, output, *words)
+        (place / file).write_text(change((place / file).read_text()))
+        assert main(["evaluate", str(place), "--output", str(output), *words]) == 2
+        assert f"another model ({name})" in capsys.readouterr().err
+    text_file.write_text("Another text.")
+    assert "other settings (text_sha256)" in refused("evaluate", place, "--output", output, *words)
 
 
 def test_tables(tmp_path, capsys):
@@ -380,6 +428,7 @@ BAD = {
     "subject without data": ("--tasks mmlu --mmlu_path {data}/mmlu", "needs at least one record in test"),
     "limit": ("--tasks mmlu --limit 0", "limit must be at least 1, got 0"),
     "half a judge": ("--tasks mt_bench --judge_url http://x/v1", "judge_url and judge_model go together"),
+    "not json": ("--tasks mmlu --output mine.txt", "expected a name that ends in .json"),
     "unknown option": ("--tasks mmlu --mmul_path x", "--mmul_path"),
 }  # fmt: skip
 
@@ -403,6 +452,11 @@ def test_bad_files(folder, tmp_path, refused, data_file):
     line = refused("evaluate", tmp_path / "nowhere", "--output", "r.json", "--tasks", "mmlu")
     assert "no model with a tokenizer here" in line
     assert "expected result files" in refused("evaluate", "--compare")
+    shutil.copytree(folder, tmp_path / "empty", ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / "text.gz").write_bytes(gzip.compress(TEXT.encode())[:20] + b"damaged" * 9)
+    for place, text, message in (("empty", "test.jsonl", "model.safetensors"), (folder, "text.gz", "cannot be read")):
+        words = ("--tasks", "perplexity", "--text", tmp_path / text)
+        assert message in refused("evaluate", tmp_path / place, "--output", tmp_path / "r.json", *words)
     (tmp_path / "other.json").write_text("{}")
     assert "not a file of results" in refused("evaluate", "--compare", tmp_path / "other.json")
 
@@ -417,7 +471,7 @@ def test_results_of_something_else_stay(folder, tmp_path, text_file, tokenizer, 
     tiny_model("llama", max_position_embeddings=8192, vocab_size=len(tokenizer), seed=1).save_pretrained(other)
     tokenizer.save_pretrained(other)
     assert main(["evaluate", str(other), "--output", str(tmp_path / "r.json"), *words]) == 2
-    assert "holds the results of another model (model, weights)" in capsys.readouterr().err
+    assert "holds the results of another model (model, weights, config)" in capsys.readouterr().err
     assert (tmp_path / "r.json").read_bytes() == before
 
 

@@ -77,7 +77,7 @@ def judge(monkeypatch):
             server.asked.append((self.path, self.headers.get("Authorization"), body))
             answer = server.answers.pop(0) if len(server.answers) > 1 else server.answers[0]
             status, headers = answer if isinstance(answer, tuple) else (200, {})
-            if isinstance(answer, str):
+            if answer is None or isinstance(answer, str):
                 answer = json.dumps({"choices": [{"message": {"content": answer}}]}).encode()
             body = answer if isinstance(answer, bytes) else b'{"error": "no\\nidea"}'
             self.send_response(status)
@@ -120,7 +120,7 @@ def test_a_run(folder, bench, judge, tmp_path, monkeypatch, capsys):
         "Rating: [[8]]",
         "Rating: [[6.5]]",
         "[[2]]",
-        "no idea",
+        None,
         "[[10]]",
         "Rating: [4]",
         "[[9]]",
@@ -175,6 +175,9 @@ def test_temperatures_and_seeds(folder, bench, tokenizer, monkeypatch):
     assert answers(writing, 0) == answers(writing, 0) != answers(writing, 1)
     assert (seen["do_sample"], seen["temperature"], seen["top_p"], seen["top_k"]) == (True, 0.7, 1.0, 0)
     assert answers(mathematics, 0) == answers(mathematics, 1) and seen["do_sample"] is False
+    greedy = answers(mathematics, 0)
+    model.generation_config.update(repetition_penalty=5.0, no_repeat_ngram_size=1, min_p=0.9)
+    assert answers(mathematics, 0) == greedy and model.generation_config.repetition_penalty == 5.0
     long = {**writing, "turns": ["Say red. " * 200, "Why?"]}
     assert answers(long, 0) == ["", ""]  # more than max_position_embeddings
 
