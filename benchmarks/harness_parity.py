@@ -145,11 +145,11 @@ def revffn_side(
         found = {task: harness.run_task(group, stand_in(), limit, False) for task, group in parts.items()}
         return rows_of({"results": {task: {"harness_tasks": rows} for task, rows in found.items()}})
     with tempfile.TemporaryDirectory() as scratch:
-        words = f"--tasks {','.join(tasks)} --mmlu_subjects {','.join(subjects)} --limit {limit} --device cpu"
-        words += f" --batch_size {batch_size} --mmlu_path {data / 'mmlu'} --gsm8k_path {data / 'gsm8k'}"
+        words = f"--tasks {','.join(tasks)} --mmlu_subjects {','.join(subjects)} --limit {limit} --device cpu".split()
+        words += ["--batch_size", batch_size, "--mmlu_path", data / "mmlu", "--gsm8k_path", data / "gsm8k"]
         output = Path(answers or scratch, f"revffn.{'_'.join(tasks)}.json")
         subprocess.run(
-            [sys.executable, "-m", "revffn", "evaluate", str(model), *words.split(), "--output", str(output)],
+            [sys.executable, "-m", "revffn", "evaluate", model, *map(str, words), "--output", output],
             check=True,
             cwd=ROOT,
         )

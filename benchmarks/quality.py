@@ -498,7 +498,7 @@ def one(arguments: argparse.Namespace, name: str, seed: int, learning_rate: floa
     try:
         lock.touch(exist_ok=False)
     except FileExistsError:
-        print(f"{lock.relative_to(ROOT)}: another process is at it; delete the file if none is.", flush=True)
+        print(f"{lock}: another process is at it; delete the file if none is.", flush=True)
         return
     workload = WORKLOADS[arguments.workload]
     steps = arguments.steps or (METHODS[name].steps or workload.steps) // (3 if arguments.sweep else 1)
@@ -547,12 +547,16 @@ def main() -> None:
     parser.add_argument("--workload", choices=list(WORKLOADS), default="dolly")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, help="instead of the workload's, for a trial; the file says so")
+    parser.add_argument("--steps", type=int, help="instead of the workload's, for a trial: with --results")
+    parser.add_argument("--results", type=Path, help="folder for the runs' files, in place of the repository's")
     parser.add_argument(
         "--sweep", action="store_true", help="find the learning rate, with a third of the steps, seed 0"
     )
     parser.add_argument("--list", action="store_true", help="methods, and what they are")
     arguments = parser.parse_args()
+    trial = arguments.steps is not None or arguments.model != parser.get_default("model")
+    if trial and (arguments.results is None or arguments.sweep):
+        parser.error("another model or number of steps is a trial: give --results FOLDER, and no --sweep")
     if arguments.list:
         for name, method in METHODS.items():
             print(f"{name:24} {method.description}")
@@ -563,6 +567,8 @@ def main() -> None:
     for seed in () if arguments.sweep else arguments.seeds:
         for name in arguments.methods:
             file = file_of(arguments.workload, name, seed)
+            if arguments.results is not None:
+                file = arguments.results / file.relative_to(RESULTS)
             if not file.exists():
                 one(arguments, name, seed, chosen_rate(arguments.workload, name), file)
 

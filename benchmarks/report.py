@@ -155,9 +155,10 @@ def quality(results: str = "quality") -> str:
             by_method.setdefault(result["method"], {})[result["settings"]["seed"]] = result
         plain = by_method.get("sft", {})
         for seeds in by_method.values():
-            runs_of_method = list(seeds.values())
+            # A method that failed with every seed failed; else its other seeds count, and their number says so.
+            runs_of_method = [r for r in seeds.values() if "failed" not in r] or list(seeds.values())
             first = runs_of_method[0]
-            cells = [folder.name, first["description"], str(len(seeds)), str(first["settings"]["steps"])]
+            cells = [folder.name, first["description"], str(len(runs_of_method)), str(first["settings"]["steps"])]
             cells.append(f"{first['settings']['learning_rate']:g}")
             if "failed" in first:
                 lines.append(f"| {' | '.join(cells)} | failed: {first['failed']} |" + " |" * (len(heads) - 6))
@@ -193,6 +194,8 @@ def curves() -> str:
             continue
         base = by_method["sft"][0]["curve"][0]["exported"]
         for results in by_method.values():
+            if len({result["settings"]["steps"] for result in results}) > 1:
+                raise SystemExit(f"{folder}: {results[0]['method']} has seeds of different numbers of steps.")
             points = list(zip(*(result["curve"] for result in results), strict=True))
             losses = [statistics.mean(point["exported"] for point in at_step) for at_step in points]
             steps, tokens = results[0]["settings"]["steps"], statistics.mean(result["tokens"] for result in results)

@@ -462,12 +462,35 @@ def test_a_sweep_goes_on_past_its_edge(best, tried, tmp_path, monkeypatch):
         assert quality.chosen_rate("dolly", "innovation_fixed") == pytest.approx(best, rel=0.1)
 
 
+def test_a_trial_of_quality_stays_out_of_the_results(tmp_path, monkeypatch, capsys):
+    made = []
+    monkeypatch.setattr(quality, "one", lambda arguments, name, seed, rate, file: made.append(file))
+
+    def main(*words):
+        monkeypatch.setattr(sys, "argv", ["quality.py", "--methods", "sft", "--seeds", "9", *words])
+        quality.main()
+
+    for words in (["--steps", "8"], ["--model", "other"], ["--steps", "8", "--sweep", "--results", str(tmp_path)]):
+        with pytest.raises(SystemExit, match="2"):
+            main(*words)
+        assert "give --results FOLDER" in capsys.readouterr().err and not made
+    main("--steps", "8", "--results", str(tmp_path))
+    main()
+    assert made == [tmp_path / "dolly" / "sft_seed9.json", quality.RESULTS / "dolly" / "sft_seed9.json"]
+
+
 def test_quality_tables_pair_seeds(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     assert report.quality() == report.NO_RESULTS
     folder = tmp_path / "quality" / "dolly"
     folder.mkdir(parents=True)
-    found = {"sft": [2.0, 2.2, 2.4], "innovation": [2.01, 2.22, 2.43], "longer": [1.9], "galore": []}
+    found = {
+        "sft": [2.0, 2.2, 2.4],
+        "innovation": [2.01, 2.22, 2.43],
+        "longer": [1.9],
+        "galore": [],
+        "half": [2.1, None],
+    }
     for method, losses in found.items():
         for seed, loss in enumerate(losses or [None]):
             steps = 1200 if method == "longer" else 300
@@ -494,6 +517,7 @@ def test_quality_tables_pair_seeds(tmp_path, monkeypatch):
     # Student's interval of 0.01, 0.02, 0.03: 4.303 * 0.01 / sqrt(3)
     assert "| 2.2000 | – |" in rows["sft"] and "| 2.2200 | +0.0200 ± 0.0248 |" in rows["innovation"]
     assert "failed: IndexError: 3-D" in rows["galore"] and len({line.count("|") for line in rows.values()}) == 1
+    assert "| 1 | 300 | 5e-05 | 2.1000 | +0.1000 |" in rows["half"]  # one seed failed, and is not among the seeds
     assert "| 1.9000 | – |" in rows["longer"]  # than plain SFT: no comparison
     assert "longer" not in report.overview() and "+0.0200 ± 0.0248 (3)" in report.overview()
     rows = {line.split("|")[2].strip(): line for line in report.curves().splitlines()}
