@@ -376,6 +376,7 @@ def run(model_path: str, method: Method, workload: Workload, learning_rate: floa
     trainable = {p for p in model.parameters() if p.requires_grad}
     model.train()
     first_of_stage2 = round(method.stage1 * steps) + 1
+    looks = {round(steps * i / method.points) for i in range(1, method.points + 1)}
     for step, batch in enumerate(batches(training[: steps * size], size, pad), start=1):
         torch.manual_seed(1000 * seed + step)
         stage, first, last = (1, 1, first_of_stage2 - 1) if step < first_of_stage2 else (2, first_of_stage2, steps)
@@ -408,7 +409,7 @@ def run(model_path: str, method: Method, workload: Workload, learning_rate: floa
         tokens += int(batch["attention_mask"].sum())
         if revffn.is_reversible(model):
             largest = max(largest, revffn.reversible_report(model)["largest_grid_value"])
-        if step % (steps // method.points) == 0:
+        if step in looks:
             measure(step)
             model.train()
     result = {
