@@ -29,12 +29,14 @@ import argparse
 import gzip
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import yaml
 from simulate import git_state
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,18 +60,21 @@ def harness_tasks(folder: Path, data: Path, subjects: list[str]) -> None:
         f"include: {own}/gsm8k/gsm8k-cot.yaml\ntask: gsm8k_cot\n{JSON_SOURCE}    test: {file}\n"
     )
     records = {split: read_lines(data / "mmlu" / f"{split}.jsonl.gz") for split in ("test", "dev")}
+    mmlu = yaml.safe_load((own / "mmlu" / "default" / "_mmlu.yaml").read_text())
+    tags = set()
     for subject in subjects:
+        tags.add(yaml.safe_load((own / "mmlu" / "default" / f"mmlu_{subject}.yaml").read_text())["tag"])
         text = f"include: {own}/mmlu/default/mmlu_{subject}.yaml\ntask: mmlu_{subject}\nnum_fewshot: 5\n{JSON_SOURCE}"
         for split, everything in records.items():
             file = folder / f"{subject}_{split}.jsonl"
             file.write_text("".join(json.dumps(r) + "\n" for r in everything if r["subject"] == subject))
             text += f"    {split}: {file}\n"
         (folder / f"mmlu_{subject}.yaml").write_text(text)
-    (folder / "mmlu.yaml").write_text(
-        "group: mmlu\ntask:\n"
-        + "".join(f"  - mmlu_{subject}\n" for subject in subjects)
-        + "aggregate_metric_list:\n  - metric: acc\n    weight_by_size: true\n"
-    )
+    # Groups as the harness has them, less those without a subject: sums depend on their order in the last digit.
+    mmlu["task"] = [group for group in mmlu["task"] if f"{group}_tasks" in tags]
+    (folder / "_mmlu.yaml").write_text(yaml.safe_dump(mmlu))
+    for group in mmlu["task"]:
+        shutil.copy(own / "mmlu" / "default" / f"_{group}.yaml", folder)
 
 
 def stand_in() -> Any:
@@ -124,7 +129,7 @@ def harness_side(
     for name, samples in found["samples"].items():
         prompts = sorted({argument[0] for sample in samples for argument in sample["arguments"]})
         rows[name]["prompts_sha256"] = hashlib.sha256("\0".join(prompts).encode()).hexdigest()
-    return rows
+    return {name: row for name, row in rows.items() if name in HARNESS_NAMES.values() or "prompts_sha256" in row}
 
 
 def revffn_side(
@@ -227,11 +232,12 @@ def main() -> int:
         "versions": {m.__name__: m.__version__ for m in (lm_eval, torch, transformers)},
         "threads": torch.get_num_threads(),
     }
+    git = git_state()
     answers = None
     if arguments.answers:  # those of other settings lie elsewhere
         answers = arguments.answers.resolve() / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
         answers.mkdir(parents=True, exist_ok=True)
-    result = {"settings": settings, "git": git_state(), "harness": {}, "revffn": {}}
+    result = {"settings": settings, "git": {}, "harness": {}, "revffn": {}}
     if arguments.output.exists():
         result = json.loads(arguments.output.read_text())
         if result["settings"] != settings:
@@ -256,6 +262,7 @@ def main() -> int:
                 if arguments.output.exists():  # the other side may have been running beside this one
                     result = json.loads(arguments.output.read_text())
                 result[side][task] = rows
+                result["git"].setdefault(side, {})[task] = git
                 arguments.output.write_text(json.dumps(result, indent=2) + "\n")
     both = result["harness"].keys() & result["revffn"].keys()
     result["differences"] = {
