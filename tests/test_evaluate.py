@@ -31,7 +31,8 @@ parity = importlib.import_module("harness_parity")
 DATA = Path(os.environ.get("REVFFN_DATA", ROOT.parent / "shared" / "data"))
 SUBJECTS = ["anatomy", "management"]
 RECORDED = ROOT / "benchmarks" / "results" / "evaluate_smollm2.json"
-ALL_SUBJECTS = ROOT / "benchmarks" / "results" / "evaluate_stand_in.json"
+RECORDED_ALL_SUBJECTS = ROOT / "benchmarks" / "results" / "evaluate_smollm2_all_subjects.json"
+STAND_IN = ROOT / "benchmarks" / "results" / "evaluate_stand_in.json"
 LANGUAGES = ["bn", "de", "en", "es", "fr", "ja", "ru", "sw", "te", "th", "zh"]
 TEXT = "The house is red, the tree is grün.\nOne river, two rivers: 東京. " * 7
 
@@ -187,16 +188,17 @@ def test_the_recorded_comparison_says_equal():
         assert result["differences"][task] == []
 
 
-def test_the_recorded_comparison_of_all_subjects_says_equal():
-    """benchmarks/results/evaluate_stand_in.json: a function of the text answers 100 questions of each of 57 subjects;
-    where SmolLM2 was asked too, it saw the same prompts."""
-    result, asked = json.loads(ALL_SUBJECTS.read_text()), json.loads(RECORDED.read_text())
-    rows = result["harness"]["mmlu"]
-    assert result["settings"]["limit"] == 100
-    assert len(result["settings"]["mmlu_subjects"]) == 57 and len(rows) == 58
-    assert parity.differences(rows, result["revffn"]["mmlu"]) == []
-    for name, row in asked["harness"]["mmlu"].items():
-        assert row.get("prompts_sha256") == rows[name].get("prompts_sha256")
+def test_the_recorded_comparisons_of_all_subjects_say_equal():
+    """benchmarks/results/evaluate_smollm2_all_subjects.json and evaluate_stand_in.json: SmolLM2, and a function of the
+    text, answer 100 questions of each of 57 subjects; the prompts are the same."""
+    for result in (json.loads(file.read_text()) for file in (RECORDED_ALL_SUBJECTS, STAND_IN)):
+        rows = result["harness"]["mmlu"]
+        assert result["settings"]["limit"] == 100
+        assert len(result["settings"]["mmlu_subjects"]) == 57 and len(rows) == 58
+        assert parity.differences(rows, result["revffn"]["mmlu"]) == []
+        for asked in (json.loads(file.read_text())["harness"]["mmlu"] for file in (RECORDED, STAND_IN)):
+            for name in asked.keys() - {"mmlu"}:
+                assert asked[name]["prompts_sha256"] == rows[name]["prompts_sha256"]
 
 
 def test_a_stand_in_sees_a_changed_answer_key(data, tmp_path):
