@@ -27,6 +27,7 @@ runs() {
 --workload olmoe_16x2048 --method hf_checkpointing --fit
 --workload olmoe_16x2048 --method hf_checkpointing_linear_ce --fit
 --workload qwen1.5_4x512 --method ours_innovation
+--workload qwen1.5_4x512 --method ours_innovation_m1
 --workload qwen1.5_4x512 --method hf_checkpointing
 --workload qwen1.5_4x512 --method hf_plain
 --workload qwen1.5_4x512 --method ours_none

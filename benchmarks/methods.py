@@ -442,6 +442,11 @@ METHODS: dict[str, BenchmarkMethod] = {
         start=partial(galore, experts=False),
     ),
     **_ours("innovation, m = 2", **INNOVATION),
+    "ours_innovation_m1": BenchmarkMethod(
+        description="ours, innovation, m = 1",
+        change=partial(reversible, tiles=False, **{**INNOVATION, "side_bits": 1}),
+        start=partial(own_optimizer, of_simulation={"name": "reversible"}),
+    ),
     "ours_innovation_tiles_host": BenchmarkMethod(
         description="ours, innovation, m = 2, in tiles, weights in host memory",
         change=partial(reversible, tiles=True, host=True, **INNOVATION),

@@ -218,6 +218,7 @@ def curves() -> str:
 TIMED_AS = {
     "sft": "ours_none-vs-hf_checkpointing",
     "innovation_grown": "ours_innovation-vs-hf_checkpointing",
+    "innovation_m1_grown": "ours_innovation_m1-vs-hf_checkpointing",
     "cross_branch": "ours_cross_branch_right-vs-hf_checkpointing",
     "cross_branch_fitted": "ours_cross_branch_right_maps-vs-hf_checkpointing",
     **{name: f"{name}-vs-hf_checkpointing" for name in ("lora", "dora", "ia3", "lomo", "galore", "galore_linear")},
