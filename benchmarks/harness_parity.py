@@ -1,8 +1,9 @@
 """Are the numbers of `revffn evaluate` those of lm-evaluation-harness's own path, to the digit?
 
-    python benchmarks/harness_parity.py --data ../shared/data --output benchmarks/results/evaluate_smollm2.json
+    python benchmarks/harness_parity.py --data DATA --output benchmarks/results/evaluate_smollm2.json
 
-Both sides see SmolLM2-135M-Instruct, the same local files, `--limit` questions of each task and subject and the same
+DATA is a folder with mmlu/test.jsonl.gz, mmlu/dev.jsonl.gz and gsm8k/test.jsonl.gz, a record of the Hub a line. Both
+sides see SmolLM2-135M-Instruct, the same local files, `--limit` questions of each task and subject and the same
 batch size. `harness` is `lm_eval.simple_evaluate(model="hf", model_args={"pretrained": ...})` on the harness's own
 task definitions, each included by a file that changes nothing but the data source (`json` files, read by `datasets`).
 `revffn` is the command, in a process of its own. Compared are values and standard errors of all metrics, and prompts.
@@ -11,12 +12,12 @@ MMLU is taken on one subject from each of its four groups, those with short prom
 questions take hours on a CPU; `--subjects` names others. What is in the output file already is not run again, so tasks
 and sides may be run apart. All subjects, in half the time of float32:
 
-    python benchmarks/harness_parity.py --data ../shared/data --subjects all --tasks mmlu --dtype bfloat16 \\
+    python benchmarks/harness_parity.py --data DATA --subjects all --tasks mmlu --dtype bfloat16 \\
         --batch_size 1 --answers runs/answers --output benchmarks/results/evaluate_smollm2_all_subjects.json
 
 Interrupted, the same command goes on with the answers that each side has kept in its own files in runs/answers.
 
-    python benchmarks/harness_parity.py --data ../shared/data --stand_in --subjects all --tasks mmlu \\
+    python benchmarks/harness_parity.py --data DATA --stand_in --subjects all --tasks mmlu \\
         --output benchmarks/results/evaluate_stand_in.json
 
 compares them in minutes: in place of the model a function of the text gives both sides their log-likelihoods, so

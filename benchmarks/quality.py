@@ -570,7 +570,9 @@ def main() -> None:
             file = file_of(arguments.workload, name, seed)
             if arguments.results is not None:
                 file = arguments.results / file.relative_to(RESULTS)
-            if not file.exists():
+            if file.exists():
+                print(f"{file}: there already. --results FOLDER makes it anew.", flush=True)
+            else:
                 one(arguments, name, seed, chosen_rate(arguments.workload, name), file)
 
 

@@ -43,7 +43,8 @@ def label(result: dict) -> str:
         method += ", weights in host memory" if settings.get("weights") == "host" else ""
     else:
         method = {"checkpointing": "transformers + activation checkpointing", "plain": "transformers"}[method]
-        method += f" ({settings['optimizer']} after backward)" if settings["step_after_backward"] else ""
+        method += "" if settings["full_logits"] else " + our linear cross-entropy"
+        method += f" ({settings['optimizer']} {'after' if settings['step_after_backward'] else 'in'} backward)"
     return method
 
 

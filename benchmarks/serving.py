@@ -1,8 +1,9 @@
 """Do servers compute with an exported model what transformers computes with it?
 
+    revffn upcycle --output runs/smollm2-moe
     revffn train recipes/quickstart_cpu.yaml --training.output_dir runs/mine
     revffn export runs/mine runs/mine-plain
-    python benchmarks/serving.py --model runs/mine-plain --output benchmarks/results/serving_smollm2-moe.json \
+    python benchmarks/serving.py --model runs/mine-plain --output benchmarks/results/serving_quickstart.json \
         --engines transformers vllm --python /path/of/an/environment/with/vllm/bin/python
 
 Each engine runs in a process of its own, in float32 on a CPU, and generates greedily from the same token ids; tokens

@@ -4,8 +4,9 @@
         --coupling innovation --side-bits 2 --optimizer adafactor --json
 
 Needs no GPU, no weights and a minute or a few (the more tiles, the longer). Every parameter is updated, which is
-checked. With `--json` the last line of the output is one JSON object; `--out FILE` also writes it to a file. Plain
-transformers, as a comparison: `--method checkpointing --optimizer sgd --full-logits --step-after-backward`.
+checked. With `--json` the last line of the output is one JSON object; `--out FILE` also writes it to a file. For
+comparison `--method checkpointing`, transformers with our loss and optimizer in backward; with `--full-logits
+--step-after-backward` as `Trainer` does it.
 """
 
 import argparse
@@ -53,7 +54,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="simulate only so many decoder layers")
     parser.add_argument("--method", choices=METHODS, default="reversible")
     parser.add_argument("--coupling", choices=("innovation", "cross_branch", "none"), default="innovation")
-    parser.add_argument("--side-bits", type=int, default=4)
+    parser.add_argument("--side-bits", type=int, default=2)
     parser.add_argument("--tile-tokens", type=int, default=2048, help="0: the whole batch at once")
     parser.add_argument("--optimizer", choices=("adafactor", "adamw", "adamw8bit", "sgd"), default="adafactor")
     parser.add_argument("--rounding", choices=("stochastic", "nearest", "master"), default="stochastic")

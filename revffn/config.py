@@ -1,7 +1,6 @@
-"""Every setting of the library: keyword-only dataclasses whose field texts are the only description.
+"""How a model is made reversible: a keyword-only dataclass whose field texts are the only description.
 
-`ReversibleConfig` belongs to a model and travels with it in `config.json`; the others belong to a run and are read
-from a recipe (YAML) by `revffn train`, with command-line overrides.
+It belongs to a model and travels with it in `config.json`. What belongs to a run is in `recipe.py`.
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ class ReversibleConfig:
     better in docs/experiments.md."""
     plain_layers: int = 1
     """Innovation: number of leading layers that run without coupling, at least 1. The input of the first is the
-    embedding; each one after the second stores its predecessor's input (4 bytes per element)."""
+    embedding; each one after the first stores its predecessor's input (4 bytes per element)."""
     predictor_rank: int | None = None
     """Innovation: rank of the linear map that predicts the previous state; None is full rank, 0 predicts by
     identity."""
     train_predictor: bool = False
-    """Innovation: train the predictors with everything else. False keeps them as fitted, which costs less and lost
-    nothing in docs/experiments.md."""
+    """Innovation: train the predictors with everything else. False keeps them as fitted, which costs less; all results
+    in docs/ are with fixed ones."""
     query_stream: Literal["left", "right"] = "left"
     """Cross-branch: the stream that attention queries are made from. `left` is the paper's form, inverted by
     fixed-point iteration; `right` is inverted explicitly and exactly."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -47,6 +48,12 @@ class ReversibleBackbone(PreTrainedModel):
         if config.coupling == "none":
             active = active and torch.is_grad_enabled()
         if not active or kwargs.get("past_key_values") is not None:
+            if not self.training and torch.is_grad_enabled() and config.coupling != "none":
+                warnings.warn(
+                    "A reversible model in eval mode is the plain model and stores its activations. Call "
+                    "model.train() before training; for evaluation use torch.no_grad().",
+                    stacklevel=2,
+                )
             return super().forward(*args, **kwargs)
         if kwargs.get("output_hidden_states", self.config.output_hidden_states) and config.coupling != "none":
             raise ValueError(

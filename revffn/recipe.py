@@ -65,7 +65,7 @@ class RunReversibleConfig(ReversibleConfig):
 
 @dataclass(kw_only=True)
 class PlanConfig:
-    """What `revffn plan` is asked."""
+    """Say before a run what one training step takes, what fits, and what else would."""
 
     model: str
     """A name that is known without a network (qwen1.5-moe-a2.7b, qwen3-30b-a3b, olmoe-1b-7b, mixtral-8x7b,
@@ -75,13 +75,13 @@ class PlanConfig:
     tokens: int
     """Tokens per sequence."""
     coupling: Literal["innovation", "cross_branch", "none"] = "innovation"
-    """See `ReversibleConfig`."""
+    """`innovation` keeps the pretrained function; `cross_branch` is the RevFFN paper's; `none` stores layer inputs."""
     side_bits: int = 2
-    """See `ReversibleConfig`."""
+    """Innovation: bits kept per element and layer, 0 to 4."""
     query_stream: Literal["left", "right"] = "left"
-    """See `ReversibleConfig`."""
+    """Cross-branch: the stream that attention queries are made from; `left` is the paper's form."""
     tile_tokens: int = 2048
-    """See `ReversibleConfig`; 0 is the whole batch at once."""
+    """Tokens that a layer works on at once in backward; 0 is the whole batch."""
     optimizer: Literal["adafactor", "adamw", "adamw8bit", "sgd"] = "adafactor"
     """In backward, with linear cross-entropy."""
     rounding: Literal["stochastic", "nearest", "master"] = "stochastic"
@@ -107,10 +107,16 @@ class PlanConfig:
     json: bool = False
     """Print one JSON object instead of a table."""
 
+    def __post_init__(self):
+        for name in ("link_gb_per_s", "tflops"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be a number above 0, got {getattr(self, name)}.")
+
 
 @dataclass(kw_only=True)
 class EvaluateConfig:
-    """What `revffn evaluate` is asked."""
+    """Score a model: `revffn evaluate MODEL --tasks ... --output FILE`. `revffn evaluate --compare FILE FILE ...` puts
+    results beside each other in a table."""
 
     model: str
     """Folder of a Hugging Face model with its tokenizer, of a finished run, or of a saved reversible model (the
@@ -417,7 +423,9 @@ def first_paragraph(box: str) -> str:
     lines = [line.strip(" │|") for line in box.splitlines() if not re.match(r"\s*[╭╰]", line)]
     parts = [part.strip() for part in re.split(r"[-─]{10,}", " ".join(line for line in lines if line))]
     # The title is part of a drawn frame; without one (a plain terminal) it is a paragraph of its own.
-    return parts[0 if "╭" in box else 1]
+    text = parts[0 if "╭" in box else 1]
+    text = re.sub(r"could not convert string to float: ('.*')", r"expected a number, like 2e-5, got \1.", text)
+    return re.sub(r"invalid literal for int\(\) with base 10: ('.*')", r"expected a whole number, got \1.", text)
 
 
 def place(message: str, given: dict[str, Given], recipe: Path) -> str:

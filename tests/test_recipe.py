@@ -104,7 +104,7 @@ def test_mistakes_in_a_recipe_are_named_with_their_line(recipe, name):
 BAD_WORDS = {
     "unknown key": ("--optimizer.learning_rat 1", "command line: unknown key 'optimizer.learning_rat'. Did you mean"),
     "no section": ("--learning_rate 1", "Did you mean optimizer.learning_rate?"),
-    "wrong type": ("--optimizer.beta1 x", "command line: optimizer.beta1"),
+    "wrong type": ("--optimizer.beta1 x", "command line: optimizer.beta1: expected a number, like 2e-5, got 'x'."),
     "no value": ("--optimizer.beta1", "command line: "),
     "too many": ("--optimizer.beta1 0.1 0.2", "command line: optimizer.beta1 takes one value"),
     "no option": ("optimizer.beta1 1", "command line: expected --section.key value"),

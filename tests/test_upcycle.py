@@ -333,7 +333,7 @@ def test_command_refuses_and_leaves_nothing(source, text, tmp_path):
     for changes, message in (
         ({"source": str(full)}, "neither a folder with a Hugging Face model"),
         ({"text": str(tmp_path / "none.jsonl")}, "no such file"),
-        ({"top_k": 9}, "top_k must be 2 to num_experts=8"),
+        ({"top_k": 9, "source": "not looked at"}, "top_k must be 2 to num_experts=8"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"dtype": "float16"}, "dtype must be"),
     ):
