@@ -5,7 +5,7 @@ a run under a limit; `check` runs the whole step on fake tensors and puts the ou
 is the command `revffn plan`: tables, JSON, a picture.
 
 The alternatives are those of plain transformers: full logits, all gradients held until backward has ended, the
-same update rule. Three are derived instead of measured: fewer checkpoints (every n layers), and stored inputs moved
+same update rule; and checkpointing once more with this library's loss and optimizer in backward. Three are derived instead of measured: fewer checkpoints (every n layers), and stored inputs moved
 to host memory, of which the device is left with two layers' (the one in use and the one on its way).
 """
 
@@ -113,6 +113,7 @@ def alternatives(hf_config: PreTrainedConfig, method: Method) -> Iterator[Predic
     in_groups = partial(every_n_layers, n, hf_config, plain)
     offloaded = partial(to_host, hf_config, checkpointing)
     yield Predictor("checkpointing", hf_config, checkpointing)
+    yield Predictor("checkpointing, with our loss and optimizer", hf_config, Method(name="checkpointing", **common))
     yield Predictor(f"checkpointing every {n} layers", hf_config, checkpointing, in_groups)
     yield Predictor("checkpointing in host memory", hf_config, checkpointing, offloaded)
     yield Predictor("plain transformers", hf_config, plain)

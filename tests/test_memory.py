@@ -358,7 +358,7 @@ def test_command_with_picture(folder, capsys, tmp_path):
     assert "does not fit 2GiB" in text
     assert ask(folder, "--gpu", "2GiB", "--json") == 0
     answer = json.loads(capsys.readouterr().out)
-    assert len(answer["alternatives"]) == 7 and not answer["fits"]
+    assert len(answer["alternatives"]) == 8 and not answer["fits"]
     for way in (answer, *answer["alternatives"]):
         assert way["peak_bytes"] == sum(way["parts"].values())
         assert way["total_bytes"] == way["peak_bytes"] + way["reserve_bytes"]
