@@ -5,8 +5,9 @@ a run under a limit; `check` runs the whole step on fake tensors and puts the ou
 is the command `revffn plan`: tables, JSON, a picture.
 
 The alternatives are those of plain transformers: full logits, all gradients held until backward has ended, the
-same update rule; and checkpointing once more with this library's loss and optimizer in backward. Three are derived instead of measured: fewer checkpoints (every n layers), and stored inputs moved
-to host memory, of which the device is left with two layers' (the one in use and the one on its way).
+same update rule; and checkpointing once more with this library's loss and optimizer in backward. Three are derived
+instead of measured: fewer checkpoints (every n layers), and stored inputs moved to host memory, of which the device is
+left with two layers' (the one in use and the one on its way).
 """
 
 # B = batch, T = tokens, L = decoder layers
