@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .couplings import Grid, quantize
-from .reversible import Enter, Evaluation, Finish, Leave, Read, Start, Tile, Walk
+from .ops.streams import Grid, quantize
+from .reversible import Enter, Evaluation, Finish, Leave, Read, RunsInWalk, Start, Tile, Walk, read_normed, rms_norm
 from .steps import Release, StoredStep, cross_branch_step, innovation_step
 from .sublayers import (
     CrossBranchCoupling,
@@ -84,7 +84,7 @@ def run_on_streams(
     return visible
 
 
-class ReversibleNorm(nn.Module):
+class ReversibleNorm(RunsInWalk, nn.Module):
     """Mixed in front of the norm behind the last layer: it reads the streams, tile by tile, and ends the forward walk.
 
     Outside a walk it is the plain norm. What it saves for backward is dropped and made again like a sublayer's, so
@@ -106,6 +106,8 @@ class ReversibleNorm(nn.Module):
         read = partial(read_streams, walk.grids[-1], halves, walk.dtype)
 
         def function(*carriers_and_streams: Tensor) -> tuple[Tensor]:
+            if not halves and rms_norm(self) is not None:
+                return (read_normed(*carriers_and_streams, walk.grids[-1], self, walk.dtype)[2],)
             half = len(carriers_and_streams) // 2
             return (self.plain(read(carriers_and_streams[:half], carriers_and_streams[half:])),)
 

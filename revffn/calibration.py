@@ -346,7 +346,7 @@ def fit_adapters(model: PreTrainedModel, seen: Seen) -> dict[str, Any]:
         write = Regression()
         for run in runs:
             kwargs = run.kwargs[k]
-            middle = run.plain + attention(layer, run.plain, kwargs)
+            middle = run.plain + attention(layer, layer.input_layernorm(run.plain), kwargs)
             query = run.left if left else run.right
             run.update = full_cross_attention(layer, query.to(dtype), run.right.to(dtype), kwargs)
             write.add(run.update, middle.double() @ seen.code.T - run.left, run.plain, run.mask)
@@ -361,8 +361,8 @@ def fit_adapters(model: PreTrainedModel, seen: Seen) -> dict[str, Any]:
         explained[str(k)] = round(share, 4)
         write = Regression()
         for run in runs:
-            following = run.plain + feed_forward(layer, run.plain)
-            run.update = feed_forward(layer, adapters.feed_up(run.left.to(dtype)))
+            following = run.plain + feed_forward(layer, layer.post_attention_layernorm(run.plain))
+            run.update = feed_forward(layer, layer.post_attention_layernorm(adapters.feed_up(run.left.to(dtype))))
             write.add(run.update, following.double() @ seen.code.T - run.right, run.plain, run.mask)
             run.plain = following
         adapters.feed_down.weight.copy_(write.solve(RIDGE)[0])

@@ -269,7 +269,7 @@ def attach(model: PreTrainedModel, config: ReversibleConfig) -> None:
     classes = CLASSES[plain_model_type(model.config.model_type)]
     model.model.__class__ = classes["backbone"]
     model.model.reversible_report = Report()
-    assert type(model.model.norm) is classes["norm"].__mro__[2], type(model.model.norm)
+    assert type(model.model.norm) is classes["norm"].__bases__[1], type(model.model.norm)
     model.model.norm.__class__ = classes["norm"]
     for part in (model, model.model):
         _CAN_RECORD_REGISTRY[part] = type(part)._can_record_outputs
@@ -289,6 +289,10 @@ def attach(model: PreTrainedModel, config: ReversibleConfig) -> None:
         # Those who use them do not own them.
         for user in (model.model.layers[0], model.model.norm):
             user.__dict__["stream_maps"] = maps
+    # Made here rather than in the first step, whose memory is then that of all others.
+    weight = model.get_input_embeddings().weight
+    width = weight.shape[-1] // (2 if config.coupling == "cross_branch" else 1)
+    model.model.reversible_report.grids_of(config, len(model.model.layers), weight.detach()[..., :width])
     freeze_predictors(model)
 
 

@@ -13,20 +13,23 @@ step what the coupling asks for. docs/how_it_works.md tells why it is built this
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .config import ReversibleConfig
-from .couplings import SATURATION, Grid, checksum, dequantize
+from .ops.streams import SATURATION, Grid, add_update, check, dequantize, read_norm, read_norm_backward
 from .routing import RecordRouting, ReplayRouting
 
 logger = logging.getLogger(__name__)
@@ -105,9 +108,9 @@ class Walk:
         self.kept: list[Tensor] = []
         self.dtype: torch.dtype = torch.float32
         self.batch_size = 0
-        # Largest magnitude a stream has had, in grid units (~x instead of -x: it does not overflow).
-        self.largest: Tensor | None = None
-        self.finite: Tensor | None = None
+        # (2,) int32: whether an update was not finite, which a cast to int32 hides and `Finish` shows again; the
+        # largest magnitude a stream has had, in grid units.
+        self.flags: Tensor | None = None
         # Filled while walking back: (name of the state, differs, fatal), 0-dim bool tensors that still have to be
         # looked at.
         self.verdicts: list[tuple[str, Tensor, Tensor]] = []
@@ -141,12 +144,9 @@ class Walk:
             return tensor[tile.rows]
         return tensor
 
-    def note_finite(self, update: Tensor) -> None:
-        """Forward: a cast to int32 hides what is not finite; `Finish` shows it again."""
-        # One pass without a temporary; both ends are NaN where an element is.
-        low, high = torch.aminmax(update)
-        finite = torch.isfinite(low) & torch.isfinite(high)
-        self.finite = finite if self.finite is None else self.finite & finite
+    def add(self, update: Tensor, stream: Tensor, grid: Grid) -> Tensor:
+        """stream + update, both on one grid."""
+        return add_update(update, stream, grid.vectors(stream)[0], grid.finer_by_channel(grid, stream), self.flags)
 
     def note_layer(self, layer: int, **values: Tensor | int) -> None:
         """Backward: note measurements of one layer and tile; the worst tile counts."""
@@ -169,7 +169,9 @@ class Walk:
             # From the default generator: seeds, checkpoints of its state and ranks then behave as they do for dropout.
             flips = torch.randint(0, 2, (self.num_layers, batch_size), dtype=torch.int32, device=hidden.device)
             self.signs = 2 * flips - 1
-        self.grids = state_grids(self.config, self.num_layers, hidden)
+        width = hidden.shape[-1] // (2 if self.config.coupling == "cross_branch" else 1)
+        self.grids = self.report.grids_of(self.config, self.num_layers, hidden.detach()[..., :width])
+        self.flags = torch.zeros(2, dtype=torch.int32, device=hidden.device)
         rows = batch_size
         if self.config.tile_tokens is not None:
             rows = max(1, min(batch_size, self.config.tile_tokens // num_tokens))
@@ -192,18 +194,16 @@ class Walk:
 
     def remember(self, tile: Tile, stream: Tensor) -> None:
         """Forward: note the checksum of a new state, and how near it came to the end of int32."""
-        if self.config.verify == "off":
-            return
-        tile.checksums.append(checksum(stream))
-        low, high = torch.aminmax(stream)
-        largest = torch.maximum(~low, high)
-        self.largest = largest if self.largest is None else torch.maximum(self.largest, largest)
+        if self.config.verify != "off":
+            tile.checksums.append(check(stream, self.flags))
 
-    def verify(self, tile: Tile, index: int, stream: Tensor, name: str) -> Tensor | None:
-        """Backward: whether a rebuilt state differs from the checksum that `remember` noted as number `index`."""
+    def verify(self, tile: Tile, index: int, stream: Tensor, name: str, found: Tensor | None = None) -> Tensor | None:
+        """Backward: whether a rebuilt state differs from the checksum that `remember` noted as number `index`;
+        `found`: its checksum, where that is known."""
         if self.config.verify == "off" or not is_concrete(stream):
             return None
-        return self.note_verdict(name, checksum(stream) != tile.checksums[index])
+        found = check(stream, self.flags) if found is None else found
+        return self.note_verdict(name, found != tile.checksums[index])
 
     def verify_last(self, tile: Tile) -> None:
         """The streams that autograd kept since forward."""
@@ -235,14 +235,12 @@ class Walk:
         self.kept, self.signs = [], None
         wrong: list[str] = []
         fatal: list[str] = []
-        largest = self.report.largest  # of a walk that is gone a second time
+        largest = self.report.largest
         if verdicts:
-            flags = [flag.to(torch.int32) for _, *pair in verdicts for flag in pair]
-            flags = torch.stack(flags if self.largest is None else [*flags, self.largest]).tolist()
-            largest = largest if self.largest is None else flags.pop()
+            flags = torch.stack([flag for _, *pair in verdicts for flag in pair])
+            *flags, largest = torch.cat([flags.to(torch.int32), self.flags[1:]]).tolist()
             wrong = [name for (name, *_), flag in zip(verdicts, flags[::2], strict=True) if flag]
             fatal = [name for (name, *_), flag in zip(verdicts, flags[1::2], strict=True) if flag]
-        self.largest = None
         self.report.finish(len(verdicts), wrong, largest, noted)
         if not aborted:
             self.report.judge(self.config, fatal)
@@ -270,6 +268,24 @@ class Report:
         self.largest, self.warned = 0, False
         self.measured: dict[int, dict[str, Any]] = {}
         self.anchors: set[int] = set()
+        self.grids: tuple[Any, list[Grid]] | None = None
+
+    def grids_of(self, config: ReversibleConfig, num_layers: int, like: Tensor) -> list[Grid]:
+        """`state_grids` with all they need by channel, made once: nothing is copied to the device in a step."""
+        bits = [config.side_bits_of(k) for k in range(num_layers)]
+        key = (config.coupling, config.fraction_bits, config.grid_growth, config.wide_growth, *bits)
+        key += (*config.wide_channels, like.shape[-1], like.device, getattr(like, "fake_mode", None))
+        if self.grids is None or self.grids[0] != key:
+            grids = state_grids(config, num_layers, like)
+            for k, grid in enumerate(grids):
+                grid.vectors(like)
+                grid.finer_by_channel(grid, like)
+                if k:
+                    grid.finer_by_channel(grids[k - 1], like)
+                if k > 1 and config.coupling == "innovation":
+                    grid.gain_by_channel(grids[k - 2], bits[k - 1], like)
+            self.grids = key, grids
+        return self.grids[1]
 
     def finish(
         self, num_verified: int, mismatched: list[str], largest: int, measured: dict[int, dict[str, Any]]
@@ -485,6 +501,103 @@ class Read(Function):
         return grad.to(ctx.carrier_dtype), None, None, None
 
 
+class ReadNorm(Function):
+    """carrier, int32 stream -> the carrier again, the stream's value (or None), and its RMSNorm.
+
+    What the residual connection gets of the gradient passes through here, so that it is added to the norm's in one
+    pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        carrier: Tensor,
+        weight: Tensor,
+        stream: Tensor,
+        step: Tensor,
+        eps: float,
+        dtype: torch.dtype,
+        rounds_first: bool,
+        want_value: bool,
+    ):
+        value, normed, rstd = read_norm(stream, step, weight, eps, dtype, rounds_first, want_value)
+        ctx.save_for_backward(stream, weight, rstd)
+        ctx.step, ctx.rounds_first = step, rounds_first  # the grid's, made once for the model
+        ctx.set_materialize_grads(False)
+        return carrier.view_as(carrier), value if want_value else None, normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_through: Tensor | None, grad_value: Tensor | None, grad_normed: Tensor | None):
+        stream, weight, rstd = ctx.saved_tensors
+        if grad_normed is None:
+            parts = [g.to(rstd.dtype) for g in (grad_through, grad_value) if g is not None]
+            return sum(parts) if parts else None, *(None,) * 7
+        grad, grad_weight = read_norm_backward(
+            grad_normed.contiguous(),
+            grad_value,
+            grad_through,
+            stream,
+            ctx.step,
+            weight,
+            rstd,
+            ctx.rounds_first,
+            ctx.needs_input_grad[1],
+        )
+        return grad, grad_weight if ctx.needs_input_grad[1] else None, *(None,) * 6
+
+
+def read_normed(
+    carrier: Tensor, stream: Tensor, grid: Grid, norm: nn.Module, dtype: torch.dtype, want_value: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Carrier, value (where wanted) and `norm` of a stream: in one operation where the norm is a plain RMSNorm, by
+    the module itself where it is not."""
+    kind = rms_norm(norm)
+    if kind is None:
+        value = Read.apply(carrier, stream, grid, dtype)
+        return carrier, value, norm(value)
+    eps, rounds_first = kind
+    return ReadNorm.apply(carrier, norm.weight, stream, grid.vectors(stream)[1], eps, dtype, rounds_first, want_value)
+
+
+def rms_norm(norm: nn.Module) -> tuple[float, bool] | None:
+    """(eps, whether it rounds before it multiplies by the weight) of a module that is an RMSNorm and nothing else;
+    None for any other, and for one with hooks or a `forward` of its own."""
+    if "forward" in norm.__dict__ or norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks:
+        return None
+    weight = getattr(norm, "weight", None)
+    if weight is None or isinstance(weight, DTensor):
+        return None
+    cls = next((c for c in type(norm).__mro__ if not issubclass(c, RunsInWalk)), nn.Module)
+    rounds_first = rounds_before_weight(cls, cls.forward)
+    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    return None if rounds_first is None or eps is None else (float(eps), rounds_first)
+
+
+class RunsInWalk:
+    """Marks classes of this library that stand in front of a family's norm class."""
+
+
+@functools.cache
+def rounds_before_weight(cls: type[nn.Module], forward: Callable[..., Tensor]) -> bool | None:
+    """Whether `forward` is Llama's RMSNorm (True), that of gpt-oss (False), or neither (None): tried on numbers."""
+    with unset_fake_temporarily(), torch.no_grad(), torch.utils._python_dispatch._disable_current_modes():
+        numbers = torch.Generator("cpu").manual_seed(0)
+        x = torch.randn(64, 32, generator=numbers, device="cpu").to(torch.bfloat16)
+        weight = torch.rand(32, generator=numbers, device="cpu").add(0.5).to(torch.bfloat16)
+        stand_in = SimpleNamespace(weight=weight, variance_epsilon=1e-3, eps=1e-3)
+        try:
+            found = forward(stand_in, x)
+        except Exception:
+            return None
+        normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-3)
+        first, last = normed.to(x.dtype) * weight, (normed * weight).to(x.dtype)
+        same = [(found == expected).double().mean().item() for expected in (first, last)]
+        if not isinstance(found, Tensor) or found.shape != x.shape or max(same) < 0.99:
+            return None
+        return same[0] >= same[1]
+
+
 class Start(Function):
     """The embedding (B, T, D) -> streams of every tile, and two carriers for each."""
 
@@ -536,8 +649,7 @@ class Finish(Function):
             tile.streams, tile.checksums = [None, None], None
         walk.kept, walk.signs, walk.carriers = [], None, []
         out = torch.cat(outputs) if len(outputs) > 1 else outputs[0].view_as(outputs[0])
-        finite, walk.finite = walk.finite, None
-        return out if finite is None else torch.where(finite, out, float("nan"))
+        return torch.where(walk.flags[0] == 0, out, float("nan"))
 
     @staticmethod
     @once_differentiable

@@ -18,114 +18,113 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .couplings import Grid, add_refined, checksum, dequantize, innovation_forward, innovation_inverse, quantize
-from .reversible import Evaluation, Read, Tile, Walk, carrier_like, is_concrete
+from .ops.streams import add_update, checksum, gradients, move, quantize, undo
+from .reversible import Evaluation, Read, Tile, Walk, carrier_like, is_concrete, read_normed
 from .sublayers import GradientSum, attention, cross_attention, feed_forward, half_feed_forward, uses_rng
 
 
 class InnovationMove:
     """One layer's move (s_{k-1}, s_k) -> (s_k, s_{k+1}) of one tile; what its nodes share.
 
-    The feed-forward may run in several chunks of tokens. The inverse is elementwise, so in backward every chunk is
-    evaluated, inverted and differentiated before the next one is: no chunk's activations wait for another's.
+    The feed-forward may run in several chunks of tokens. The move is elementwise, so every chunk is evaluated and
+    moved, and in backward evaluated, inverted and differentiated, before the next one is: no chunk's activations wait
+    for another's.
     """
 
     def __init__(self, walk: Walk, tile: Tile, k: int, m: int | None, chunks: list[slice]):
         self.walk, self.tile, self.k, self.m, self.chunks = walk, tile, k, m, chunks
         # Of s_{k-1}, s_k and s_{k+1}; what is added in between is on the last.
         self.past_grid, self.grid, self.next_grid = walk.grids[max(k - 1, 0)], walk.grids[k], walk.grids[k + 1]
-        # Alive only while forward or backward is inside the layer. Forward: the middle state on the grid; backward:
-        # what the attention added to s_k, from which every chunk takes its middle state.
+        # Alive only while forward or backward is inside the layer. Forward: the middle state, which becomes s_{k+1}
+        # chunk by chunk; backward: what the attention added to s_k, from which every chunk takes its middle state.
         self.middle: Tensor | None = None
         self.attn: Tensor | None = None
         self.predicted: Tensor | None = None
         self.prev: Tensor | None = None
-        self.bits: tuple[Tensor, ...] = ()
+        self.plain_past: Tensor | None = None
         self.num_left = 0
         self.grad_mlp: Tensor | None = None
+        # Of the state that is being made, from its chunks.
+        self.checksum: Tensor | None = None
 
     def sign(self) -> Tensor | None:
         walk = self.walk
         return None if walk.signs is None else walk.signs[self.k, self.tile.rows].view(-1, 1, 1)
 
-    def grid_prediction(self, rows: slice) -> Tensor | None:
-        return None if self.predicted is None else quantize(self.predicted[:, rows], self.past_grid)
-
-    def gain(self, like: Tensor) -> float | Tensor:
-        """2**-m, and less where the grid has become finer in between."""
-        gain = 2.0**-self.m * self.past_grid.scale * self.next_grid.step
-        return gain.to(like.dtype) if isinstance(gain, Tensor) else gain
+    def gain(self, like: Tensor) -> Tensor:
+        """2**-m, and less where the grid has become finer in between; (D,), or (b, 1, D) with signs."""
+        gain, sign = self.next_grid.gain_by_channel(self.past_grid, self.m, like), self.sign()
+        return gain if sign is None else gain * sign
 
     def add_now(self, update: Tensor, now: Tensor) -> Tensor:
         """s_k and the attention's result on the grid of s_{k+1}: the middle state."""
-        return add_refined(quantize(update, self.next_grid), now, self.next_grid.finer_than(self.grid))
+        finer = self.next_grid.finer_by_channel(self.grid, now)
+        return add_update(update, now, self.next_grid.vectors(now)[0], finer, self.walk.flags)
 
-    def forward(self, updated: Tensor) -> tuple[Tensor, ...]:
-        """Move the streams on; returns the tensors that the inverse needs: packed bits per chunk, or a plain layer's
-        past."""
-        prev, cur = self.tile.streams
-        kept: list[Tensor] = []
+    def settings(self, rows: slice, like: Tensor) -> tuple[Any, ...]:
+        """What `move` and `undo` take alike."""
+        scales = (self.past_grid.vectors(like)[0], self.next_grid.vectors(like)[0])
+        return (*scales, self.grid.finer_by_channel(self.past_grid, like), self.m, rows.start)
+
+    def add_checksum(self, part: Tensor) -> None:
+        self.checksum = part if self.checksum is None else self.checksum + part
+
+    def predicted_of(self, rows: slice) -> Tensor | None:
+        return None if self.predicted is None else self.predicted[:, rows]
+
+    def forward_chunk(self, index: int, mlp: Tensor) -> Tensor:
+        """Turn one chunk of the middle state into s_{k+1}; returns its side bits."""
+        rows = self.chunks[index]
+        middle = self.middle[:, rows]
         if self.m is None:
-            following = updated
-            kept = [prev] if self.k else []
-        else:
-            parts = []
-            finer = self.grid.finer_than(self.past_grid)
-            for rows in self.chunks:
-                part, bits = innovation_forward(
-                    prev[:, rows],
-                    cur[:, rows],
-                    updated[:, rows],
-                    self.grid_prediction(rows),
-                    self.sign(),
-                    self.m,
-                    finer,
-                )
-                parts.append(part)
-                kept += [] if bits is None else [bits]
-            following = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-        self.tile.streams, self.tile.position = [cur, following], self.k + 1
-        self.walk.remember(self.tile, following)
-        return tuple(kept)
+            middle.copy_(self.walk.add(mlp, middle, self.next_grid))
+            return middle.new_empty(0, dtype=torch.uint8)
+        prev, cur = (stream[:, rows] for stream in self.tile.streams)
+        bits, part = move(
+            middle, prev, cur, mlp, self.predicted_of(rows), self.sign(), *self.settings(rows, cur), self.walk.flags
+        )
+        self.add_checksum(part)
+        return bits
+
+    def forward_end(self) -> tuple[Tensor, ...]:
+        """Move the streams on; returns a plain layer's past, which its inverse needs."""
+        prev, cur = self.tile.streams
+        walk, tile, following = self.walk, self.tile, self.middle
+        tile.streams, tile.position = [cur, following], self.k + 1
+        if self.m is None:
+            walk.remember(tile, following)
+        elif walk.config.verify != "off":
+            tile.checksums.append(self.checksum)
+        self.middle = self.predicted = self.checksum = None
+        return (prev,) if self.m is None and self.k else ()
 
     def middle_of(self, rows: slice) -> Tensor:
         """Backward: the middle state of one chunk."""
         return self.add_now(self.attn[:, rows], self.tile.streams[0][:, rows])
 
-    def invert(self, index: int, middle: Tensor, mlp: Tensor) -> None:
+    def invert(self, index: int, middle: Tensor, mlp: Tensor, bits: Tensor) -> None:
         """Recover the past of one chunk from its feed-forward's result; after the last chunk move the streams back."""
         rows, tile, walk, k = self.chunks[index], self.tile, self.walk, self.k
         cur, following = tile.streams
-        updated = quantize(mlp, self.next_grid).add_(middle)
         if self.m is None:
+            updated = walk.add(mlp, middle, self.next_grid)
             if walk.config.verify != "off" and is_concrete(updated):
                 walk.note_verdict(f"output of layer {k}", (updated != following[:, rows]).any())
-            past = self.bits[0][:, rows] if k else cur[:, rows]
-        else:
-            past = innovation_inverse(
-                following[:, rows],
-                cur[:, rows],
-                updated,
-                self.grid_prediction(rows),
-                self.sign(),
-                self.bits[index] if self.m else None,
-                self.m,
-                self.grid.finer_than(self.past_grid),
-            )
-        if len(self.chunks) == 1:
-            self.prev = past
+            self.prev = self.plain_past if k else cur
         else:
             if self.prev is None:
-                # s_{k+1} is not needed once inverted; the last layer's is autograd's, for a second walk.
-                self.prev = torch.empty_like(cur) if k == walk.num_layers - 1 else following
-            self.prev[:, rows] = past
+                # s_{k+1} is not needed once inverted; the last two states are autograd's, for a second walk.
+                self.prev = torch.empty_like(cur) if k >= walk.num_layers - 2 else following
+            past, following, cur_rows = self.prev[:, rows], following[:, rows], cur[:, rows]
+            predicted, sign = self.predicted_of(rows), self.sign()
+            part = undo(past, following, cur_rows, middle, mlp, predicted, sign, bits, *self.settings(rows, cur_rows))
+            self.add_checksum(part)
         self.num_left -= 1
         if self.num_left == 0:
             tile.streams, tile.position = [self.prev, cur], k
-            self.attn = self.predicted = self.prev = None
-            self.bits = ()
             if self.m is not None:
-                walk.verify(tile, k - 1, tile.streams[0], f"input of layer {k - 1}")
+                walk.verify(tile, k - 1, self.prev, f"input of layer {k - 1}", self.checksum)
+            self.attn = self.predicted = self.prev = self.plain_past = self.checksum = None
 
 
 class InnovationStep(Function):
@@ -137,11 +136,9 @@ class InnovationStep(Function):
     """
 
     @staticmethod
-    def forward(ctx, past: Tensor, updated: Tensor, predicted: Tensor | None, move, evaluation):
+    def forward(ctx, past: Tensor, updated: Tensor, move: InnovationMove, evaluation: Evaluation):
         ctx.move, ctx.evaluation = move, evaluation
-        move.predicted = predicted
-        kept = move.forward(move.middle)
-        move.middle = move.predicted = None
+        kept = move.forward_end()
         ctx.num_kept = len(kept)
         ctx.save_for_backward(*kept, *evaluation.side_tensors())
         return carrier_like(past.shape, past.device, past.dtype)
@@ -153,12 +150,12 @@ class InnovationStep(Function):
         tile = move.tile
         move.walk.expect(tile, move.k)
         tensors = ctx.saved_tensors  # once: every access unpacks, which may be a copy from the host
-        move.bits = tensors[: ctx.num_kept]
+        move.plain_past = tensors[0] if ctx.num_kept else None
         tile.make_current("attention", evaluation)
-        move.attn, *predicted = evaluation.again(tensors[ctx.num_kept :], tile.streams[0])
+        _, move.attn, *predicted = evaluation.again(tensors[ctx.num_kept :], tile.streams[0])
         move.predicted = predicted[0] if predicted else None
         move.num_left = len(move.chunks)
-        return None if move.m is None else grad, grad, None, None, None
+        return None if move.m is None else grad, grad, None, None
 
 
 class Attended(Function):
@@ -170,29 +167,20 @@ class Attended(Function):
 
     @staticmethod
     def forward(ctx, past: Tensor, now: Tensor, attn: Tensor, predicted: Tensor | None, move: InnovationMove):
-        ctx.move, ctx.dtypes = move, (attn.dtype, None if predicted is None else predicted.dtype)
+        ctx.move, ctx.dtype, ctx.has_prediction = move, attn.dtype, predicted is not None
         ctx.set_materialize_grads(False)
         return past.view_as(past), now.view_as(now)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor | None, grad_middle: Tensor):
-        move, (attn_dtype, predicted_dtype) = ctx.move, ctx.dtypes
-        ours = move.grad_mlp is not None
-        if ours:
-            grad_middle, move.grad_mlp = grad_middle + move.grad_mlp, None
-        grad_attn = grad_middle.to(attn_dtype)
-        # In place only where the tensor is ours, and not handed on as the attention's gradient.
-        ours = ours and grad_attn is not grad_middle
+        move = ctx.move
+        if move.grad_mlp is not None:
+            grad_middle, move.grad_mlp = move.grad_mlp.add_(grad_middle), None
         if grad is None:
-            return None, grad_middle, grad_attn, None, None
-        grad_past = grad * move.gain(grad)
-        sign = move.sign()
-        if sign is not None:
-            grad_past *= sign
-        grad_predicted = None if predicted_dtype is None else -grad_past.to(predicted_dtype)
-        grad_now = grad_middle.sub_(grad_past) if ours else grad_middle - grad_past
-        return grad_past, grad_now, grad_attn, grad_predicted, None
+            return None, grad_middle, grad_middle.to(ctx.dtype), None, None
+        past, now, attn, predicted = gradients(grad, grad_middle, move.gain(grad), ctx.dtype, ctx.has_prediction)
+        return past, now, attn, predicted if ctx.has_prediction else None, None
 
 
 class FeedStep(Function):
@@ -204,9 +192,7 @@ class FeedStep(Function):
     @staticmethod
     def forward(ctx, middle: Tensor, mlp: Tensor, move: InnovationMove, index: int, evaluation: Evaluation):
         ctx.move, ctx.index, ctx.evaluation, ctx.dtype = move, index, evaluation, mlp.dtype
-        move.walk.note_finite(mlp)
-        move.middle[:, move.chunks[index]] += quantize(mlp, move.next_grid)
-        ctx.save_for_backward(*evaluation.side_tensors())
+        ctx.save_for_backward(move.forward_chunk(index, mlp), *evaluation.side_tensors())
         return middle.view_as(middle)
 
     @staticmethod
@@ -215,21 +201,21 @@ class FeedStep(Function):
         move, evaluation = ctx.move, ctx.evaluation
         rows = move.chunks[ctx.index]
         move.tile.make_current("feed_forward", evaluation)
+        bits, *side = ctx.saved_tensors
         middle = move.middle_of(rows)
-        (mlp,) = evaluation.again(ctx.saved_tensors, middle)
-        move.invert(ctx.index, middle, mlp)
+        *_, mlp = evaluation.again(side, middle)
+        move.invert(ctx.index, middle, mlp, bits)
         return grad, grad[:, rows].to(ctx.dtype), None, None, None
 
 
-class ReadChunk(Function):
-    """`Read` for one chunk of several: its gradient goes into a buffer that `Attended`, which waits for it, adds."""
+class Rows(Function):
+    """The carrier of some tokens of a state; the gradient goes into a buffer that `Attended`, which waits for it,
+    adds."""
 
     @staticmethod
-    def forward(
-        ctx, carrier: Tensor, stream: Tensor, grid: Grid, dtype: torch.dtype, move: InnovationMove, rows: slice
-    ):
+    def forward(ctx, carrier: Tensor, move: InnovationMove, rows: slice):
         ctx.move, ctx.rows, ctx.shape = move, rows, carrier.shape
-        return dequantize(stream, grid, dtype)
+        return carrier[:, rows].view(carrier[:, rows].shape)
 
     @staticmethod
     @once_differentiable
@@ -239,7 +225,7 @@ class ReadChunk(Function):
             # Every row is written by exactly one chunk.
             move.grad_mlp = grad.new_zeros(ctx.shape)
         move.grad_mlp[:, ctx.rows] = grad
-        return None, None, None, None, None, None
+        return None, None, None
 
 
 def innovation_step(
@@ -254,36 +240,36 @@ def innovation_step(
     dtype, predictor = walk.dtype, layer.coupling.predictor
 
     def attend(carrier: Tensor, stream: Tensor) -> tuple[Tensor, ...]:
-        x = Read.apply(carrier, stream, move.grid, dtype)
-        attn = attention(layer, x, walk.fetch(kwargs_handle, tile))
-        return (attn,) if predictor is None else (attn, predictor(x))
+        through, x, normed = read_normed(
+            carrier, stream, move.grid, layer.input_layernorm, dtype, want_value=predictor is not None
+        )
+        attn = attention(layer, normed, walk.fetch(kwargs_handle, tile))
+        return (through, attn) if predictor is None else (through, attn, predictor(x))
 
     chunks = walk.token_chunks(now.shape[1])
     move = InnovationMove(walk, tile, layer.layer_index, layer.coupling.side_bits, chunks)
 
-    def feed(carrier: Tensor, stream: Tensor, rows: slice) -> tuple[Tensor]:
-        if len(chunks) == 1:
-            hidden = Read.apply(carrier, stream, move.next_grid, dtype)
-        else:
-            hidden = ReadChunk.apply(carrier, stream, move.next_grid, dtype, move, rows)
-        return (feed_forward(layer, hidden, sums),)
+    def feed(carrier: Tensor, stream: Tensor, rows: slice) -> tuple[Tensor, ...]:
+        if len(chunks) > 1 and carrier.shape != stream.shape:
+            carrier = Rows.apply(carrier, move, rows)
+        through, _, normed = read_normed(carrier, stream, move.next_grid, layer.post_attention_layernorm, dtype)
+        return through, feed_forward(layer, normed, sums)
 
     rng, device = uses_rng(layer), now.device
     attend_evaluation = Evaluation(attend, device, rng)
     cur = tile.streams[1]
-    attn, *predicted = attend_evaluation.first((now,), (cur,))
+    through, attn, *predicted = attend_evaluation.first((now,), (cur,))
     predicted = predicted[0] if predicted else None
-    kept_past, middle = Attended.apply(past, now, attn, predicted, move)
-    walk.note_finite(attn.detach())
-    if predicted is not None:
-        walk.note_finite(predicted.detach())
+    kept_past, middle = Attended.apply(past, through, attn, predicted, move)
+    move.predicted = None if predicted is None else predicted.detach()
     move.middle = move.add_now(attn.detach(), cur)
     updated = middle
     for index, rows in enumerate(chunks):
         evaluation = Evaluation(partial(feed, rows=rows), device, rng)
-        (mlp,) = evaluation.first((middle,), (move.middle[:, rows],))
-        updated = FeedStep.apply(updated, mlp, move, index, evaluation)
-    following = InnovationStep.apply(kept_past, updated, predicted, move, attend_evaluation)
+        through, mlp = evaluation.first((middle,), (move.middle[:, rows],))
+        # A whole state's gradient passes through the norm's node, that of a chunk goes by its own way.
+        updated = FeedStep.apply(through if len(chunks) == 1 else updated, mlp, move, index, evaluation)
+    following = InnovationStep.apply(kept_past, updated, move, attend_evaluation)
     return now, following
 
 
@@ -311,8 +297,7 @@ class AdditiveStep(Function):
         elif canaries is not None:
             kept = (canaries, *(stream.reshape(-1, stream.shape[-1])[canaries] for stream in tile.streams))
         ctx.num_kept = len(kept)
-        walk.note_finite(update)
-        y = quantize(update, walk.grids[0]).add_(x)
+        y = walk.add(update, x, walk.grids[0])
         tile.streams = [y if i == which else s for i, s in enumerate(tile.streams)]
         tile.position = 2 * k + which + 1
         walk.remember(tile, y)

@@ -136,13 +136,13 @@ COUPLINGS = {"innovation": InnovationCoupling, "cross_branch": CrossBranchCoupli
 # --- a layer's residual updates --------------------------------------------------------------------------------------
 
 
-def attention(layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    return first_tensor(layer.self_attn(hidden_states=layer.input_layernorm(hidden), **kwargs))
+def attention(layer: nn.Module, normed: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    return first_tensor(layer.self_attn(hidden_states=normed, **kwargs))
 
 
-def feed_forward(layer: nn.Module, hidden: Tensor, sums: dict[str, GradientSum] | None = None) -> Tensor:
+def feed_forward(layer: nn.Module, normed: Tensor, sums: dict[str, GradientSum] | None = None) -> Tensor:
     with summed(layer, sums or {}):
-        return first_tensor(layer.mlp(layer.post_attention_layernorm(hidden)))
+        return first_tensor(layer.mlp(normed))
 
 
 class GradientSum:
@@ -254,7 +254,8 @@ def full_cross_attention(layer: nn.Module, x_query: Tensor, x_key_value: Tensor,
 def half_feed_forward(layer: nn.Module, y1: Tensor, sums: dict[str, GradientSum] | None = None) -> Tensor:
     """P_down MoE(N(P_up y1)): (B, T, H) -> (B, T, H)."""
     adapters = layer.coupling
-    return adapters.feed_down(feed_forward(layer, adapters.feed_up(y1), sums))
+    normed = layer.post_attention_layernorm(adapters.feed_up(y1))
+    return adapters.feed_down(feed_forward(layer, normed, sums))
 
 
 def uses_rng(layer: nn.Module) -> bool:

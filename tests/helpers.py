@@ -194,6 +194,19 @@ def sequences(value, tile: slice, batch_size: int):
     return value
 
 
+def rms_norm(norm: torch.nn.Module, x: Tensor) -> Tensor:
+    """The walk's RMSNorm: neighbours are added first. float64 stays float64, which transformers' own does not."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    total = torch.nn.functional.pad(wide.square(), (0, (1 << (x.shape[-1] - 1).bit_length()) - x.shape[-1]))
+    while total.shape[-1] > 1:
+        total = total[..., 0::2] + total[..., 1::2]
+    root = ((total / x.shape[-1] + norm.variance_epsilon).double()).sqrt().to(wide.dtype)
+    normed, weight = wide * (1 / root), norm.weight.to(wide.dtype)
+    if "GptOss" in type(norm).__name__:
+        return (normed * weight).to(x.dtype)
+    return (normed.to(x.dtype).to(wide.dtype) * weight).to(x.dtype)
+
+
 @contextlib.contextmanager
 def reference_layers(model, signs: Tensor | None):
     """While open, `model`'s layers compute the coupled function with plain autograd."""
@@ -225,11 +238,17 @@ def reference_layers(model, signs: Tensor | None):
         now = state["now"]
         x = read(now, dtype)
         rows = tile_rows(config, *x.shape[:2])
-        update = [attention(layer, x[tile], sequences(kwargs, tile, x.shape[0])) for tile in rows]
+        update = [
+            attention(layer, rms_norm(layer.input_layernorm, x[tile]), sequences(kwargs, tile, x.shape[0]))
+            for tile in rows
+        ]
         middle = wrapped(now + on_grid(torch.cat(update), S), S)
         read_middle, size = read(middle, dtype), config.tile_tokens or middle.shape[1]
         chunks = [read_middle[tile].split(size, dim=1) for tile in rows]
-        update = [torch.cat([feed_forward(layer, chunk) for chunk in row], dim=1) for row in chunks]
+        update = [
+            torch.cat([feed_forward(layer, rms_norm(layer.post_attention_layernorm, chunk)) for chunk in row], dim=1)
+            for row in chunks
+        ]
         following = middle + on_grid(torch.cat(update), S)
         m = layer.coupling.side_bits
         if m is not None:
@@ -248,11 +267,14 @@ def reference_layers(model, signs: Tensor | None):
 
     for layer in model.model.layers:
         layer.forward = MethodType(forward, layer)
+    if not halves:
+        model.model.norm.plain = lambda hidden: rms_norm(model.model.norm, hidden)
     try:
         yield
     finally:
         for layer in model.model.layers:
             del layer.forward
+        model.model.norm.__dict__.pop("plain", None)
 
 
 def draw_signs(model, batch_size: int) -> Tensor | None:

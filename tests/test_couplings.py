@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from revffn.couplings import (
+from revffn.ops.streams import (
     Grid,
     add_refined,
     checksum,
