@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from torch import Tensor
 
 ROOT = Path(__file__).parents[2]

@@ -1,7 +1,7 @@
 """Stream kernels against their reference; run by test_streams.py in the interpreter, by hand on a GPU.
 
-    python tests/ops/stream_kernels.py            everything, bit for bit
-    python tests/ops/stream_kernels.py --break    one kernel shifts by a digit too many: must fail
+python tests/ops/stream_kernels.py            everything, bit for bit
+python tests/ops/stream_kernels.py --break    one kernel shifts by a digit too many: must fail
 """
 
 import itertools
