@@ -111,8 +111,10 @@ SAME_FUNCTION = (
     "hf_checkpointing_n",
     "hf_checkpointing_offload",
     "hf_checkpointing_linear_ce",
+    "hf_same_kernels",
     "ours_none",
     "ours_none_tiles",
+    "ours_none_offload_tiles",
 )
 """Methods that compute one function with one optimizer: their losses agree up to rounding. The first that is there is
 what the others are compared with."""
