@@ -1,14 +1,14 @@
-"""Step time, memory and kernels of ours and its rivals on one 80 GB GPU, in 15 minutes: one JSON a row.
+"""Step time, memory and kernels of ours and its rivals on one 80 GB GPU, in 15 minutes.
 
     python benchmarks/gpu_suite.py --out FOLDER --commit HASH --budget 840
-    python benchmarks/gpu_suite.py --list                  # rows, most telling first, with the seconds they may take
+    python benchmarks/gpu_suite.py --list            # rows, most telling first, with their seconds
     python benchmarks/gpu_suite.py --only 'innovation|hf_same'
-    python benchmarks/gpu_suite.py --dry-run               # the same code at tiny sizes on a CPU
+    python benchmarks/gpu_suite.py --dry-run         # the same code at tiny sizes on a CPU
 
-Rows that share a choice of kernels (`REVFFN_KERNELS`) run in one process, the worker. What a row says is written at
-once. A row that has a record is left out (`--again`: it is not). A row that takes too long, kills its worker or leaves
-the device unusable is recorded as failed, and another worker goes on with the rest. Needs no network and no trl,
-datasets or tyro.
+One JSON a row, written at once. Rows that share a choice of kernels (`REVFFN_KERNELS`) run in one
+process, the worker. A row that has a record is left out, unless `--again`. A row that takes too
+long, kills its worker or leaves the device unusable is recorded as failed, and another worker goes
+on with the rest. Needs no network and no trl, datasets or tyro.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ START_S = 15
 AGAIN = 75
 """Exit status of a worker that wants another in its place."""
 
-# --- rows ------------------------------------------------------------------------------------------------------------
+# --- rows ----------------------------------------------------------------------------------------
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -52,7 +52,7 @@ class Arm:
     """Of `methods.METHODS`."""
     words: str
     experts: str | None = None
-    """`experts_implementation`; "own" is revffn's where it is registered, else transformers' choice."""
+    """`experts_implementation`; "own" is revffn's where it is registered, else transformers'."""
     kernels: str = "auto"
     """`REVFFN_KERNELS`."""
 
@@ -135,7 +135,7 @@ class Row:
     profile: bool = False
     """One more step under the profiler."""
     seconds: int = 15
-    """Expected; nothing is stopped by it, but a row starts only while so much is left of the budget."""
+    """Expected: a row starts only while so much is left of the budget."""
 
     @property
     def name(self) -> str:
@@ -233,12 +233,12 @@ BY_NAME = {row.name: row for row in ROWS}
 assert len(BY_NAME) == len(ROWS)
 
 
-# --- kernels by category ---------------------------------------------------------------------------------------------
+# --- kernels by category -------------------------------------------------------------------------
 
 OF_FOLDER = {"update": "optimizer", "experts": "experts' glue", "streams": "streams"}
 """What kernels in `revffn/ops/<folder>` are for."""
 RULES: tuple[tuple[str, str], ...] = (
-    # The first that is found in a kernel's name. After the kernels of revffn/ops, which are known by their names.
+    # The first that is found in a kernel's name, unless it is one of revffn/ops (`own_kernels`).
     (r"^Mem(cpy|set)|^aten::(copy_|zero_|fill_)$", "copies"),
     (r"flash|fmha|sdpa|attention", "attention"),
     (r"cross_entropy|element_mul_kernel|nll_loss|log_?softmax|cunn_SoftMax", "loss"),
@@ -253,13 +253,15 @@ RULES: tuple[tuple[str, str], ...] = (
         "optimizer",
     ),
     (
-        r"swiglu|silu|[Rr]adix_?[Ss]ort|DeviceScan|histogram|topk|bitonic|index_put|indexing_backward|gather|scatter"
-        r"|softmax_warp|masked_fill.*BFloat16|^aten::(index|sort|histc|cumsum|topk)$",
+        r"swiglu|silu|[Rr]adix_?[Ss]ort|DeviceScan|histogram|topk|bitonic|index_put"
+        r"|indexing_backward|gather|scatter|softmax_warp|masked_fill.*BFloat16"
+        r"|^aten::(index|sort|histc|cumsum|topk)$",
         "experts' glue",
     ),
     # The same of the eager couplings.
     (
-        r"MinMaxOps|aminmax|round_kernel|shift_kernel|BitwiseXor|remainder|^aten::(aminmax|round_)$",
+        r"MinMaxOps|aminmax|round_kernel|shift_kernel|BitwiseXor|remainder"
+        r"|^aten::(aminmax|round_)$",
         "streams",
     ),
 )
@@ -355,7 +357,7 @@ def profile_step(training: Any, batch: dict, device: str) -> tuple[dict[str, Any
     }, text
 
 
-# --- the worker ------------------------------------------------------------------------------------------------------
+# --- the worker ----------------------------------------------------------------------------------
 
 
 class TooLong(Exception):
@@ -599,7 +601,7 @@ def work(names: list[str], args: argparse.Namespace) -> int:
     return 0
 
 
-# --- records ---------------------------------------------------------------------------------------------------------
+# --- records -------------------------------------------------------------------------------------
 
 
 def record_file(row: Row, out: Path) -> Path:
@@ -666,7 +668,7 @@ def summary(record: dict[str, Any]) -> str:
     return f"{record['name']}: {'; '.join(filter(None, words))}"
 
 
-# --- the supervisor --------------------------------------------------------------------------------------------------
+# --- the supervisor ------------------------------------------------------------------------------
 
 
 def runs_of(names: list[str]) -> Iterator[tuple[str, list[str]]]:
@@ -702,7 +704,6 @@ def supervise(names: list[str], args: argparse.Namespace) -> None:
             environment = os.environ | {"REVFFN_KERNELS": kernels}
             if args.dry_run:
                 environment["CUDA_VISIBLE_DEVICES"] = ""
-            environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
             status = subprocess.run(command, env=environment).returncode
             running = [name for name in left if state(name, args.out) == "running"]
             for name in running:  # its worker was killed, or killed itself
@@ -780,9 +781,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"no row matches {args.only!r}; --list names them")
     if args.list:
         for row in rows:
-            print(
-                f"{row.name:<55} {row.seconds:>4} s  {ARMS[row.arm].words}{', profiled' * row.profile}"
-            )
+            words = ARMS[row.arm].words + ", profiled" * row.profile
+            print(f"{row.name:<55} {row.seconds:>4} s  {words}")
         print(f"{len(rows)} rows, {sum(row.seconds for row in rows)} s expected")
         return 0
     names = [row.name for row in rows if args.again or not recorded(row, args)]
