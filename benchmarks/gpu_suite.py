@@ -60,29 +60,29 @@ class Arm:
 ARMS = {
     "hf": Arm(
         method="hf_checkpointing",
-        words="transformers + checkpointing, full logits, our optimizer in plain PyTorch",
+        words="transformers + checkpointing, full logits; eager optimizer",
         experts="grouped_mm",
         kernels="torch",
     ),
     "hf_linear_ce": Arm(
         method="hf_checkpointing_linear_ce",
-        words="the same + linear cross-entropy",
+        words="transformers + checkpointing + linear CE; eager optimizer",
         experts="grouped_mm",
         kernels="torch",
     ),
     "hf_fused_optimizer": Arm(
         method="hf_checkpointing_linear_ce",
-        words="the same + our fused optimizer",
+        words="transformers + checkpointing + linear CE; our fused optimizer",
         experts="grouped_mm",
     ),
     "hf_same_kernels": Arm(
         method="hf_same_kernels",
-        words="the same + our experts and Liger's norms, RoPE, SwiGLU",
+        words="transformers + checkpointing + linear CE; our optimizer and experts, Liger's rest",
         experts="revffn",
     ),
     "hf_sonicmoe": Arm(
         method="hf_same_kernels",
-        words="the same with transformers' sonicmoe for experts",
+        words="transformers + checkpointing + linear CE; our optimizer, sonicmoe, Liger's rest",
         experts="sonicmoe",
     ),
     "none": Arm(method="ours_none_tiles", words="ours, layer inputs stored", experts="own"),
@@ -102,7 +102,7 @@ ARMS = {
     ),
     "innovation_m2_torch": Arm(
         method="ours_innovation_tiles",
-        words="ours, innovation, m = 2, plain PyTorch",
+        words="ours, innovation, m = 2; eager",
         experts="grouped_mm",
         kernels="torch",
     ),
@@ -161,7 +161,7 @@ LONG, LONGEST = "qwen1.5_1x32768", "qwen1.5_1x131072"
 ROWS = [
     *_rows(
         Q16,
-        ("innovation_m2", dict(profile=True, seconds=25)),  # kernels are compiled in it
+        ("innovation_m2", dict(profile=True, seconds=40)),  # kernels are compiled in it
         ("innovation_m2", dict(tile=16384)),
         ("hf_same_kernels", dict(profile=True, seconds=18)),
         ("none", dict(seconds=12)),
@@ -253,7 +253,7 @@ RULES: tuple[tuple[str, str], ...] = (
         "optimizer",
     ),
     (
-        r"swiglu|silu|[Rr]adix_?[Ss]ort|DeviceScan|histogram|topk|bitonic|index_put"
+        r"swiglu|silu|[Rr]adix_?[Ss]ort|DeviceScan|[Hh]istogram|topk|bitonic|index_put"
         r"|indexing_backward|gather|scatter|softmax_warp|masked_fill.*BFloat16"
         r"|^aten::(index|sort|histc|cumsum|topk)$",
         "experts' glue",
@@ -265,6 +265,8 @@ RULES: tuple[tuple[str, str], ...] = (
         "streams",
     ),
 )
+RANGES = r"Optimizer\.|ProfilerStep|## |PyTorch Profiler|Command Buffer|Activity Buffer"
+"""Events of the profiler that are no kernels."""
 OTHER = "other elementwise"
 CATEGORIES = (
     "matrix products",
@@ -327,9 +329,7 @@ def profile_step(training: Any, batch: dict, device: str) -> tuple[dict[str, Any
     counts: Counter[str] = Counter()
     for event in profiler.profiler.kineto_results.events():
         name = event.name()
-        if event.device_type() != wanted or re.match(
-            r"Optimizer\.|ProfilerStep|## |PyTorch Profiler", name
-        ):
+        if event.device_type() != wanted or re.match(RANGES, name):
             continue  # ranges, not kernels
         start_us, length_us = event.start_ns() / 1000, event.duration_ns() / 1000
         times[name] += length_us
@@ -365,7 +365,7 @@ class TooLong(Exception):
 
 
 class Unusable(Exception):
-    """This process cannot measure any more."""
+    """This process should measure no more."""
 
 
 def choose_experts(arm: Arm) -> str | None:
@@ -378,7 +378,7 @@ def choose_experts(arm: Arm) -> str | None:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     with contextlib.suppress(ImportError):
-        import revffn.ops.experts  # noqa: F401  (registers it)
+        import revffn.experts  # noqa: F401  (registers it)
     if arm.experts == "own":
         return "revffn" if "revffn" in ALL_EXPERTS_FUNCTIONS else None
     if arm.experts is not None and arm.experts not in ALL_EXPERTS_FUNCTIONS:
@@ -526,7 +526,7 @@ def run_row(
     import revffn.ops.dispatch as dispatch
 
     record: dict[str, Any] = head(row, args) | facts | {"kernels": dispatch.describe()}
-    broken = False
+    broken = row.arm.endswith("_host")  # pinned memory stays with its process
 
     def too_long(*_: Any) -> NoReturn:
         raise TooLong(f"took more than {row.limit_seconds} s")
@@ -546,7 +546,7 @@ def run_row(
         record |= {"status": "failed", "reason": str(error)}
         traceback.print_exc()
     except Exception as error:
-        broken = "CUDA" in str(error) or "cuda" in type(error).__name__.lower()
+        broken |= "CUDA" in str(error) or isinstance(error, torch.AcceleratorError)
         record |= {"status": "failed", "reason": one_line(error)}
         traceback.print_exc()
     finally:
@@ -582,6 +582,7 @@ def work(names: list[str], args: argparse.Namespace) -> int:
         from importlib.metadata import version
 
         found["liger-kernel"] = version("liger-kernel")
+    found |= {"cuda": torch.version.cuda} if torch.version.cuda else {}
     facts = {"device": device_facts(device), "versions": found}
     if device == "cuda":
         torch.zeros(1, device="cuda")
@@ -775,6 +776,10 @@ def main(argv: list[str] | None = None) -> int:
         unknown = [name for name in args.row if name not in BY_NAME]
         if unknown:
             parser.error(f"unknown row {unknown[0]!r}; --list names them")
+        chosen = {ARMS[BY_NAME[name].arm].kernels for name in args.row}
+        if len(chosen) > 1:
+            parser.error("--row takes rows of one choice of kernels; --only takes any")
+        os.environ["REVFFN_KERNELS"] = chosen.pop()
         return work(args.row, args)
     rows = [row for row in ROWS if re.search(args.only, row.name)]
     if not rows:

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import experiment_tables
+import gpu_tables
 import quality_tables
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -273,7 +274,7 @@ def serving() -> str:
 
 TABLES = {"memory": memory, "planner": planner, "terms": terms, "serving": serving}
 TABLES |= {"speed": speed, "losses": losses, "pairs": pairs, "scaling": scaling}
-TABLES |= quality_tables.TABLES | experiment_tables.TABLES
+TABLES |= quality_tables.TABLES | experiment_tables.TABLES | gpu_tables.TABLES
 
 
 def main() -> int:
