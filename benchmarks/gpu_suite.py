@@ -685,8 +685,8 @@ def runs_of(names: list[str]) -> Iterator[tuple[str, list[str]]]:
         yield ARMS[BY_NAME[stretch[0]].arm].kernels, stretch
 
 
-def supervise(names: list[str], args: argparse.Namespace) -> None:
-    """Workers for all rows, one at a time."""
+def supervise(names: list[str], args: argparse.Namespace) -> bool:
+    """Workers for all rows, one at a time; False if one could not begin."""
     for kernels, stretch in runs_of(names):
         left = stretch
         while left:
@@ -724,8 +724,9 @@ def supervise(names: list[str], args: argparse.Namespace) -> None:
                 print(
                     f"No row was begun and the process ended with status {status}.", file=sys.stderr
                 )
-                break
+                return False
             left = left[max(done) + 1 :]
+    return True
 
 
 def state(name: str, out: Path, since: float = 0.0) -> str | None:
@@ -791,11 +792,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{len(rows)} rows, {sum(row.seconds for row in rows)} s expected")
         return 0
     names = [row.name for row in rows if args.again or not recorded(row, args)]
-    supervise(names, args)
+    begun = supervise(names, args)
     states = Counter(state(row.name, args.out) or "not run" for row in rows)
     words = ", ".join(f"{number} {status}" for status, number in states.most_common())
     print(f"{time.time() - args.begun:.0f} s; of {len(rows)} rows: {words}.")
-    return int(bool(states["failed"]))
+    return int(bool(states["failed"]) or not begun)
 
 
 if __name__ == "__main__":
