@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import copy
 import importlib
+import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from types import ModuleType
+from types import MethodType, ModuleType
 from typing import Any, Literal
 
 import torch
@@ -26,6 +27,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.activations import ACT2FN
 
 from revffn import HostWeights, ReversibleConfig, convert
 from revffn.losses import use_linear_cross_entropy
@@ -33,6 +35,7 @@ from revffn.optim import OptimizerInBackward, parameter_groups
 from revffn.simulation import Method
 
 Batch = dict[str, Tensor]
+SILU = type(ACT2FN["silu"])
 EVERY_N = 2
 """`hf_checkpointing_n` recomputes every so many-th layer and stores the activations of the others."""
 
@@ -82,7 +85,8 @@ def package(name: str, attribute: str | None = None) -> ModuleType | Any:
     Raises:
         NotAvailable: It cannot be imported.
     """
-    pip = {"lomo_optim": "lomo-optim", "galore_torch": "galore-torch"}.get(name, name)
+    known = {"lomo_optim": "lomo-optim", "galore_torch": "galore-torch", "liger_kernel": "liger-kernel"}
+    pip = known.get(name.partition(".")[0], name)
     try:
         module = importlib.import_module(name)
     except ImportError as error:
@@ -118,14 +122,71 @@ def plain_model(
     return model.train()
 
 
+@torch.no_grad()
+def plain_model_on_host(
+    hf_config: PreTrainedConfig, device: str | torch.device, dtype: torch.dtype, seed: int = 0
+) -> PreTrainedModel:
+    """The same model and values in host memory, one parameter at a time drawn on the device: it need not fit there."""
+    hf_config = copy.deepcopy(hf_config)
+    hf_config.use_cache = False
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
+    std = model.config.get_text_config().initializer_range
+    for prefix, module in list(model.named_modules()):
+        if any(buffer is not None for buffer in module._buffers.values()):  # rotary frequencies
+            parent, _, name = prefix.rpartition(".")
+            setattr(model.get_submodule(parent), name, type(module)(config=model.config))
+        for name, parameter in module.named_parameters(recurse=False):
+            made = torch.empty(parameter.shape, dtype=parameter.dtype)
+            full = f"{prefix}.{name}" if prefix else name
+            if parameter.dim() > 1:
+                generator = torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {full}".encode()))
+                made.copy_(torch.empty_like(made, device=device).normal_(0.0, std, generator=generator))
+            else:
+                made.fill_(1.0 if "norm" in full else 0.0)
+            setattr(module, name, nn.Parameter(made))
+    model.tie_weights()
+    return model.train()
+
+
+def liger(model: PreTrainedModel) -> PreTrainedModel:
+    """Liger's RMSNorm, SwiGLU and RoPE in a transformers model. `model.undo_liger()` gives its module back the RoPE it
+    had, which all models of the class share; the rest goes with the model."""
+    rms_norm = package("liger_kernel.ops.rms_norm", "LigerRMSNormFunction")
+    silu_mul = package("liger_kernel.ops.swiglu", "LigerSiLUMulFunction")
+    rope = package("liger_kernel.transformers.rope", "liger_rotary_pos_emb")
+
+    def norm(self: nn.Module, hidden_states: Tensor) -> Tensor:
+        return rms_norm.apply(hidden_states, self.weight, self.variance_epsilon, 0.0, "llama", False)
+
+    def mlp(self: nn.Module, x: Tensor) -> Tensor:
+        return self.down_proj(silu_mul.apply(self.gate_proj(x), self.up_proj(x)))
+
+    for part in model.modules():
+        if type(part).__name__.endswith("RMSNorm"):
+            part.forward = MethodType(norm, part)
+        elif type(part).__name__.endswith("MLP") and isinstance(getattr(part, "act_fn", None), SILU):
+            part.forward = MethodType(mlp, part)
+    module = sys.modules[type(model).__module__]
+    model.undo_liger = partial(setattr, module, "apply_rotary_pos_emb", module.apply_rotary_pos_emb)
+    module.apply_rotary_pos_emb = rope
+    return model
+
+
 def unchanged(model: PreTrainedModel, tile_tokens: int | None) -> PreTrainedModel:
     return model
 
 
 def checkpointing(
-    model: PreTrainedModel, tile_tokens: int | None, every: int = 1, offload: bool = False, linear_ce: bool = False
+    model: PreTrainedModel,
+    tile_tokens: int | None,
+    every: int = 1,
+    offload: bool = False,
+    linear_ce: bool = False,
+    fused: bool = False,
 ) -> PreTrainedModel:
-    """transformers' activation checkpointing, of every `every`-th layer, with its inputs on the host if asked."""
+    """transformers' activation checkpointing, of every `every`-th layer, with its inputs on the host if asked; `fused`
+    puts Liger's kernels in."""
     # The name changed between transformers 5.17 and 5.23; the old one goes with version 6.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
@@ -134,6 +195,7 @@ def checkpointing(
         layer.gradient_checkpointing = index % every == 0
         if offload:
             layer._gradient_checkpointing_func = on_the_host(layer._gradient_checkpointing_func)
+    model = liger(model) if fused else model
     return use_linear_cross_entropy(model) if linear_ce else model
 
 
@@ -148,12 +210,17 @@ def on_the_host(checkpoint: Callable) -> Callable:
 
 
 def reversible(
-    model: PreTrainedModel, tile_tokens: int | None, tiles: bool = False, host: bool = False, **settings: Any
+    model: PreTrainedModel,
+    tile_tokens: int | None,
+    tiles: bool = False,
+    host: str | torch.device | None = None,
+    **settings: Any,
 ) -> nn.Module:
+    """Ours; `host` keeps the weights in host memory for a model that runs on that device."""
     config = ReversibleConfig(tile_tokens=tile_tokens if tiles else None, **settings)
     model = use_linear_cross_entropy(convert(model, config))
-    if host:
-        model.host_weights = HostWeights(model)
+    if host is not None:
+        model.host_weights = HostWeights(model, host)
     return model
 
 
@@ -204,6 +271,7 @@ def own_optimizer(
         optimizer.detach()
         if store is not None:
             store.remove()  # `run_step` makes another
+        getattr(model, "undo_liger", lambda: None)()
         optimizer.state.clear()
 
     method = None
@@ -372,6 +440,8 @@ class BenchmarkMethod:
     """Layers repeat with this period."""
     tiles: bool = False
     """The walk is cut into tiles."""
+    host: bool = False
+    """Weights are in host memory; `change` is told the device as `host`."""
     counted_as: str | None = None
     """The method whose matrix products it has, where its own step cannot run on fake tensors."""
 
@@ -386,16 +456,22 @@ def _transformers(description: str, name: str = "checkpointing", period: int = 1
     )
 
 
+def _one(description: str, tiles: bool = False, in_host_memory: bool = False, **settings: Any) -> BenchmarkMethod:
+    return BenchmarkMethod(
+        description=description,
+        change=partial(reversible, tiles=tiles, **settings),
+        start=partial(own_optimizer, of_simulation={"name": "reversible"}),
+        tiles=tiles,
+        host=in_host_memory,
+    )
+
+
 def _ours(words: str, **settings: Any) -> dict[str, BenchmarkMethod]:
     name = "_".join([settings["coupling"], *([settings["query_stream"]] if "query_stream" in settings else [])])
     name += "_maps" if settings.get("stream_maps") else ""
-    start = partial(own_optimizer, of_simulation={"name": "reversible"})
     return {
-        f"ours_{name}{'_tiles' if tiles else ''}": BenchmarkMethod(
-            description=f"ours, {words}{', in tiles' if tiles else ''}",
-            change=partial(reversible, tiles=tiles, **settings),
-            start=start,
-            tiles=tiles,
+        f"ours_{name}{'_tiles' if tiles else ''}": _one(
+            f"ours, {words}{', in tiles' if tiles else ''}", tiles=tiles, **settings
         )
         for tiles in (False, True)
     }
@@ -412,6 +488,7 @@ def _peft(description: str, config_class: str, **settings: Any) -> BenchmarkMeth
 # Like the grids that calibration chooses on SmolLM2 (these models have random weights): what they cost is timed too.
 GRIDS = dict(fraction_bits=9, grid_growth=11, wide_channels=list(range(16)), wide_growth=5)
 INNOVATION = dict(coupling="innovation", side_bits=2, **GRIDS)
+INNOVATION_M1 = {**INNOVATION, "side_bits": 1}
 LORA = dict(r=16, lora_alpha=32, target_modules="all-linear")
 IA3 = dict(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])
 strongest = partial(checkpointing, linear_ce=True)
@@ -442,16 +519,25 @@ METHODS: dict[str, BenchmarkMethod] = {
         start=partial(galore, experts=False),
     ),
     **_ours("innovation, m = 2", **INNOVATION),
-    "ours_innovation_m1": BenchmarkMethod(
-        description="ours, innovation, m = 1",
-        change=partial(reversible, tiles=False, **{**INNOVATION, "side_bits": 1}),
-        start=partial(own_optimizer, of_simulation={"name": "reversible"}),
+    "hf_same_kernels": _transformers(
+        " + activation checkpointing + linear cross-entropy + Liger's norms, RoPE and SwiGLU",
+        linear_ce=True,
+        fused=True,
     ),
-    "ours_innovation_tiles_host": BenchmarkMethod(
-        description="ours, innovation, m = 2, in tiles, weights in host memory",
-        change=partial(reversible, tiles=True, host=True, **INNOVATION),
-        start=partial(own_optimizer, of_simulation={"name": "reversible"}),
+    "ours_innovation_m1": _one("ours, innovation, m = 1", **INNOVATION_M1),
+    "ours_innovation_m1_tiles": _one("ours, innovation, m = 1, in tiles", tiles=True, **INNOVATION_M1),
+    "ours_innovation_tiles_host": _one(
+        "ours, innovation, m = 2, in tiles, weights in host memory", tiles=True, in_host_memory=True, **INNOVATION
+    ),
+    "ours_none_offload_tiles": _one(
+        "ours, layer inputs in host memory, in tiles", tiles=True, coupling="none", offload_inputs=True
+    ),
+    "ours_none_offload_tiles_host": _one(
+        "ours, layer inputs and weights in host memory, in tiles",
         tiles=True,
+        in_host_memory=True,
+        coupling="none",
+        offload_inputs=True,
     ),
     **_ours("cross_branch, queries from the right", coupling="cross_branch", query_stream="right"),
     **_ours(
@@ -488,5 +574,8 @@ def start(
         NotAvailable: The method needs a package that is not there.
     """
     row = METHODS[name]
-    model = row.change(plain_model(hf_config, device, dtype, seed), tile_tokens)
+    change = partial(row.change, host=device) if row.host else row.change
+    elsewhere = row.host and torch.device(device).type == "cuda"
+    make = plain_model_on_host if elsewhere else plain_model
+    model = change(make(hf_config, device, dtype, seed), tile_tokens)
     return row.start(model, settings or OptimizerSettings())

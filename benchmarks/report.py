@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import experiment_tables
+import gpu_tables
 import quality_tables
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,8 +112,10 @@ SAME_FUNCTION = (
     "hf_checkpointing_n",
     "hf_checkpointing_offload",
     "hf_checkpointing_linear_ce",
+    "hf_same_kernels",
     "ours_none",
     "ours_none_tiles",
+    "ours_none_offload_tiles",
 )
 """Methods that compute one function with one optimizer: their losses agree up to rounding. The first that is there is
 what the others are compared with."""
@@ -271,7 +274,7 @@ def serving() -> str:
 
 TABLES = {"memory": memory, "planner": planner, "terms": terms, "serving": serving}
 TABLES |= {"speed": speed, "losses": losses, "pairs": pairs, "scaling": scaling}
-TABLES |= quality_tables.TABLES | experiment_tables.TABLES
+TABLES |= quality_tables.TABLES | experiment_tables.TABLES | gpu_tables.TABLES
 
 
 def main() -> int:

@@ -81,9 +81,11 @@ SMALL = dict(
 
 WORKLOADS: dict[str, Workload] = {
     "qwen1.5_16x2048": Workload(model="qwen1.5-moe-a2.7b", batch=16, tokens=2048),
+    "qwen1.5_64x2048": Workload(model="qwen1.5-moe-a2.7b", batch=64, tokens=2048, warmup_steps=1, timed_steps=3),
     "qwen1.5_128x2048": Workload(model="qwen1.5-moe-a2.7b", batch=128, tokens=2048, warmup_steps=1, timed_steps=3),
     "qwen1.5_4x512": Workload(model="qwen1.5-moe-a2.7b", batch=4, tokens=512),
     "qwen1.5_1x32768": Workload(model="qwen1.5-moe-a2.7b", batch=1, tokens=32768),
+    "qwen1.5_1x131072": Workload(model="qwen1.5-moe-a2.7b", batch=1, tokens=131072, warmup_steps=1, timed_steps=2),
     "olmoe_16x2048": Workload(model="olmoe-1b-7b", batch=16, tokens=2048),
     "qwen3_16x2048": Workload(model="qwen3-30b-a3b", batch=16, tokens=2048, timed_steps=5),
     "cpu_float32": Workload(

@@ -1,6 +1,6 @@
 """The benchmark harness: every method runs or says why not, counts are right, what must not be recorded is refused.
 
-Run: pytest tests/test_benchmarks.py; the dry run of the whole GPU list (some minutes) with -m slow.
+Run: pytest tests/test_benchmarks.py; the dry run of the whole GPU list (a minute or two) with -m slow.
 """
 
 import argparse
@@ -9,9 +9,9 @@ import importlib
 import json
 import math
 import os
-import shlex
 import subprocess
 import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,11 +24,22 @@ from revffn import reversible_report
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # scripts that import each other
-figures, methods, quality, quality_tables, report, run, workloads = map(
-    importlib.import_module, ("figures", "methods", "quality", "quality_tables", "report", "run", "workloads")
+dispatches, figures, gpu_suite, gpu_tables, methods, quality, quality_tables, report, run, workloads = map(
+    importlib.import_module,
+    (
+        "dispatches",
+        "figures",
+        "gpu_suite",
+        "gpu_tables",
+        "methods",
+        "quality",
+        "quality_tables",
+        "report",
+        "run",
+        "workloads",
+    ),
 )
 
-SUITE = BENCHMARKS / "gpu_suite.sh"
 TINY = workloads.WORKLOADS["qwen1.5_16x2048"].tiny()
 SETTINGS = methods.OptimizerSettings()
 CLEAN = {"git": {"commit": "abc", "dirty": False, "changed": []}, "versions": {}}
@@ -297,37 +308,232 @@ def test_a_pair_is_taken_in_turns(recordable, monkeypatch, tmp_path, capsys):
     assert result["flops_ratio"] == 1.0
 
 
-# --- the list and the tables -----------------------------------------------------------------------------------------
+# --- the suite for a GPU ---------------------------------------------------------------------------------------------
 
 
 def suite(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        ["bash", SUITE, *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHON": sys.executable, **environment},
+    command = [sys.executable, BENCHMARKS / "gpu_suite.py", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+
+
+def test_the_list_names_all_rows(capsys, tmp_path):
+    assert gpu_suite.main(["--list", "--out", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:-1]] == [row.name for row in gpu_suite.ROWS]
+    assert {row.arm for row in gpu_suite.ROWS} == set(gpu_suite.ARMS)
+    assert {arm.method for arm in gpu_suite.ARMS.values()} <= set(methods.METHODS)
+    assert all(workloads.WORKLOADS[row.workload].device == "cuda" for row in gpu_suite.ROWS)
+    with pytest.raises(SystemExit, match="2"):
+        gpu_suite.main(["--only", "nothing", "--out", str(tmp_path)])
+
+
+def test_dry_run_of_a_row(tmp_path):
+    """Without the packages that a bare GPU machine lacks; a second call finds the record and makes no other."""
+    for name in ("trl", "datasets", "tyro"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('not on this machine')")
+    call = ("--dry-run", "--out", str(tmp_path), "--commit", "abc", "--only", "^qwen1.5_16x2048-innovation_m2-whole")
+    done = suite(*call, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    (file,) = tmp_path.glob("*.json")
+    record, written = json.loads(file.read_text()), file.stat().st_mtime_ns
+    assert record["status"] == "ok" and record["tiny"] and record["commit"] == "abc"
+    assert len(record["step_time_ms"]["all"]) == 3 and len(record["losses"]) == 4
+    assert record["tokens_per_second"] * record["step_time_ms"]["median"] / 1000 == pytest.approx(32)
+    assert record["reversible"]["verified_states"] > 0 == record["reversible"]["mismatched_states_total"]
+    assert record["kernels"]["cpu"] == "torch" and record["versions"]["torch"] == torch.__version__
+    profile = record["profile"]
+    assert set(profile["ms"]) == set(gpu_suite.CATEGORIES) and 0 < profile["busy_ms"] <= profile["wall_ms"]
+    assert len(file.with_suffix(".kernels.txt").read_text().splitlines()) == 60
+    assert "1 ok" in suite(*call).stdout and file.stat().st_mtime_ns == written
+
+
+def test_a_row_that_kills_its_process_is_recorded_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
+    commands = []
+
+    def killed(command, env):
+        names = [b for a, b in zip(command, command[1:], strict=False) if a == "--row"]
+        commands.append((env["REVFFN_KERNELS"], names))
+        row = gpu_suite.BY_NAME[names[0]]
+        arguments = argparse.Namespace(commit="abc", dry_run=False)
+        head = gpu_suite.head(row, arguments)
+        gpu_suite.write_json(gpu_suite.record_file(row, tmp_path), {**head, "status": "running"})
+        return subprocess.CompletedProcess(command, -9)
+
+    monkeypatch.setattr(gpu_suite.subprocess, "run", killed)
+    call = ["--only", "^olmoe", "--out", str(tmp_path), "--commit", "abc"]
+    assert gpu_suite.main(call) == 1
+    names = [row.name for row in gpu_suite.ROWS if row.name.startswith("olmoe")]
+    assert [done[0] for _, done in commands] == names
+    torch_only = [kernels == "torch" for kernels, _ in commands]
+    assert torch_only == [gpu_suite.ARMS[gpu_suite.BY_NAME[name].arm].kernels == "torch" for name in names]
+    records = [json.loads(file.read_text()) for file in tmp_path.glob("*.json")]
+    assert all(r["status"] == "failed" and r["reason"] == "the process ended with status -9" for r in records)
+    assert gpu_suite.main([*call, "--again", "--budget", "10"]) == 1 and len(commands) == len(names)
+
+
+@pytest.mark.parametrize(
+    "error, status, goes_on",
+    [
+        (gpu_suite.TooLong("took more than 9 s"), "failed", False),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), "failed", False),
+        (ValueError("shapes"), "failed", True),
+        (torch.OutOfMemoryError("Tried to allocate"), "out_of_memory", True),
+        (methods.NotAvailable("needs it"), "skipped", True),
+    ],
+)
+def test_what_a_row_leaves_when_it_fails(error, status, goes_on, monkeypatch):
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(gpu_suite, "measure", fails)
+    written = []
+    arguments = argparse.Namespace(commit="abc", dry_run=True, no_profile=True)
+    call = (gpu_suite.ROWS[0], arguments, written.append, {})
+    if goes_on:
+        gpu_suite.run_row(*call)
+    else:
+        with pytest.raises(gpu_suite.Unusable):
+            gpu_suite.run_row(*call)
+    (record,) = written
+    assert record["status"] == status and str(error) in record["reason"] and record["left_bytes"] == 0
+
+
+@pytest.mark.parametrize(
+    "kernel, expected",
+    [
+        ("nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_NTT", "matrix products"),
+        ("_ZN7cutlass13device_kernelIN2at4cuda6detail25enable_3x_kernel_for_sm9xINS_4gemm6kernel", "matrix products"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26", "attention"),
+        ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128, 128, 64, 4>>", "attention"),
+        ("liger_cross_entropy_kernel", "loss"),
+        ("_rms_norm_backward_kernel", "norms, RoPE"),
+        ("_triton_rope", "norms, RoPE"),
+        ("void at::native::(anonymous namespace)::distribution_elementwise_grid_stride_kernel<unsigned>", "optimizer"),
+        ("void at_cuda_detail::cub::detail::radix_sort::DeviceRadixSortOnesweepKernel<policy_hub<>>", "experts' glue"),
+        ("void at::native::kernelHistogram1D<int, int, int, 1, 2, -1>", "experts' glue"),
+        ("void (anonymous namespace)::indexing_backward_kernel<c10::BFloat16, 4>(long const*)", "experts' glue"),
+        ("void at::native::reduce_kernel<512, 1, at::native::ReduceOp<MinMaxOps<c10::BFloat16>>>", "streams"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>", "other elementwise"),
+        ("Memcpy DtoD (Device -> Device)", "copies"),
+        ("_gate", "experts' glue"),
+        ("_gate_unknown", "other elementwise"),
+    ],
+)
+def test_categories_of_kernels(kernel, expected, tmp_path):
+    """By a table of names; kernels of our own by the folder they are in."""
+    (tmp_path / "experts").mkdir()
+    (tmp_path / "experts" / "kernels.py").write_text(
+        "@triton.jit\ndef _gate(x): ...\n@triton.jit(do_not_specialize=['n'])\ndef _other(n): ...\ndef call(): ...\n"
     )
+    own = gpu_suite.own_kernels(tmp_path)
+    assert set(own) == {"_gate", "_other"}
+    assert gpu_suite.category(kernel, own) == expected
 
 
-def test_the_list_covers_all_methods_and_gpu_workloads():
-    lines = suite("--list").stdout.splitlines()
-    parsed = [run.parser().parse_args(shlex.split(line)) for line in lines]
-    assert {args.method for args in parsed} | {"ours_none", "ours_innovation"} == set(methods.METHODS)
-    on_gpu = {name for name, workload in workloads.WORKLOADS.items() if workload.device == "cuda"}
-    assert {args.workload for args in parsed} == on_gpu
-    assert len(set(lines)) == len(lines)
-    assert len(suite("--list", ONLY="olmoe").stdout.splitlines()) == sum("olmoe" in line for line in lines) > 0
+def test_busy_time_counts_overlapping_kernels_once():
+    assert gpu_suite.busy_us([(5, 6), (0, 2), (1, 3), (1, 2)]) == 4 and gpu_suite.busy_us([]) == 0
 
 
-def test_the_suite_refuses_what_it_does_not_know():
-    assert suite("--dry").returncode == suite("--list", ONLY="nothing").returncode == 2
+def test_ligers_kernels_go_with_the_model(monkeypatch):
+    """Stand-ins that compute the same: losses are those without them, and RoPE of the class is the old one after."""
+    from transformers.models.qwen2_moe import modeling_qwen2_moe as module
+
+    calls, rope = [], module.apply_rotary_pos_emb
+
+    class Norm:
+        @staticmethod
+        def apply(x, weight, eps, *_):
+            calls.append("norm")
+            return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps))
+
+    class Mul:
+        @staticmethod
+        def apply(gate, up):
+            calls.append("mul")
+            return torch.nn.functional.silu(gate) * up
+
+    def other_rope(*args):
+        calls.append("rope")
+        return rope(*args)
+
+    for name, values in {
+        "ops.rms_norm": dict(LigerRMSNormFunction=Norm),
+        "ops.swiglu": dict(LigerSiLUMulFunction=Mul),
+        "transformers.rope": dict(liger_rotary_pos_emb=other_rope),
+    }.items():
+        monkeypatch.setitem(sys.modules, f"liger_kernel.{name}", types.SimpleNamespace(**values))
+    training = started("hf_same_kernels")
+    torch.testing.assert_close(losses_of(training), losses_of(started("hf_plain")), rtol=1e-5, atol=0)
+    assert {"norm", "mul", "rope"} == set(calls)
+    training.stop()
+    assert module.apply_rotary_pos_emb is rope
+
+
+@pytest.mark.parametrize("name", ["qwen1.5_16x2048", "qwen3_16x2048", "olmoe_16x2048"])
+def test_a_model_made_in_host_memory_has_the_same_values(name):
+    workload = workloads.WORKLOADS[name].tiny()
+    made, expected = (
+        make(workload.hf_config(), "cpu", torch.bfloat16)
+        for make in (methods.plain_model_on_host, methods.plain_model)
+    )
+    for kind in ("named_parameters", "named_buffers"):
+        ours, theirs = (dict(getattr(model, kind)()) for model in (made, expected))
+        assert ours.keys() == theirs.keys() and ours
+        assert all(torch.equal(ours[n], theirs[n]) and ours[n].dtype == theirs[n].dtype for n in ours)
+    assert made.training and not any(p.is_meta for p in made.parameters())
+
+
+def test_dispatches(monkeypatch):
+    """A layer with its optimizer is the layer and the optimizer, operations add up, and views launch nothing."""
+    monkeypatch.setattr(dispatches, "LAYERS", 1)
+    result = dispatches.measured()
+    for key in ("all", "launching"):
+        assert result["layer"][key] == result["layer_without_optimizer"][key] + result["optimizer_of_a_layer"][key]
+    for name in (*dispatches.NAMES, "step"):
+        found = result[name]
+        assert found["all"] == sum(row["number"] for row in found["by_operation"]) + found["other_operations"]
+        assert 0 < found["launching"] < found["all"]
+    assert f"{result['further_tile']['all']:,}, launching" in dispatches.as_text(result)
+    aten = torch.ops.aten
+    launch = {aten.mm.default: True, aten.add_.Tensor: True, aten.view.default: False, aten.empty_like.default: False}
+    assert {function: dispatches.launches(function) for function in launch} == launch
 
 
 @pytest.mark.slow
-def test_dry_run_of_the_suite():
-    done = suite("--dry-run")
-    number = len(suite("--list").stdout.splitlines())
-    assert f"{number} of {number} runs left a result" in done.stdout, done.stdout + done.stderr
+def test_dry_run_of_the_suite(tmp_path):
+    done = suite("--dry-run", "--out", str(tmp_path))
+    found = [json.loads(file.read_text())["status"] for file in tmp_path.glob("*.json")]
+    assert done.returncode == 0 and len(found) == len(gpu_suite.ROWS), done.stdout + done.stderr
+    assert set(found) <= {"ok", "skipped"}
+
+
+# --- the tables ------------------------------------------------------------------------------------------------------
+
+
+def test_tables_of_the_suite(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_tables, "RESULTS", tmp_path)
+    assert gpu_tables.gpu() == gpu_tables.gpu_kernels() == gpu_tables.NO_RESULTS
+    arguments = argparse.Namespace(commit="abcdefgh", dry_run=False)
+    for row in gpu_suite.ROWS[:3]:
+        record = gpu_suite.head(row, arguments) | {"device": {"name": "H100"}}
+        if row.arm.startswith("hf"):
+            record |= {"status": "skipped", "reason": "needs | it\nand more"}
+        else:
+            record |= {"status": "ok", "tokens_per_second": 2e4 + (row.tile or 0), "peak_allocated_bytes": 2**30}
+            record |= {"step_time_ms": {"median": 1400.0}, "issue_time_ms": {"median": 300.0}}
+            record |= {"peak_reserved_bytes": None}
+            record["reversible"] = {"verified_states": 26, "mismatched_states_total": 0}
+        if row.profile and record["status"] == "ok":
+            record["profile"] = {"ms": {"attention": 70.0}, "idle_ms": 5.0, "wall_ms": 1400.0, "num_kernels": 9000}
+        gpu_suite.write_json(gpu_suite.record_file(row, tmp_path), record)
+    gpu_suite.write_json(tmp_path / "gpu_tiny.json", {**record, "tiny": True})
+    title, _, *table = gpu_tables.gpu().splitlines()
+    assert title == "**qwen1.5_16x2048, H100** (abcdefg)"
+    assert "tiles of 16,384 | 36,384 | 1,400 | 300 | 1.0 | – | 0 of 26 |" in table[2]
+    assert "whole batch" in table[3] and "skipped: needs \\| it and more" in table[4] and len(table) == 5
+    assert len({line.replace("\\|", "").count("|") for line in table}) == 1
+    kernels = gpu_tables.gpu_kernels().splitlines()
+    assert "| attention | 70 |" in kernels and "| step | 1,400 |" in kernels
 
 
 def test_tables_of_results(recordable, no_counting, monkeypatch, tmp_path):
