@@ -98,6 +98,16 @@ def lane_sums(x: Tensor) -> Tensor:
     return pairs(total)
 
 
+def root_(x: Tensor) -> Tensor:
+    """Square root in place, correctly rounded. `x` must be contiguous."""
+    if x.dtype != torch.float32 or x.is_cuda:
+        return x.sqrt_()
+    # torch.sqrt of float32 on CPUs is MKL's, whose last bit is wrong for one number in seven.
+    for part in x.view(-1).split(1 << 16):
+        part.copy_(part.double().sqrt_())
+    return x
+
+
 # --- sums of the gradient ------------------------------------------------------------------------------------------
 
 
@@ -137,7 +147,7 @@ def judge(square: Tensor, keep: Tensor, max_grad_norm: float, past_norm: float) 
     scale = torch.ones_like(square)
     if max_grad_norm:
         known = torch.full_like(square, max(past_norm, max_grad_norm))
-        clipped = torch.full_like(square, max_grad_norm) / torch.maximum(square.sqrt(), known)
+        clipped = torch.full_like(square, max_grad_norm) / torch.maximum(root_(square.clone()), known)
         scale = torch.where(finite, clipped, scale)
     return keep, scale
 
@@ -255,7 +265,7 @@ def move(average: Tensor, value: Tensor, new: float, live: Tensor) -> Tensor:
 
 def row_roots(row: Tensor, mean: Tensor, floor: float) -> Tensor:
     """1 / sqrt(row / mean), (S, R, 1)."""
-    return (row.clamp_min(floor) / mean.unsqueeze(-1)).sqrt_().reciprocal_().unsqueeze(-1)
+    return root_(row.clamp_min(floor) / mean.unsqueeze(-1)).reciprocal_().unsqueeze(-1)
 
 
 def factored_statistics(
@@ -279,7 +289,7 @@ def factored_statistics(
         move(average, sums.mul_(scale).mul_(scale).mul_(1 / num).add_(eps), new, live)
     # v_ij = row_i col_j / mean(row), and mean(row) = mean(col), which every shard knows.
     mean = pairs(col).mul(1 / C).clamp_min_(floor)
-    col_root = col.clamp_min(floor).sqrt_().reciprocal_()
+    col_root = root_(col.clamp_min(floor)).reciprocal_()
     squares = torch.zeros_like(mean)
     if norms:
         row_root = row_roots(row, mean, floor)
@@ -309,7 +319,7 @@ def unfactored_statistics(
         move(average[chunk], value, new, live)
         del value
         if norms:
-            root = average[chunk].clamp_min(floor).sqrt_().reciprocal_()
+            root = root_(average[chunk].clamp_min(floor)).reciprocal_()
             sums[chunk] = lane_sums(root.mul_(read(grad, chunk, scale)).square_())
             del root
     return pairs(sums)
@@ -344,14 +354,14 @@ def adafactor(
     row_root = None if row is None else row_roots(row.view(S, R), mean, floor)
     factor_S11 = torch.ones_like(squares).view(S, 1, 1)
     if largest:
-        factor_S11 = squares.sqrt().mul_(1 / largest).clamp_min_(1.0).reciprocal_().view(S, 1, 1)
+        factor_S11 = root_(squares.clone()).mul_(1 / largest).clamp_min_(1.0).reciprocal_().view(S, 1, 1)
     rate_S11 = factor_S11 * lr
     for chunk in chunks(grad.shape, chunk_bytes):
         update = read(grad, chunk, scale)
         if average is None:
             update.mul_(row_root[chunk]).mul_(col_root[chunk[0]].unsqueeze(-2))
         else:
-            update.mul_(average[chunk].clamp_min(floor).sqrt_().reciprocal_())
+            update.mul_(root_(average[chunk].clamp_min(floor)).reciprocal_())
         if momentum is None:
             update.mul_(rate_S11[chunk[0]])
         else:
@@ -392,7 +402,7 @@ def adamw(
     rounding = Rounding(stochastic, key, first_row, grad.shape[1], chunk_bytes)
     for chunk in chunks(grad.shape, chunk_bytes):
         g = read(grad, chunk, scale)
-        root = move(v[chunk], g.square(), new2, live).sqrt().mul_(correction).add_(eps)
+        root = root_(move(v[chunk], g.square(), new2, live).clone()).mul_(correction).add_(eps)
         update = move(m[chunk], g, new1, live).div(root).mul_(rate)
         del g, root
         write(weight, master, chunk, update, decay, live, rounding)
@@ -429,7 +439,7 @@ def adamw8bit(
         g = read(grad, chunk, scale)
         root = _dequantise(*states[2:], chunk, books[2])
         root.square_()
-        root.add_(g.square().sub_(root).mul_(new2)).sqrt_()
+        root_(root.add_(g.square().sub_(root).mul_(new2)))
         # The root, not the square, has the range that 8 bits can hold: v of an element 2000 times smaller than the
         # largest of its block would become 0 while its m does not, and m / eps is no update.
         _quantise(*states[2:], chunk, root, books[3, :255], live)
