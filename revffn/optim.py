@@ -12,9 +12,10 @@ rows, columns and the update's clipping are per expert, as if each were a parame
 spike in one expert would shrink the update of all, and experts without tokens (u = 0) would dilute the RMS that
 protects the others.
 
-Nothing as large as a parameter is allocated: gradients are read and weights written in chunks. bf16 weights are
-rounded stochastically, from a generator seeded by (seed, parameter, step), so that neither the order of the walk nor a
-resume changes a bit; stepping in backward and stepping after it are equal bit for bit.
+Nothing as large as a parameter is allocated: gradients are read and weights written in place by kernels, or in chunks
+where there are none (`ops/update`). bf16 weights are rounded stochastically by noise that is a function of (seed,
+parameter, step, element), so that neither the order of the walk, a resume, chunks, kernels nor shards change a bit of
+it; stepping in backward and stepping after it are equal bit for bit.
 
 Not supported: float16 (a gradient scaler would find no gradients), sparse gradients, several backward calls per step.
 """
@@ -24,25 +25,22 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor import zeros as sharded_zeros
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from .update_rules import (
-    UPDATES,
-    Job,
-    block_size,
-    make_code_books,
-    matrices,
-    row_and_column_sums,
-    sharding,
-    sum_of_squares,
-)
+from .ops import update
+from .ops.update import block_size, make_code_books, matrices, sum_segments
+
+RULES = "adafactor", "adamw", "adamw8bit", "sgd"
 
 
 class NonFiniteGradientError(RuntimeError):
@@ -133,8 +131,8 @@ class OptimizerInBackward(torch.optim.Optimizer):
             the state).
         seed: Of stochastic rounding. Saved with the state.
         in_backward: False keeps the gradients and makes the very same update in `step()`.
-        chunk_bytes: float32 bytes of one temporary; at most six of them exist at a time. A single row is never
-            split. Part of the rounding's reproducibility.
+        chunk_bytes: Where no kernels run, float32 bytes of one temporary; at most six of them exist at a time, and
+            32 rows are never split. It does not change a bit.
 
     Raises:
         ValueError: Unknown rule or rounding, values out of range, float16 or non-float parameters.
@@ -162,7 +160,7 @@ class OptimizerInBackward(torch.optim.Optimizer):
         in_backward: bool = True,
         chunk_bytes: int = 32 * 2**20,
     ):
-        choices = ("rule", rule, UPDATES), ("rounding", rounding, ("stochastic", "nearest", "master"))
+        choices = ("rule", rule, RULES), ("rounding", rounding, ("stochastic", "nearest", "master"))
         for name, value, accepted in choices:
             if value not in accepted:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}; got {value!r}.")
@@ -184,11 +182,11 @@ class OptimizerInBackward(torch.optim.Optimizer):
         self._handles: dict[Tensor, Any] = {}
         # Place among all parameters, group, place in the group. Groups are looked up: loading a state replaces them.
         self._places: dict[Tensor, tuple[int, int, int]] = {}
-        self._generators: dict[torch.device, torch.Generator] = {}
-        self._code_books: dict[torch.device, dict[str, tuple[Tensor, Tensor]]] = {}
-        # The present step: what has stepped, in order, with the sum of squares of its gradient; all finite so far?
+        self._code_books: dict[torch.device, Tensor] = {}
+        # The present step: what has stepped, in order, with the sum of squares of its gradient; 1 while all were
+        # finite, 0 from the first on that was not.
         self._stepped: dict[Tensor, Tensor] = {}
-        self._finite: Tensor | None = None
+        self._keep: Tensor | None = None
         self._grad_norm: float | None = None
         defaults = dict(
             rule=rule,
@@ -310,7 +308,7 @@ class OptimizerInBackward(torch.optim.Optimizer):
             if parameter in self._stepped:
                 raise RuntimeError(f"Parameter {self.name_of(parameter)} has stepped and holds another gradient.")
             self._update(parameter)
-        squares, self._stepped, self._finite = self._stepped, {}, None
+        squares, self._stepped, self._keep = self._stepped, {}, None
         norm = self._check(squares, stepped=True)
         if norm is not None:
             self._grad_norm = norm
@@ -350,59 +348,67 @@ class OptimizerInBackward(torch.optim.Optimizer):
             rest = "No weight has changed in this step."
         raise NonFiniteGradientError(f"The gradient of parameter {name} is not finite. {rest}", name, bool(changed))
 
-    def _square(self, parameter: Tensor) -> Tensor:
-        job = self._job(parameter)
-        return job.sum_over_shards(sum_of_squares(job))
-
-    def _job(self, parameter: Tensor) -> Job:
+    def _grad_of(self, parameter: Tensor) -> Tensor:
+        """The local part of the gradient."""
         grad = parameter.grad
         if isinstance(parameter, DTensor) and grad.placements != parameter.placements:
             grad = grad.redistribute(placements=parameter.placements)
-        return Job(parameter, matrices(grad), matrices(parameter), self._group_of(parameter), self.chunk_bytes)
+        return local_part(grad)
+
+    def _square(self, parameter: Tensor) -> Tensor:
+        square, _, _ = update.grad_squares(self._grad_of(parameter), False, self.chunk_bytes)
+        return sum_over_shards(square, parameter)
 
     def _update(self, parameter: Tensor) -> None:
-        job, group = self._job(parameter), self._group_of(parameter)
-        job.state = self._state_of(parameter, group)
-        job.state["step"] += 1
-        sums = row_and_column_sums(job) if "row" in job.state else None
-        square = job.sum_over_shards(sum_of_squares(job) if sums is None else sums[0].sum())
-        finite = torch.isfinite(square)
-        self._finite = finite if self._finite is None else self._finite.to(finite.device) & finite
+        group, grad, weight = self._group_of(parameter), self._grad_of(parameter), local_part(parameter)
+        state = self._state_of(parameter, group)
+        state["step"] += 1
+        factored = "row" in state
+        square, rows, cols = update.grad_squares(grad, factored, self.chunk_bytes)
+        square = sum_over_shards(square, parameter)
+        keep = torch.ones((), device=weight.device) if self._keep is None else self._keep.to(weight.device)
+        # From the first non-finite gradient on, `keep` is 0 and nothing below is written.
+        self._keep, scale = update.judge(square, keep, self.max_grad_norm or 0.0, float(group["past_norm"]))
         self._stepped[parameter] = square
-        # From the first non-finite gradient on, `keep` is 0 and every write below is the value that was there.
-        job.keep, job.bad = self._finite.to(job.dtype), ~self._finite
-        if self.max_grad_norm is not None:
-            known = max(group["past_norm"], self.max_grad_norm)
-            scale = self.max_grad_norm / square.sqrt().clamp_min(known)
-            job.scale = torch.where(self._finite, scale, 1.0).to(job.dtype)
-        if self.rounding == "stochastic":
-            job.generator = self._generator(parameter, group["seed"], job.state["step"])
-        if group["rule"] == "adamw8bit":
-            if parameter.device not in self._code_books:
+        lr, noise = float(group["lr"]), self._noise_of(parameter, group["seed"], state["step"])
+        job = Job(
+            parameter,
+            group,
+            {name: local_part(value) for name, value in state.items() if isinstance(value, Tensor)},
+            weight,
+            grad,
+            state["step"],
+            (self._keep, scale),
+            lr,
+            lr * group["weight_decay"],
+            (self.rounding == "stochastic", *noise, self.chunk_bytes),
+        )
+        if group["rule"] == "adafactor":
+            _adafactor(job, rows, cols)
+        elif group["rule"] == "sgd":
+            _sgd(job)
+        else:
+            if group["rule"] == "adamw8bit" and parameter.device not in self._code_books:
                 self._code_books[parameter.device] = make_code_books(parameter.device)
-            job.code_books = self._code_books[parameter.device]
-        master = matrices(job.state["master"]) if "master" in job.state else None
-        decay = job.keep * (group["lr"] * group["weight_decay"]) if group["weight_decay"] else None
-        for chunk, update, factor in UPDATES[group["rule"]](job, sums):
-            value = job.weight[chunk].to(job.dtype) if master is None else master[chunk]
-            update.mul_(job.keep * group["lr"] * factor)
-            if decay is not None:
-                update.addcmul_(value, decay)
-            value.sub_(update)
-            if job.weight.dtype != job.dtype:
-                job.weight[chunk].copy_(value if master is not None else job.round(value))
-            del update, value
+            _adamw(job, self._code_books.get(parameter.device))
+        # Operations of ours do not tell autograd that they write.
+        torch.autograd.graph.increment_version(parameter)
         parameter.grad = None
 
-    def _generator(self, parameter: Tensor, seed: int, step: int) -> torch.Generator:
-        device, place = parameter.device, ()
-        if device not in self._generators:
-            self._generators[device] = torch.Generator(device)
+    def _noise_of(self, parameter: Tensor, seed: int, step: int) -> tuple[int, int]:
+        """Key of the rounding's noise, and the number of the parameter's rows before this shard."""
+        place, row = (), 0
         if isinstance(parameter, DTensor):
-            # Shards round independently, replicas alike.
-            coordinates = zip(parameter.device_mesh.get_coordinate(), parameter.placements, strict=True)
-            place = [coordinate for coordinate, placement in coordinates if not placement.is_replicate()]
-        return self._generators[device].manual_seed(_mix(seed, self._places[parameter][0], step, *place))
+            shards = sharding(parameter)
+            if all(type(p) is Shard and p.dim == 0 for p in shards):
+                shape, (mesh, placements) = parameter.shape, (parameter.device_mesh, parameter.placements)
+                start = compute_local_shape_and_global_offset(shape, mesh, placements)[1][:1]
+                row = math.prod(shape[1:-1]) * start[0] if start else 0
+            else:
+                # Shards round independently, replicas alike.
+                coordinates = zip(parameter.device_mesh.get_coordinate(), parameter.placements, strict=True)
+                place = [coordinate for coordinate, placement in coordinates if not placement.is_replicate()]
+        return _mix(seed, self._places[parameter][0], step, *place), row
 
     # --- state -------------------------------------------------------------------------------------------------------
 
@@ -464,6 +470,98 @@ class OptimizerInBackward(torch.optim.Optimizer):
                     name: value.to(parameter.device) if isinstance(value, Tensor) and name != "step" else value
                     for name, value in state_dict["state"][key].items()
                 }
+
+
+# --- one parameter ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Job:
+    """One parameter's update: local tensors, and what all rules' operations take alike."""
+
+    parameter: Tensor
+    group: dict[str, Any]
+    state: dict[str, Tensor]
+    weight: Tensor
+    grad: Tensor
+    step: int
+    masks: tuple[Tensor, Tensor]
+    lr: float
+    decay: float
+    rounding: tuple[bool, int, int, int]
+
+    @property
+    def targets(self) -> tuple[Tensor, Tensor | None]:
+        return self.weight, self.state.get("master")
+
+
+def _adafactor(job: Job, rows: Tensor, cols: Tensor) -> None:
+    group, state, parameter = job.group, job.state, job.parameter
+    new, eps, clip = 1 - (1 - job.step**-0.8), group["eps"], group["clip_threshold"]
+    # A matrix or vector may lie on several shards; then its column means and its RMS are sums over them.
+    split = bool(sharding(parameter)) and parameter.dim() < 3
+    S, R, C = matrices(job.grad).shape
+    if split:
+        R = parameter.shape[0] if parameter.dim() else 1
+    row = mean = root = average = None
+    norms, chunk_bytes = clip is not None, job.rounding[-1]
+    if "row" in state:
+        if split:
+            cols = sum_over_shards(sum_segments(cols), parameter).unsqueeze(1)
+        row = state["row"]
+        mean, root, squares = update.factored_statistics(
+            job.grad, rows, cols, row, state["col"], *job.masks, new, eps, R, norms, chunk_bytes
+        )
+    else:
+        average = state["exp_avg_sq"]
+        squares = update.unfactored_statistics(job.grad, average, *job.masks, new, eps, norms, chunk_bytes)
+    if split and norms:
+        squares = sum_over_shards(squares, parameter)
+    largest = clip * math.sqrt(max(R * C, 1)) if norms else 0.0
+    update.adafactor(
+        *job.targets, state.get("exp_avg"), job.grad, row, mean, root, average, squares, *job.masks, job.lr,
+        job.decay, largest, 1 - group["momentum"], eps, *job.rounding,
+    )  # fmt: skip
+
+
+def _adamw(job: Job, books: Tensor | None) -> None:
+    (beta1, beta2), state = job.group["betas"], job.state
+    numbers = (
+        job.lr / (1 - beta1**job.step),
+        job.decay,
+        1 - beta1,
+        1 - beta2,
+        1 / math.sqrt(1 - beta2**job.step),
+        job.group["eps"],
+    )
+    if "exp_avg_root" in state:
+        states = [state[n] for n in ("exp_avg", "exp_avg_scale", "exp_avg_root", "exp_avg_root_scale")]
+        update.adamw8bit(*job.targets, *states, job.grad, books, *job.masks, *numbers, *job.rounding)
+    else:
+        states = state["exp_avg"], state["exp_avg_sq"]
+        update.adamw(*job.targets, *states, job.grad, *job.masks, *numbers, *job.rounding)
+
+
+def _sgd(job: Job) -> None:
+    momentum = job.group["momentum"]
+    buffer = job.state.get("momentum")
+    update.sgd(*job.targets, buffer, job.grad, *job.masks, job.lr, job.decay, momentum, *job.rounding)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def sharding(parameter: Tensor) -> list[Any]:
+    return [p for p in getattr(parameter, "placements", ()) if not p.is_replicate()]
+
+
+def sum_over_shards(value: Tensor, parameter: Tensor) -> Tensor:
+    """The sum of `value`, which is overwritten, over the shards of a parameter."""
+    for i, placement in enumerate(getattr(parameter, "placements", ())):
+        if not placement.is_replicate():
+            dist.all_reduce(value, group=parameter.device_mesh.get_group(i))
+    return value
 
 
 def _zeros_for(parameter: Tensor, shape: tuple[int, ...], dtype: torch.dtype, sharded: bool) -> Tensor:

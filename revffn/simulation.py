@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from typing import Any, Literal
 from unittest.mock import patch
 
@@ -38,8 +37,8 @@ from .config import ReversibleConfig
 from .conversion import convert, default_dtype, is_reversible
 from .host_weights import HostWeights
 from .losses import use_linear_cross_entropy
+from .ops.update import make_code_books
 from .optim import OptimizerInBackward, parameter_groups
-from .update_rules import make_code_books
 
 FORWARD = ("embedding", "forward", "loss")
 """Phases before backward: up to the first decoder layer (masks are made there), the layers, head and loss."""
@@ -494,8 +493,7 @@ class RealOptimizer:
     def state_tensors(self) -> Iterator[Tensor]:
         for state in self.optimizer.state.values():
             yield from (value for value in state.values() if isinstance(value, Tensor))
-        for books in self.optimizer._code_books.values():
-            yield from chain.from_iterable(books.values())
+        yield from self.optimizer._code_books.values()
 
 
 def run_step(
