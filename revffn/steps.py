@@ -247,7 +247,7 @@ def innovation_step(
     walk: Walk,
     tile: Tile,
     kwargs_handle: Any,
-    sums: dict[str, GradientSum],
+    sums: dict[str, GradientSum] | None,
     past: Tensor,
     now: Tensor,
 ) -> tuple[Tensor, Tensor]:
@@ -413,7 +413,7 @@ def cross_branch_step(
     walk: Walk,
     tile: Tile,
     kwargs_handle: Any,
-    sums: dict[str, GradientSum],
+    sums: dict[str, GradientSum] | None,
     left: Tensor,
     right: Tensor,
 ) -> tuple[Tensor, Tensor]:
