@@ -27,6 +27,7 @@ from .sublayers import (
     cross_attention,
     expert_sums,
     half_feed_forward,
+    summed,
     uses_rng,
 )
 
@@ -57,7 +58,7 @@ class ReversibleLayer(nn.Module):
         return torch.cat([y1, x2 + half_feed_forward(self, y1)], dim=-1)
 
 
-Step = Callable[[nn.Module, Walk, Tile, Any, dict[str, GradientSum], Tensor, Tensor], tuple[Tensor, Tensor]]
+Step = Callable[[nn.Module, Walk, Tile, Any, dict[str, GradientSum] | None, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def run_on_streams(
@@ -155,11 +156,13 @@ def run_stored(layer: ReversibleLayer, walk: Walk, hidden_states: Tensor, kwargs
     handle = walk.stash(kwargs)
     plain = super(ReversibleLayer, layer).forward
     on_host = torch.autograd.graph.save_on_cpu(pin_memory=hidden_states.device.type == "cuda")
+    sums = expert_sums(layer, len(walk.tiles))
     outputs = []
     for tile in walk.tiles:
 
         def function(carrier: Tensor, hidden: Tensor, tile: Tile = tile) -> tuple[Tensor]:
-            return (plain(carrier, **walk.fetch(handle, tile)),)
+            with summed(layer, sums):
+                return (plain(carrier, **walk.fetch(handle, tile)),)
 
         hidden = hidden_states[tile.rows] if len(walk.tiles) > 1 else hidden_states
         evaluation = Evaluation(function, hidden.device, uses_rng(layer))

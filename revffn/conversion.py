@@ -29,7 +29,9 @@ from .architectures import ARCHITECTURES, PREFIX, find_architecture, plain_model
 from .blocks import ReversibleLayer, ReversibleNorm
 from .calibration import fit_adapters, fit_predictors, load_predictors, one_grid, see_states
 from .config import ReversibleConfig
+from .experts import choose_implementation
 from .reversible import Report, Walk, carrier_like
+from .routing import choosing_classes, intercept
 from .sublayers import COUPLINGS, CrossBranchCoupling, Predictor, StreamMaps, TiledExperts
 
 logger = logging.getLogger(__name__)
@@ -102,7 +104,10 @@ class ReversibleForCausalLM(PreTrainedModel):
     """Mixed in front of `<stem>ForCausalLM`."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
+        asked_for = getattr(config, "_experts_implementation", None)
         super().__init__(config, *args, **kwargs)
+        if not asked_for:
+            choose_implementation(self)
         attach(self, ReversibleConfig.from_dict(config.revffn))
 
     @classmethod
@@ -158,7 +163,9 @@ def _register(model_type: str) -> dict[str, type]:
     if row.router is not None:
         experts = family_class(causal, "Experts")
         classes["experts"] = type(f"{name}Experts", (TiledExperts, experts), {"__module__": __name__})
-    for cls in classes.values():
+        CHOOSING[model_type] = choosing_classes(sys.modules[causal.__module__])
+    for cls in (*classes.values(), *CHOOSING.get(model_type, {}).values()):
+        cls.__module__ = __name__
         globals()[cls.__name__] = cls  # so that models can be pickled
     # FSDP wrapping policies and device maps go by these names.
     for key in ("backbone", "causal"):
@@ -181,6 +188,8 @@ def family_class(causal: type[PreTrainedModel], suffix: str) -> type[nn.Module]:
     return getattr(sys.modules[causal.__module__], causal.__name__.removesuffix("ForCausalLM") + suffix)
 
 
+CHOOSING: dict[str, dict[type, type]] = {}
+"""By model type: the classes that choose experts, and those of a converted model."""
 CLASSES: dict[str, dict[str, type]] = {model_type: _register(model_type) for model_type in ARCHITECTURES}
 
 
@@ -250,6 +259,7 @@ def convert(
     model.config.model_type = PREFIX + plain_type
     model.config.revffn = config.to_dict()
     model.__class__ = CLASSES[plain_type]["causal"]
+    choose_implementation(model)
     attach(model, config)
     if seen is not None:
         fitted = fit_adapters(model, seen)
@@ -265,8 +275,8 @@ def convert(
 
 def attach(model: PreTrainedModel, config: ReversibleConfig) -> None:
     """Give a plain model's backbone and layers their reversible classes, and every layer its coupling."""
-    row = find_architecture(model)
-    classes = CLASSES[plain_model_type(model.config.model_type)]
+    row, model_type = find_architecture(model), plain_model_type(model.config.model_type)
+    classes = CLASSES[model_type]
     model.model.__class__ = classes["backbone"]
     model.model.reversible_report = Report()
     assert type(model.model.norm) is classes["norm"].__bases__[1], type(model.model.norm)
@@ -278,6 +288,7 @@ def attach(model: PreTrainedModel, config: ReversibleConfig) -> None:
         layer.layer_index, layer.query_modules = index, row.query_modules
         if hasattr(layer.mlp, "experts"):
             layer.mlp.experts.__class__ = classes["experts"]
+            intercept(layer.mlp, getattr(layer.mlp, row.router), CHOOSING[model_type])
         weight = next(p for p in layer.self_attn.parameters() if p.is_floating_point())
         with torch.device(weight.device), default_dtype(weight.dtype):
             layer.coupling = COUPLINGS[config.coupling](model.config.hidden_size, index, config)

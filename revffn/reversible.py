@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .config import ReversibleConfig
 from .ops.streams import SATURATION, Grid, add_update, check, dequantize, read_norm, read_norm_backward
-from .routing import RecordRouting, ReplayRouting
+from .routing import RecordRouting, ReplayRouting, routing
 
 logger = logging.getLogger(__name__)
 
@@ -385,7 +385,7 @@ class Evaluation:
                 self.rng.append(torch.cuda.get_rng_state(self.device))
         with (
             self.autocast_state(),
-            RecordRouting(self.routing),
+            routing(RecordRouting(self.routing)),
             torch.autograd.graph.saved_tensors_hooks(self.drop, self.serve),
         ):
             return self.function(*carriers, *streams)
@@ -397,7 +397,7 @@ class Evaluation:
 
         `side`: what `side_tensors` handed over.
         """
-        routing, rng = list(side[: self.num_routing]), side[self.num_routing :]
+        choices, rng = list(side[: self.num_routing]), side[self.num_routing :]
         self.recomputed = []
         if carriers is None:
             # They only give the values that are read a graph, where they had one in forward.
@@ -409,7 +409,7 @@ class Evaluation:
             torch.enable_grad(),
             self.rng_state(rng),
             self.autocast_state(),
-            ReplayRouting(routing) if routing else contextlib.nullcontext(),
+            routing(ReplayRouting(choices)),
             torch.autograd.graph.saved_tensors_hooks(self.record, never_asked),
         ):
             outputs = self.function(*carriers, *streams)

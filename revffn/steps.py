@@ -233,7 +233,7 @@ def innovation_step(
     walk: Walk,
     tile: Tile,
     kwargs_handle: Any,
-    sums: dict[str, GradientSum],
+    sums: dict[str, GradientSum] | None,
     past: Tensor,
     now: Tensor,
 ) -> tuple[Tensor, Tensor]:
@@ -398,7 +398,7 @@ def cross_branch_step(
     walk: Walk,
     tile: Tile,
     kwargs_handle: Any,
-    sums: dict[str, GradientSum],
+    sums: dict[str, GradientSum] | None,
     left: Tensor,
     right: Tensor,
 ) -> tuple[Tensor, Tensor]:

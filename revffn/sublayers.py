@@ -1,7 +1,7 @@
 """A decoder layer's own sublayers, called one by one, and the small modules that a coupling adds to a layer.
 
-The sublayers are the Hugging Face modules, untouched. Expert parameters can be used by several tiles in one pass
-without autograd holding more than a sum and one new gradient (`TiledExperts`).
+The sublayers are the Hugging Face modules, untouched. Expert parameters can be used by several tiles in one pass:
+their gradients are added up in float32 and rounded once (`expert_sums`).
 """
 
 # B = batch, T = tokens, D = hidden size, H = D / 2, E = experts
@@ -19,6 +19,8 @@ from torch.autograd.function import once_differentiable
 from transformers import initialization
 
 from .config import ReversibleConfig
+from .experts import IMPLEMENTATION, fused_gate
+from .ops.experts import GradientSum
 
 RNG_SETTINGS = ("attention_dropout", "hidden_dropout", "resid_dropout", "router_jitter_noise")
 
@@ -141,84 +143,75 @@ def attention(layer: nn.Module, normed: Tensor, kwargs: dict[str, Any]) -> Tenso
 
 
 def feed_forward(layer: nn.Module, normed: Tensor, sums: dict[str, GradientSum] | None = None) -> Tensor:
-    with summed(layer, sums or {}):
+    with summed(layer, sums):
         return first_tensor(layer.mlp(normed))
 
 
-class GradientSum:
-    """The gradient of one expert parameter while the walk is in its layer: one buffer for all tiles and chunks."""
-
-    def __init__(self, num_uses: int):
-        self.num_uses, self.seen = num_uses, 0
-        self.total: Tensor | None = None
-
-
 class SumOverTiles(Function):
-    """Identity on a parameter, once per tile; backward adds the tiles' gradients up in place and passes the sum on
-    with the last.
-
-    Autograd alone would keep three tensors of the parameter's size (sum so far, new gradient, their sum) wherever it
-    may not add in place.
-    """
+    """Identity on a parameter, once per tile; backward adds the tiles' gradients up and passes the sum on with the
+    last. For experts that run through other code than ours."""
 
     @staticmethod
     def forward(ctx, weight: Tensor, gradient_sum: GradientSum):
-        ctx.gradient_sum = gradient_sum
+        ctx.gradient_sum, ctx.dtype = gradient_sum, weight.dtype
         return weight.view_as(weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        its = ctx.gradient_sum
-        its.total = grad if its.total is None else its.total.add_(grad)
-        its.seen += 1
-        if its.seen < its.num_uses:
-            return None, None
-        total, its.total, its.seen = its.total, None, 0
-        return total, None
+        if ctx.gradient_sum.num_uses == 1:
+            return grad, None
+        return ctx.gradient_sum.add(grad.contiguous(), ctx.dtype), None
 
 
 class TiledExperts(nn.Module):
-    """Mixed in front of a family's experts class: while a tile uses them, its fused parameters are read through
-    `SumOverTiles`.
+    """Mixed in front of a family's experts class, for the code that knows nothing of `gradient_sums`.
 
-    The node is made when the parameter is read, not before: autograd then adds a gradient up before it makes the next
-    one.
+    Such code reads its parameters as attributes. While it runs, views of them that end in `SumOverTiles` stand in the
+    instance's own dictionary, which Python asks first: the registered parameters stay where they are, for FSDP2 and
+    for whoever lists them. Views are made in the order of registration, before the products; a tile's gradients of
+    all matrices may be alive at once, where the fused experts have one.
     """
 
-    def __getattr__(self, name: str) -> Any:
-        value = super().__getattr__(name)
-        in_use = self.__dict__.get("in_use")
-        if in_use is None or name not in in_use[0]:
-            return value
-        sums, views = in_use
-        if name not in views:
-            views[name] = SumOverTiles.apply(value, sums[name])
-        return views[name]
+    gradient_sums: dict[str, GradientSum] | None = None
+    """Set while the engine is in the layer: by parameter name, for those that train. With them, backward runs once on
+    what forward saved."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        sums = self.gradient_sums
+        ours = self.config._experts_implementation == IMPLEMENTATION
+        if not sums or (ours and fused_gate(self, hidden_states) is not None):
+            return super().forward(hidden_states, *args, **kwargs)
+        try:
+            for name, gradient_sum in sums.items():
+                self.__dict__[name] = SumOverTiles.apply(self._parameters[name], gradient_sum)
+            return super().forward(hidden_states, *args, **kwargs)
+        finally:
+            for name in sums:
+                self.__dict__.pop(name, None)
 
 
-def expert_sums(layer: nn.Module, num_uses: int) -> dict[str, GradientSum]:
-    """A `GradientSum` for every fused expert parameter (E, ., .) that trains; none where the experts are used once."""
+def expert_sums(layer: nn.Module, num_uses: int) -> dict[str, GradientSum] | None:
+    """A `GradientSum` for every fused expert parameter that trains, for `num_uses` uses in one pass; None in a dense
+    layer."""
     experts = getattr(layer.mlp, "experts", None)
-    if experts is None or num_uses == 1 or not torch.is_grad_enabled():
-        return {}
-    named = experts.named_parameters(recurse=False)
-    return {
-        name: GradientSum(num_uses) for name, parameter in named if parameter.dim() == 3 and parameter.requires_grad
-    }
+    if experts is None:
+        return None
+    named = experts.named_parameters(recurse=False) if torch.is_grad_enabled() else ()
+    return {name: GradientSum(num_uses) for name, parameter in named if parameter.requires_grad}
 
 
 @contextlib.contextmanager
-def summed(layer: nn.Module, sums: dict[str, GradientSum]) -> Iterator[None]:
-    """While open, a tile uses the layer's experts."""
-    if not sums:
+def summed(layer: nn.Module, sums: dict[str, GradientSum] | None) -> Iterator[None]:
+    """While open, the engine uses the layer's experts."""
+    if sums is None:
         yield
         return
-    layer.mlp.experts.in_use = (sums, {})
+    layer.mlp.experts.__dict__["gradient_sums"] = sums
     try:
         yield
     finally:
-        del layer.mlp.experts.in_use
+        del layer.mlp.experts.__dict__["gradient_sums"]
 
 
 @contextlib.contextmanager

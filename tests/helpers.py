@@ -98,7 +98,7 @@ def tiny_model(
 def set_dtype(model, dtype: torch.dtype):
     model = model.to(dtype)
     if hasattr(model, "set_experts_implementation") and model._can_set_experts_implementation():
-        model.set_experts_implementation("eager" if dtype == torch.float64 else "grouped_mm")
+        model.set_experts_implementation("eager" if dtype == torch.float64 else "revffn")
     return model
 
 

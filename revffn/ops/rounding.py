@@ -10,20 +10,22 @@ import triton.language as tl
 
 @triton.jit
 def round_to_bf16(x):
-    """float32 -> float32 that bf16 holds, to nearest even; NaN stays NaN."""
+    """float32 -> bf16, to nearest even. NaN stays NaN, infinity stays infinity."""
     bits = x.to(tl.int32, bitcast=True)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-    rounded = tl.where(x == x, rounded, 0x7FC00000)
-    return rounded.to(tl.float32, bitcast=True)
+    rounded = bits + 0x7FFF + ((bits >> 16) & 1)
+    is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
+    rounded = tl.where(is_nan, bits | 0x400000, rounded) & -65536
+    return rounded.to(tl.float32, bitcast=True).to(tl.bfloat16)
 
 
 @triton.jit
-def round_to(x, KIND: tl.constexpr):
-    """float32 rounded to what `KIND`, tl.bfloat16 or tl.float32, holds, as float32."""
-    if KIND == tl.bfloat16:
-        return round_to_bf16(x)
+def round_to(x, dtype: tl.constexpr):
+    """float32 -> `dtype`, which is float32 or bf16."""
+    if dtype == tl.bfloat16:
+        result = round_to_bf16(x)
     else:
-        return x
+        result = x.to(dtype)
+    return result
 
 
 @triton.jit

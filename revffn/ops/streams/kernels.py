@@ -191,9 +191,9 @@ def _innovation_gradients(
     kind = attn_ptr.dtype.element_ty
     tl.store(past_ptr + place + cols, past, mask=mask)
     tl.store(now_ptr + place + cols, middle - past, mask=mask)
-    tl.store(attn_ptr + place + cols, round_to(middle, kind).to(kind), mask=mask)
+    tl.store(attn_ptr + place + cols, round_to(middle, kind), mask=mask)
     if HAS_PRED:
-        tl.store(pred_ptr + place + cols, round_to(-past, kind).to(kind), mask=mask)
+        tl.store(pred_ptr + place + cols, round_to(-past, kind), mask=mask)
 
 
 @triton.jit
@@ -206,7 +206,7 @@ def _read_norm(
     mask = cols < D
     kind = normed_ptr.dtype.element_ty
     x = tl.load(stream_ptr + row * D + cols, mask=mask, other=0).to(tl.float32)
-    x = round_to(x * tl.load(step_ptr + cols, mask=mask, other=0.0), kind)
+    x = round_to(x * tl.load(step_ptr + cols, mask=mask, other=0.0), kind).to(tl.float32)
     if WANT_VALUE:
         tl.store(value_ptr + row * D + cols, x.to(kind), mask=mask)
     mean = tl.div_rn(tree_sum(x * x, LOG), D.to(tl.float32))
@@ -214,9 +214,9 @@ def _read_norm(
     tl.store(rstd_ptr + row, rstd)
     normed = x * rstd
     if ROUNDS_FIRST:
-        normed = round_to(normed, kind)
+        normed = round_to(normed, kind).to(tl.float32)
     normed = normed * tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-    tl.store(normed_ptr + row * D + cols, round_to(normed, kind).to(kind), mask=mask)
+    tl.store(normed_ptr + row * D + cols, round_to(normed, kind), mask=mask)
 
 
 @triton.jit
@@ -236,7 +236,7 @@ def _read_norm_backward(
         row = block * ROWS + i
         if row < T:
             place = row * D + cols
-            x = round_to(tl.load(stream_ptr + place, mask=mask, other=0).to(tl.float32) * step, kind)
+            x = round_to(tl.load(stream_ptr + place, mask=mask, other=0).to(tl.float32) * step, kind).to(tl.float32)
             rstd = tl.load(rstd_ptr + row)
             x *= rstd
             dy = tl.load(grad_ptr + place, mask=mask, other=0.0).to(tl.float32)
@@ -249,7 +249,7 @@ def _read_norm_backward(
                 grad += tl.load(through_ptr + place, mask=mask, other=0.0)
             tl.store(out_ptr + place, grad, mask=mask)
             if NEED_WEIGHT:
-                total += dy * (round_to(x, kind) if ROUNDS_FIRST else x)
+                total += dy * (round_to(x, kind).to(tl.float32) if ROUNDS_FIRST else x)
     if NEED_WEIGHT:
         tl.store(partial_ptr + block * D + cols, total, mask=mask)
 

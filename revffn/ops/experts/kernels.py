@@ -1,0 +1,338 @@
+"""Triton kernels of the experts' operations; `reference.py` defines what they compute.
+
+No products, no atomics, no tuning: every launch is fixed by shapes and dtypes, and every output has one writer. Row
+offsets are int64: S * 2 I passes 2^31 at sizes in use. `exp` and divisions may differ from PyTorch's in the last bit;
+all other arithmetic is float32 without fused multiply-add, so it is the reference's bit for bit.
+"""
+
+# T = tokens, K = experts per token, S = T * K rows sorted by expert, E = experts, D = hidden size, I = expert's width
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..rounding import round_to
+from . import reference
+from .reference import COLUMN_LANES, ROW_LANES, lanes_for
+
+KINDS = {"silu": 0, "clamped": 1, "gelu": 2, "gelu_tanh": 3}
+LAUNCH = dict(num_warps=4, enable_fp_fusion=False)
+TILE = 1024
+"""Elements of a program's tile: eight or more for each of its threads, so that no element has two of them."""
+
+
+@triton.jit
+def _pair_sums(x, ROWS: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr):
+    """(ROWS, LANES) -> (ROWS,): neighbours are added until one is left; LANES = 2**STEPS."""
+    for step in tl.static_range(STEPS):
+        left, right = tl.split(tl.reshape(x, (ROWS, LANES >> (step + 1), 2)))
+        x = left + right
+    return tl.reshape(x, (ROWS,))
+
+
+# --- arrangement -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _gather(x_ptr, place_ptr, out_ptr, D, K: tl.constexpr, BLOCK: tl.constexpr):
+    t = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = cols < D
+    x = tl.load(x_ptr + t * D + cols, mask=mask)
+    for k in tl.static_range(K):
+        row = tl.load(place_ptr + t * K + k).to(tl.int64)
+        tl.store(out_ptr + row * D + cols, x, mask=mask)
+
+
+def expert_gather(x: Tensor, place: Tensor) -> Tensor:
+    (T, K), D = place.shape, x.shape[1]
+    out = x.new_empty(T * K, D)
+    block = lanes_for(D, TILE)
+    _gather[(T, triton.cdiv(D, block))](x, place, out, D, K, block, **LAUNCH)
+    return out
+
+
+@triton.jit
+def _combine(
+    rows_ptr, place_ptr, bias_ptr, expert_ptr, weight_ptr, out_ptr, D,
+    K: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = cols < D
+    for k in tl.static_range(K):
+        row = tl.load(place_ptr + t * K + k).to(tl.int64)
+        term = tl.load(rows_ptr + row * D + cols, mask=mask, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            expert = tl.load(expert_ptr + row).to(tl.int64)
+            weight = tl.load(weight_ptr + t * K + k).to(tl.float32)
+            bias = tl.load(bias_ptr + expert * D + cols, mask=mask, other=0.0).to(tl.float32)
+            term = term + weight * bias
+        if k == 0:
+            total = term
+        else:
+            total = total + term
+    tl.store(out_ptr + t * D + cols, round_to(total, out_ptr.dtype.element_ty), mask=mask)
+
+
+def expert_combine(
+    rows: Tensor, place: Tensor, bias: Tensor | None, expert: Tensor | None, weight: Tensor | None
+) -> Tensor:
+    (T, K), D = place.shape, rows.shape[1]
+    out = rows.new_empty(T, D)
+    block, has_bias = lanes_for(D, TILE), bias is not None
+    given = (bias, expert, weight) if has_bias else (rows, place, rows)  # not read
+    grid = (T, triton.cdiv(D, block))
+    _combine[grid](rows, place, *given, out, D, K, has_bias, block, **LAUNCH)
+    return out
+
+
+# --- activation ------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _activation(gate, alpha, KIND: tl.constexpr):
+    """The activation of the gate, and its derivative."""
+    if KIND <= 1:
+        s = _sigmoid(gate * alpha)
+        value = gate * s
+        slope = s + value * (1.0 - s) * alpha
+    elif KIND == 2:
+        s = 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
+        value = gate * s
+        slope = s + gate * tl.exp(-0.5 * gate * gate) * 0.3989422804014327
+    else:
+        s = _sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
+        value = gate * s
+        slope = s + value * (1.0 - s) * (1.5957691216057308 * (1.0 + 0.134145 * gate * gate))
+    return value, slope
+
+
+@triton.jit
+def _load_halves(
+    gate_up_ptr, bias_ptr, rows, experts, cols, mask, I,
+    HAS_BIAS: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """Gate and up of (rows, cols) in float32, biases added; and their places in a row."""
+    if INTERLEAVED:
+        gate_at, up_at = 2 * cols, 2 * cols + 1
+    else:
+        gate_at, up_at = cols, I + cols
+    base = gate_up_ptr + rows[:, None] * (2 * I)
+    gate = tl.load(base + gate_at[None, :], mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(base + up_at[None, :], mask=mask, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        base = bias_ptr + experts[:, None] * (2 * I)
+        gate += tl.load(base + gate_at[None, :], mask=mask, other=0.0).to(tl.float32)
+        up += tl.load(base + up_at[None, :], mask=mask, other=0.0).to(tl.float32)
+    return gate, up, gate_at, up_at
+
+
+@triton.jit
+def _gate(
+    gate_up_ptr, bias_ptr, expert_ptr, weight_ptr, order_ptr, out_ptr, S, I, alpha, limit,
+    KIND: tl.constexpr, HAS_BIAS: tl.constexpr, INTERLEAVED: tl.constexpr,
+    ROWS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = rows < S
+    choice = tl.load(order_ptr + rows, mask=inside, other=0)
+    weight = tl.load(weight_ptr + choice, mask=inside, other=0.0).to(tl.float32)
+    experts = rows
+    if HAS_BIAS:
+        experts = tl.load(expert_ptr + rows, mask=inside, other=0).to(tl.int64)
+    for start in range(0, I, LANES):
+        cols = start + tl.arange(0, LANES)
+        mask = inside[:, None] & (cols < I)[None, :]
+        gate, up, _, _ = _load_halves(
+            gate_up_ptr, bias_ptr, rows, experts, cols, mask, I, HAS_BIAS, INTERLEAVED
+        )
+        if KIND == 1:
+            gate = tl.where(gate > limit, limit, gate)
+            up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up)) + 1.0
+        value, _ = _activation(gate, alpha, KIND)
+        out = round_to(value * up * weight[:, None], out_ptr.dtype.element_ty)
+        tl.store(out_ptr + rows[:, None] * I + cols[None, :], out, mask=mask)
+
+
+@triton.jit
+def _gate_backward(
+    d_ptr, gate_up_ptr, d_gate_up_ptr, bias_ptr, expert_ptr, weight_ptr, order_ptr, d_weight_ptr,
+    S, I, alpha, limit,
+    KIND: tl.constexpr, HAS_BIAS: tl.constexpr, INTERLEAVED: tl.constexpr,
+    ROWS: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = rows < S
+    choice = tl.load(order_ptr + rows, mask=inside, other=0)
+    weight = tl.load(weight_ptr + choice, mask=inside, other=0.0).to(tl.float32)
+    experts = rows
+    if HAS_BIAS:
+        experts = tl.load(expert_ptr + rows, mask=inside, other=0).to(tl.int64)
+    total = tl.zeros((ROWS, LANES), tl.float32)
+    for start in range(0, I, LANES):
+        cols = start + tl.arange(0, LANES)
+        mask = inside[:, None] & (cols < I)[None, :]
+        gate_in, up_in, gate_at, up_at = _load_halves(
+            gate_up_ptr, bias_ptr, rows, experts, cols, mask, I, HAS_BIAS, INTERLEAVED
+        )
+        gate, up = gate_in, up_in
+        if KIND == 1:
+            gate = tl.where(gate > limit, limit, gate)
+            up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up)) + 1.0
+        value, slope = _activation(gate, alpha, KIND)
+        act = value * up
+        at = d_ptr + rows[:, None] * I + cols[None, :]
+        d = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        # Of the columns past the end `act` is finite and `d` zero.
+        total += d * act
+        d = d * weight[:, None]
+        d_gate, d_up = d * up * slope, d * value
+        if KIND == 1:
+            d_gate = tl.where(gate_in > limit, 0.0, d_gate)
+            d_up = tl.where((up_in > limit) | (up_in < -limit), 0.0, d_up)
+        tl.store(at, round_to(act * weight[:, None], d_ptr.dtype.element_ty), mask=mask)
+        base = d_gate_up_ptr + rows[:, None] * (2 * I)
+        kind: tl.constexpr = d_gate_up_ptr.dtype.element_ty
+        tl.store(base + gate_at[None, :], round_to(d_gate, kind), mask=mask)
+        tl.store(base + up_at[None, :], round_to(d_up, kind), mask=mask)
+    tl.store(d_weight_ptr + choice, _pair_sums(total, ROWS, LANES, STEPS), mask=inside)
+
+
+def expert_gate(
+    gate_up: Tensor, bias: Tensor | None, expert: Tensor | None, weight: Tensor, order: Tensor,
+    kind: str, alpha: float, limit: float, interleaved: bool,
+) -> Tensor:  # fmt: skip
+    S, I = gate_up.shape[0], gate_up.shape[1] // 2  # noqa: E741
+    out = gate_up.new_empty(S, I)
+    lanes = lanes_for(I, COLUMN_LANES)
+    rows, has_bias = TILE // lanes, bias is not None
+    given = (bias, expert) if has_bias else (gate_up, order)  # not read
+    _gate[(triton.cdiv(S, rows),)](
+        gate_up, *given, weight, order, out, S, I, alpha, limit,
+        KINDS[kind], has_bias, interleaved, rows, lanes, **LAUNCH,
+    )  # fmt: skip
+    return out
+
+
+def expert_gate_backward(
+    d_act: Tensor, gate_up: Tensor, d_gate_up: Tensor, bias: Tensor | None, expert: Tensor | None,
+    weight: Tensor, order: Tensor, kind: str, alpha: float, limit: float, interleaved: bool,
+) -> Tensor:  # fmt: skip
+    S, I = d_act.shape  # noqa: E741
+    d_weight = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+    lanes = lanes_for(I, COLUMN_LANES)
+    rows, has_bias = TILE // lanes, bias is not None
+    given = (bias, expert) if has_bias else (gate_up, order)  # not read
+    _gate_backward[(triton.cdiv(S, rows),)](
+        d_act, gate_up, d_gate_up, *given, weight, order, d_weight, S, I, alpha, limit,
+        KINDS[kind], has_bias, interleaved, rows, lanes, lanes.bit_length() - 1, **LAUNCH,
+    )  # fmt: skip
+    return d_weight
+
+
+# --- biases ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _row_sums(
+    rows_ptr, weight_ptr, order_ptr, offs_ptr, out_ptr, C,
+    WEIGHTED: tl.constexpr, COLS: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """One expert and one block of columns a program; lanes are rows."""
+    expert = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    begin = tl.load(offs_ptr + expert - 1, mask=expert > 0, other=0)
+    end = tl.load(offs_ptr + expert)
+    total = tl.zeros((COLS, LANES), tl.float32)
+    for start in range(begin, end, LANES):
+        rows = (start + tl.arange(0, LANES)).to(tl.int64)
+        inside = rows < end
+        mask = (cols < C)[:, None] & inside[None, :]
+        x = tl.load(rows_ptr + rows[None, :] * C + cols[:, None], mask=mask, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            choice = tl.load(order_ptr + rows, mask=inside, other=0)
+            weight = tl.load(weight_ptr + choice, mask=inside, other=0.0).to(tl.float32)
+            x = x * weight[None, :]
+        total += x
+    tl.store(out_ptr + expert * C + cols, _pair_sums(total, COLS, LANES, STEPS), mask=cols < C)
+
+
+def expert_row_sums(rows: Tensor, weight: Tensor | None, order: Tensor | None, offs: Tensor) -> Tensor:
+    E, C = offs.shape[0], rows.shape[1]
+    out = torch.empty(E, C, dtype=torch.float32, device=rows.device)
+    cols, weighted = TILE // ROW_LANES, weight is not None
+    given = (weight, order) if weighted else (rows, offs)  # not read
+    _row_sums[(E, triton.cdiv(C, cols))](
+        rows, *given, offs, out, C, weighted, cols, ROW_LANES, ROW_LANES.bit_length() - 1, **LAUNCH
+    )
+    return out
+
+
+@triton.jit
+def _row_dots(
+    rows_ptr, bias_ptr, expert_ptr, order_ptr, total_ptr, S, D,
+    ROWS: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = rows < S
+    experts = tl.load(expert_ptr + rows, mask=inside, other=0).to(tl.int64)
+    total = tl.zeros((ROWS, LANES), tl.float32)
+    for start in range(0, D, LANES):
+        cols = start + tl.arange(0, LANES)
+        mask = inside[:, None] & (cols < D)[None, :]
+        x = tl.load(rows_ptr + rows[:, None] * D + cols[None, :], mask=mask, other=0.0)
+        bias = tl.load(bias_ptr + experts[:, None] * D + cols[None, :], mask=mask, other=0.0)
+        total += x.to(tl.float32) * bias.to(tl.float32)
+    at = total_ptr + tl.load(order_ptr + rows, mask=inside, other=0)
+    before = tl.load(at, mask=inside, other=0.0)
+    tl.store(at, before + _pair_sums(total, ROWS, LANES, STEPS), mask=inside)
+
+
+def expert_row_dots(rows: Tensor, bias: Tensor, expert: Tensor, order: Tensor, total: Tensor) -> None:
+    S, D = rows.shape
+    lanes = lanes_for(D, COLUMN_LANES)
+    num_rows = TILE // lanes
+    _row_dots[(triton.cdiv(S, num_rows),)](
+        rows, bias, expert, order, total, S, D, num_rows, lanes, lanes.bit_length() - 1, **LAUNCH
+    )
+
+
+# --- sums over tiles -------------------------------------------------------------------------------------------------
+
+SUM_BLOCK = 2048
+
+
+@triton.jit
+def _add_to_sum(total_ptr, grad_ptr, N, FINISH: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < N
+    total = tl.load(total_ptr + at, mask=mask, other=0.0)
+    total += tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    if FINISH:
+        tl.store(grad_ptr + at, round_to(total, grad_ptr.dtype.element_ty), mask=mask)
+    else:
+        tl.store(total_ptr + at, total, mask=mask)
+
+
+def supports_sum(total: Tensor, grad: Tensor) -> bool:
+    return supports(total, grad) and total.dtype == torch.float32
+
+
+def add_to_sum(total: Tensor, grad: Tensor) -> None:
+    grid = (triton.cdiv(grad.numel(), SUM_BLOCK),)
+    _add_to_sum[grid](total, grad, grad.numel(), False, SUM_BLOCK, **LAUNCH)
+
+
+def finish_sum(total: Tensor, grad: Tensor) -> None:
+    grid = (triton.cdiv(grad.numel(), SUM_BLOCK),)
+    _add_to_sum[grid](total, grad, grad.numel(), True, SUM_BLOCK, **LAUNCH)
+
+
+expert_sort = reference.expert_sort
