@@ -37,7 +37,10 @@ SHAPES = {  # tokens, experts per token, experts, hidden size, experts' width
     "many experts": (3, 2, 300, 8, 4),
 }
 # Root mean square difference from float64, relative; observed on a CPU, 2026-11.
-TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2e-2}  # OBSERVED
+TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1.2e-2}  # 5.8e-16, 3.1e-7, 8.3e-3
+# In bf16 a value may be rounded across a clamp's limit, where its gradient is all or nothing: of few tokens that shows
+# in what goes through the gate (observed 9.8e-2; the float32 cases see the clamp itself).
+ACROSS_THE_LIMIT = dict.fromkeys(("x", "gate_up", "gate_up_bias"), 0.15)
 
 
 def problem(shape: str, dtype: torch.dtype, biased: bool, transposed: bool, seed: int = 0) -> dict[str, Tensor]:
@@ -123,7 +126,9 @@ def test_result_and_every_gradient(shape, gate, biased, transposed, dtype):
     ours = values_and_gradients(fused(GATES[gate], transposed), given)
     exact = values_and_gradients(lambda g: truth(g, GATES[gate], transposed), in_float64(given))
     assert all(ours[name].dtype == dtype for name in ours)
-    bad = {n: d for n, d in differences(ours, exact).items() if not d <= TOLERANCE[dtype]}
+    wider = ACROSS_THE_LIMIT if gate == "clamped" and dtype == torch.bfloat16 else {}
+    found = differences(ours, exact)
+    bad = {n: d for n, d in found.items() if not d <= wider.get(n, TOLERANCE[dtype])}
     assert not bad, bad
 
 
@@ -220,7 +225,7 @@ def errors(num_tiles: int, dtype: torch.dtype) -> dict[str, float]:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_sixteen_tiles_are_as_good_as_one(dtype):
     """One tile's product is rounded to the parameter's dtype by PyTorch, sixteen are each and their sum once more: for
-    bf16 up to a quarter is added to the error (observed 1.06 to 1.13 times). Sums in bf16 would double it."""
+    bf16 up to a quarter is added to the error (observed 1.18 times); sums in bf16 would add more."""
     one, sixteen = errors(1, dtype), errors(16, dtype)
     for name in one:
         assert sixteen[name] <= 1.25 * one[name] + 1e-15, (name, one[name], sixteen[name])
@@ -375,17 +380,3 @@ def test_forms_that_are_not_known(change):
     for name, value in change.items():
         setattr(module, name, value)
     assert interface.gate_of(module) is None
-
-
-def test_print_worst(capsys):
-    for dtype in TOLERANCE:
-        worst = 0.0
-        for shape in SHAPES:
-            for gate in GATES.values():
-                for biased, transposed in ((False, False), (True, True)):
-                    given = problem(shape, dtype, biased, transposed)
-                    ours = values_and_gradients(fused(gate, transposed), given)
-                    exact = values_and_gradients(lambda g: truth(g, gate, transposed), in_float64(given))
-                    worst = max(worst, *differences(ours, exact).values())
-        with capsys.disabled():
-            print(dtype, worst, {n: errors(16, dtype)[n] / e for n, e in errors(1, dtype).items()})
