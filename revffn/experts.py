@@ -65,7 +65,9 @@ def fused_gate(module: nn.Module, like: Tensor) -> Gate | None:
         key = (type(module), "unknown")
         if key not in _AGREES:
             _AGREES[key] = False
-            logger.warning("%s has no fused form here; transformers' %s runs.", type(module).__name__, DEFAULT)
+            logger.warning(
+                "%s has no fused form here; transformers' %s runs.", type(module).__name__, DEFAULT
+            )
         return None
     if isinstance(like, FakeTensor) or like.device.type == "meta":
         return gate
@@ -107,7 +109,12 @@ def disagreement(module: nn.Module, gate: Gate, device: torch.device, dtype: tor
     tiny.__dict__.pop("gradient_sums", None)
     tiny._modules.update(module._modules)
     sizes = {"num_experts": E, "hidden_dim": D, "hidden_size": D, "intermediate_dim": I}
-    for name, value in {**sizes, "intermediate_size": I, "moe_intermediate_size": I, "expert_dim": I}.items():
+    for name, value in {
+        **sizes,
+        "intermediate_size": I,
+        "moe_intermediate_size": I,
+        "expert_dim": I,
+    }.items():
         if name in module.__dict__:
             tiny.__dict__[name] = value
     transposed = bool(getattr(module, "is_transposed", False))
@@ -131,12 +138,21 @@ def disagreement(module: nn.Module, gate: Gate, device: torch.device, dtype: tor
 
 def own_forward(cls: type[nn.Module]) -> Any:
     """The forward that a family wrote, behind the interface's decorator."""
-    decorated = next(c.__dict__["forward"] for c in cls.__mro__ if hasattr(c.__dict__.get("forward"), "__wrapped__"))
+    decorated = next(
+        c.__dict__["forward"]
+        for c in cls.__mro__
+        if hasattr(c.__dict__.get("forward"), "__wrapped__")
+    )
     return inspect.unwrap(decorated)
 
 
 def fused(
-    module: nn.Module, gate: Gate, x: Tensor, index: Tensor, weight: Tensor, sums: dict[str, GradientSum] | None
+    module: nn.Module,
+    gate: Gate,
+    x: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    sums: dict[str, GradientSum] | None,
 ) -> Tensor:
     biased = bool(getattr(module, "has_bias", False))
     return experts(
@@ -175,5 +191,8 @@ def choose_implementation(model: PreTrainedModel) -> None:
     conversion chooses it.
     """
     config = model.config
-    if model._can_set_experts_implementation() and config._experts_implementation in (None, DEFAULT):
+    if model._can_set_experts_implementation() and config._experts_implementation in (
+        None,
+        DEFAULT,
+    ):
         config._experts_implementation = IMPLEMENTATION

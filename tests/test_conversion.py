@@ -254,6 +254,7 @@ def test_export_is_the_original(model_type, coupling, tmp_path):
         exported.save_pretrained(tmp_path)
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
         loaded.set_attn_implementation(original.config._attn_implementation)
+        loaded.config._experts_implementation = original.config._experts_implementation
         assert torch.equal(loaded.eval()(**inputs).logits, expected)
         assert torch.equal(model(**inputs).logits, expected), "the reversible model must go on working"
     assert_same_weights(loaded, original)

@@ -9,7 +9,8 @@ CUDA; other dtypes take a loop over experts that reads the groups' sizes).
 transformers multiplies by the weight behind the down projection: the same function, rounded elsewhere.
 """
 
-# T = tokens, K = experts per token, S = T * K rows sorted by expert, E = experts, D = hidden size, I = expert's width
+# T = tokens, K = experts per token, S = T * K rows sorted by expert, E = experts,
+# D = hidden size, I = an expert's width
 
 from __future__ import annotations
 
@@ -83,7 +84,8 @@ def _kernel(name: str) -> Any:
 def _supports(*args: Any) -> bool:
     tensors = [x for x in args if isinstance(x, Tensor)]
     return all(
-        x.is_contiguous() and (not x.is_floating_point() or x.dtype in (torch.float32, torch.bfloat16))
+        x.is_contiguous()
+        and (not x.is_floating_point() or x.dtype in (torch.float32, torch.bfloat16))
         for x in tensors
     )
 
@@ -122,7 +124,9 @@ expert_gather = register(
     _supports,
 )
 expert_gate = register(
-    "expert_gate(Tensor gate_up, Tensor? bias, Tensor? expert, Tensor weight, Tensor order, " + _GATE + ") -> Tensor",
+    "expert_gate(Tensor gate_up, Tensor? bias, Tensor? expert, Tensor weight, Tensor order, "
+    + _GATE
+    + ") -> Tensor",
     reference.expert_gate,
     lambda gate_up, *_: gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2),
     _kernel("expert_gate"),
@@ -132,7 +136,9 @@ expert_gate_backward = register(
     "expert_gate_backward(Tensor(a!) d_act, Tensor gate_up, Tensor(b!) d_gate_up, Tensor? bias, Tensor? expert, "
     "Tensor weight, Tensor order, " + _GATE + ") -> Tensor",
     reference.expert_gate_backward,
-    lambda d, gate_up, out, bias, expert, weight, *_: weight.new_empty(weight.shape, dtype=_wide_dtype(d)),
+    lambda d, gate_up, out, bias, expert, weight, *_: weight.new_empty(
+        weight.shape, dtype=_wide_dtype(d)
+    ),
     _kernel("expert_gate_backward"),
     _supports,
 )
@@ -146,7 +152,9 @@ expert_combine = register(
 expert_row_sums = register(
     "expert_row_sums(Tensor rows, Tensor? weight, Tensor? order, Tensor offs) -> Tensor",
     reference.expert_row_sums,
-    lambda rows, weight, order, offs: rows.new_empty(offs.shape[0], rows.shape[1], dtype=_wide_dtype(rows)),
+    lambda rows, weight, order, offs: rows.new_empty(
+        offs.shape[0], rows.shape[1], dtype=_wide_dtype(rows)
+    ),
     _kernel("expert_row_sums"),
     _supports,
 )
@@ -213,7 +221,17 @@ NAMES = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
 class Experts(Function):
     @staticmethod
     def forward(
-        ctx, x, index, weight, gate_up, down, gate_up_bias, down_bias, gate: Gate, transposed: bool, sums
+        ctx,
+        x,
+        index,
+        weight,
+        gate_up,
+        down,
+        gate_up_bias,
+        down_bias,
+        gate: Gate,
+        transposed: bool,
+        sums,
     ):
         order, place, offs, expert = expert_sort(index, gate_up.shape[0])
         expert = None if gate_up_bias is None and down_bias is None else expert
@@ -257,19 +275,29 @@ class Experts(Function):
             if needed["weight"]:
                 expert_row_dots(grad_rows, down_bias, expert, order, grad_weight)
             if needed["down_proj_bias"]:
-                give("down_proj_bias", expert_row_sums(grad_rows, weight, order, offs), down_bias.dtype)
+                give(
+                    "down_proj_bias",
+                    expert_row_sums(grad_rows, weight, order, offs),
+                    down_bias.dtype,
+                )
         if needed["down_proj"]:
             give("down_proj", weight_gradient(act, grad_rows), down.dtype)
         del grad_rows, act
         if gate_up_bias is not None and needed["gate_up_proj_bias"]:
-            give("gate_up_proj_bias", expert_row_sums(grad_product, None, None, offs), gate_up_bias.dtype)
+            give(
+                "gate_up_proj_bias",
+                expert_row_sums(grad_product, None, None, offs),
+                gate_up_bias.dtype,
+            )
         if needed["gate_up_proj"]:
             rows = expert_gather(x, place)
             give("gate_up_proj", weight_gradient(rows, grad_product), gate_up.dtype)
             del rows
         grad_x = None
         if needed["x"]:
-            rows = grouped_mm(grad_product, gate_up.transpose(1, 2) if ctx.transposed else gate_up, offs)
+            rows = grouped_mm(
+                grad_product, gate_up.transpose(1, 2) if ctx.transposed else gate_up, offs
+            )
             del grad_product
             grad_x = expert_combine(rows, place, None, None, None)
         grad_weight = grad_weight.to(weight.dtype) if needed["weight"] else None

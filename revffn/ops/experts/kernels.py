@@ -5,8 +5,10 @@ offsets are int64: S * 2 I passes 2^31 at sizes in use. `exp` and divisions may 
 all other arithmetic is float32 without fused multiply-add, so it is the reference's bit for bit.
 """
 
-# T = tokens, K = experts per token, S = T * K rows sorted by expert, E = experts, D = hidden size, I = expert's width
+# T = tokens, K = experts per token, S = T * K rows sorted by expert, E = experts,
+# D = hidden size, I = an expert's width
 
+# ruff: noqa: E741
 import torch
 import triton
 import triton.language as tl
@@ -209,7 +211,7 @@ def expert_gate(
     gate_up: Tensor, bias: Tensor | None, expert: Tensor | None, weight: Tensor, order: Tensor,
     kind: str, alpha: float, limit: float, interleaved: bool,
 ) -> Tensor:  # fmt: skip
-    S, I = gate_up.shape[0], gate_up.shape[1] // 2  # noqa: E741
+    S, I = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(S, I)
     lanes = lanes_for(I, COLUMN_LANES)
     rows, has_bias = TILE // lanes, bias is not None
@@ -225,7 +227,7 @@ def expert_gate_backward(
     d_act: Tensor, gate_up: Tensor, d_gate_up: Tensor, bias: Tensor | None, expert: Tensor | None,
     weight: Tensor, order: Tensor, kind: str, alpha: float, limit: float, interleaved: bool,
 ) -> Tensor:  # fmt: skip
-    S, I = d_act.shape  # noqa: E741
+    S, I = d_act.shape
     d_weight = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
     lanes = lanes_for(I, COLUMN_LANES)
     rows, has_bias = TILE // lanes, bias is not None
@@ -255,7 +257,9 @@ def _row_sums(
         rows = (start + tl.arange(0, LANES)).to(tl.int64)
         inside = rows < end
         mask = (cols < C)[:, None] & inside[None, :]
-        x = tl.load(rows_ptr + rows[None, :] * C + cols[:, None], mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(rows_ptr + rows[None, :] * C + cols[:, None], mask=mask, other=0.0).to(
+            tl.float32
+        )
         if WEIGHTED:
             choice = tl.load(order_ptr + rows, mask=inside, other=0)
             weight = tl.load(weight_ptr + choice, mask=inside, other=0.0).to(tl.float32)
@@ -264,7 +268,9 @@ def _row_sums(
     tl.store(out_ptr + expert * C + cols, _pair_sums(total, COLS, LANES, STEPS), mask=cols < C)
 
 
-def expert_row_sums(rows: Tensor, weight: Tensor | None, order: Tensor | None, offs: Tensor) -> Tensor:
+def expert_row_sums(
+    rows: Tensor, weight: Tensor | None, order: Tensor | None, offs: Tensor
+) -> Tensor:
     E, C = offs.shape[0], rows.shape[1]
     out = torch.empty(E, C, dtype=torch.float32, device=rows.device)
     cols, weighted = TILE // ROW_LANES, weight is not None
@@ -295,7 +301,9 @@ def _row_dots(
     tl.store(at, before + _pair_sums(total, ROWS, LANES, STEPS), mask=inside)
 
 
-def expert_row_dots(rows: Tensor, bias: Tensor, expert: Tensor, order: Tensor, total: Tensor) -> None:
+def expert_row_dots(
+    rows: Tensor, bias: Tensor, expert: Tensor, order: Tensor, total: Tensor
+) -> None:
     S, D = rows.shape
     lanes = lanes_for(D, COLUMN_LANES)
     num_rows = TILE // lanes
@@ -319,10 +327,6 @@ def _add_to_sum(total_ptr, grad_ptr, N, FINISH: tl.constexpr, BLOCK: tl.constexp
         tl.store(grad_ptr + at, round_to(total, grad_ptr.dtype.element_ty), mask=mask)
     else:
         tl.store(total_ptr + at, total, mask=mask)
-
-
-def supports_sum(total: Tensor, grad: Tensor) -> bool:
-    return supports(total, grad) and total.dtype == torch.float32
 
 
 def add_to_sum(total: Tensor, grad: Tensor) -> None:

@@ -8,7 +8,8 @@ Every sum has a fixed order. Sums over many elements run in *lanes* (element i g
 ascending order), and the lanes are added in pairs of neighbours until one is left.
 """
 
-# T = tokens, K = experts per token, S = T * K rows sorted by expert, E = experts, D = hidden size, I = expert's width
+# T = tokens, K = experts per token, S = T * K rows sorted by expert, E = experts,
+# D = hidden size, I = an expert's width
 
 from __future__ import annotations
 
@@ -183,7 +184,9 @@ def expert_gate_backward(
 # --- biases ----------------------------------------------------------------------------------------------------------
 
 
-def expert_row_sums(rows: Tensor, weight: Tensor | None, order: Tensor | None, offs: Tensor) -> Tensor:
+def expert_row_sums(
+    rows: Tensor, weight: Tensor | None, order: Tensor | None, offs: Tensor
+) -> Tensor:
     """(S, C) -> (E, C), float32: the sum of each expert's rows, times their routing weights if given."""
     x = wide(rows)
     if weight is not None:
@@ -197,7 +200,9 @@ def expert_row_sums(rows: Tensor, weight: Tensor | None, order: Tensor | None, o
     return out
 
 
-def expert_row_dots(rows: Tensor, bias: Tensor, expert: Tensor, order: Tensor, total: Tensor) -> None:
+def expert_row_dots(
+    rows: Tensor, bias: Tensor, expert: Tensor, order: Tensor, total: Tensor
+) -> None:
     """total[t, k] += rows[s] . bias[expert of s], with s the row of choice (t, k); rows (S, D), total (T, K)."""
     dots = lane_sums(wide(rows) * wide(bias[expert.long()]), lanes_for(rows.shape[1], COLUMN_LANES))
     total.view(-1)[order.long()] += dots
