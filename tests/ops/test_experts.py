@@ -198,9 +198,7 @@ def over_tiles(given: dict[str, Tensor], grad: Tensor, num_tiles: int) -> dict[s
     sums = {name: GradientSum(num_tiles) for name in NAMES}
     cut = {n: given[n].detach().chunk(num_tiles) for n in ("x", "index", "weight")}
     parameters = {n: t for n, t in given.items() if n not in cut}
-    outs = [
-        experts(cut["x"][i], cut["index"][i], cut["weight"][i], **parameters, sums=sums) for i in range(num_tiles)
-    ]
+    outs = [experts(cut["x"][i], cut["index"][i], cut["weight"][i], **parameters, sums=sums) for i in range(num_tiles)]
     torch.autograd.backward(outs, grad.chunk(num_tiles))
     assert all(its.total is None and its.seen == 0 for its in sums.values())
     return {name: p.grad for name, p in parameters.items()}

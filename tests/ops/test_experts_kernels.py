@@ -106,9 +106,7 @@ def cases(reference, kernels, only: str | None = None) -> dict[str, bool]:
                 given = (draw(E, 2 * I), expert) if biased else (None, None)
                 args = (*given, weights[number % 2], order, kind, alpha, limit, interleaved)
                 compare("gate", lambda m: (m.expert_gate(gate_up, *args),), kind != "gelu")
-                compare(
-                    "gate_backward", lambda m: gate_backward(m, number % 2 == 0), kind != "gelu"
-                )
+                compare("gate_backward", lambda m: gate_backward(m, number % 2 == 0), kind != "gelu")
                 if kind == "silu":
                     compare("gate_backward", lambda m: gate_backward(m, number % 2 == 1))
             total, grad = torch.randn(300), draw(300)
@@ -147,9 +145,7 @@ def main() -> None:
         results[""] = cases(reference, loaded(text, folder, 0))
         for number, (name, (operation, old, new)) in enumerate(BREAKS.items()):
             assert old in text, name
-            results[name] = cases(
-                reference, loaded(text.replace(old, new), folder, number + 1), operation
-            )
+            results[name] = cases(reference, loaded(text.replace(old, new), folder, number + 1), operation)
     print(json.dumps(results))
 
 
@@ -167,9 +163,7 @@ def results():
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize(
-    "operation", ["gather", "combine", "gate", "gate_backward", "row_sums", "row_dots", "sum"]
-)
+@pytest.mark.parametrize("operation", ["gather", "combine", "gate", "gate_backward", "row_sums", "row_dots", "sum"])
 def test_kernel_gives_the_reference(results, operation):
     assert results[""][operation]
 

@@ -7,13 +7,8 @@ on a GPU.
 Run: pytest tests/ops/test_update_kernels.py (needs triton)
 """
 
-import importlib.util
 import os
-import subprocess
-import sys
-from pathlib import Path
 
-import pytest
 import torch
 
 SHAPES = [(5,), (1, 37), (70, 150), (3, 9, 20), (2, 40, 8), (131, 3)]

@@ -1,0 +1,70 @@
+"""Rotary embedding, SwiGLU and RMSNorm of queries and keys: the models' own functions, and kernels like the reference.
+
+Run: pytest tests/ops/test_dense.py
+"""
+
+import pytest
+import torch
+from interpreter import interpret, needs_triton
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+
+from revffn.ops import dense
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+
+
+@needs_triton
+def test_kernels_equal_the_reference():
+    done = interpret("dense_kernels.py")
+    assert done.returncode == 0 and "all equal" in done.stdout, done.stdout + done.stderr
+
+
+@needs_triton
+def test_the_comparison_fails_where_a_kernel_is_wrong():
+    done = interpret("dense_kernels.py", "--break")
+    assert done.returncode == 1 and "elements differ" in done.stderr
+
+
+def check(ours, exact, inputs: list[torch.Tensor]) -> None:
+    """Values and gradients of `ours` in the inputs' dtype against `exact` in float64."""
+    dtype = inputs[0].dtype
+    limit = 4 * torch.finfo(dtype).eps if dtype != torch.float64 else 1e-6  # LlamaRMSNorm is float32 inside
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    found, truth = ours(*inputs), exact(*wide)
+    found, truth = ((x,) if isinstance(x, torch.Tensor) else x for x in (found, truth))
+    grads = [torch.randn_like(x) for x in found]
+    ours_grads = torch.autograd.grad(found, inputs, grads)
+    true_grads = torch.autograd.grad(truth, wide, [g.double() for g in grads])
+    for a, b in zip((*found, *ours_grads), (*truth, *true_grads), strict=True):
+        assert a.dtype == dtype
+        torch.testing.assert_close(a.double(), b, rtol=limit, atol=limit * b.abs().max().item())
+
+
+@DTYPES
+def test_rotate_is_llamas(dtype):
+    q, k = (torch.randn(2, 5, heads, 8, dtype=dtype).transpose(1, 2).requires_grad_() for heads in (4, 2))
+    cos, sin = torch.randn(1, 5, 8, dtype=dtype), torch.randn(1, 5, 8, dtype=dtype)
+    check(
+        lambda q, k: dense.rotate(q, k, cos, sin),
+        lambda q, k: apply_rotary_pos_emb(q, k, cos.double(), sin.double()),
+        [q, k],
+    )
+
+
+@DTYPES
+def test_silu_mul(dtype):
+    inputs = [torch.randn(3, 7, dtype=dtype, requires_grad=True) for _ in range(2)]
+    check(dense.silu_mul, lambda gate, up: torch.nn.functional.silu(gate) * up, inputs)
+
+
+@DTYPES
+def test_rms_norm_is_llamas(dtype):
+    x, weight = torch.randn(2, 9, 3, 24, dtype=dtype), torch.rand(24, dtype=dtype) + 0.5
+
+    def exact(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        module = LlamaRMSNorm(24, 1e-6).double()
+        del module._parameters["weight"]
+        module.weight = weight
+        return module(x)
+
+    check(lambda x, w: dense.rms_norm(x, w, 1e-6, True), exact, [x.requires_grad_(), weight.requires_grad_()])
