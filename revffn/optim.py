@@ -40,6 +40,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from .ops import update
 from .ops.update import block_size, make_code_books, matrices, sum_segments
 
+CPU_CHUNK_BYTES = 2**21
 RULES = "adafactor", "adamw", "adamw8bit", "sgd"
 
 
@@ -356,7 +357,8 @@ class OptimizerInBackward(torch.optim.Optimizer):
         return local_part(grad)
 
     def _square(self, parameter: Tensor) -> Tensor:
-        square, _, _ = update.grad_squares(self._grad_of(parameter), False, self.chunk_bytes)
+        grad = self._grad_of(parameter)
+        square, _, _ = update.grad_squares(grad, False, self._chunk_bytes(grad))
         return sum_over_shards(square, parameter)
 
     def _update(self, parameter: Tensor) -> None:
@@ -364,7 +366,8 @@ class OptimizerInBackward(torch.optim.Optimizer):
         state = self._state_of(parameter, group)
         state["step"] += 1
         factored = "row" in state
-        square, rows, cols = update.grad_squares(grad, factored, self.chunk_bytes)
+        chunk_bytes = self._chunk_bytes(grad)
+        square, rows, cols = update.grad_squares(grad, factored, chunk_bytes)
         square = sum_over_shards(square, parameter)
         keep = torch.ones((), device=weight.device) if self._keep is None else self._keep.to(weight.device)
         # From the first non-finite gradient on, `keep` is 0 and nothing below is written.
@@ -381,7 +384,7 @@ class OptimizerInBackward(torch.optim.Optimizer):
             (self._keep, scale),
             lr,
             lr * group["weight_decay"],
-            (self.rounding == "stochastic", *noise, self.chunk_bytes),
+            (self.rounding == "stochastic", *noise, chunk_bytes),
         )
         if group["rule"] == "adafactor":
             _adafactor(job, rows, cols)
@@ -394,6 +397,11 @@ class OptimizerInBackward(torch.optim.Optimizer):
         # Operations of ours do not tell autograd that they write.
         torch.autograd.graph.increment_version(parameter)
         parameter.grad = None
+
+    def _chunk_bytes(self, tensor: Tensor) -> int:
+        """A CPU is fastest on what its cache holds. A fake tensor stands for one on a GPU."""
+        on_cpu = tensor.device.type == "cpu" and not isinstance(tensor, FakeTensor)
+        return min(self.chunk_bytes, CPU_CHUNK_BYTES) if on_cpu else self.chunk_bytes
 
     def _noise_of(self, parameter: Tensor, seed: int, step: int) -> tuple[int, int]:
         """Key of the rounding's noise, and the number of the parameter's rows before this shard."""

@@ -525,6 +525,19 @@ def sharded_run(rank, port, folder):
     assert bool((last.to_local() == 1).all())
     with pytest.raises(NonFiniteGradientError, match="weight"):
         optimizer.step()
+    # Rounding: a shard has the noise of its rows, whatever their number.
+    torch.manual_seed(0)
+    full = [torch.randn(shape).bfloat16() for shape in ((7, 6), (3, 4, 5), (5,))]
+    for rule in ("adamw", "sgd", "sgd_momentum"):
+        ours, whole = [nn.Parameter(distribute_tensor(w, mesh, [Shard(0)])) for w in full], [*map(nn.Parameter, full)]
+        for weights in (ours, whole):
+            optimizer = build(rule, [w.detach().clone().requires_grad_() for w in weights], weight_decay=0.1)
+            for weight, grad in zip(optimizer.param_groups[0]["params"], full, strict=True):
+                weight.grad = distribute_tensor(grad, mesh, [Shard(0)]) if weights is ours else grad.clone()
+            optimizer.step()
+            weights[:] = optimizer.param_groups[0]["params"]
+        for weight, expected, start in zip(ours, whole, full, strict=True):
+            assert torch.equal(weight.full_tensor(), expected) and not torch.equal(expected, start)
     if rank == 0:
         torch.save(results, folder / "results")
     torch.distributed.barrier()

@@ -11,52 +11,74 @@ import os
 
 import torch
 
-SHAPES = [(5,), (1, 37), (70, 150), (3, 9, 20), (2, 40, 8), (131, 3)]
-RULES = {
-    "adafactor": dict(rule="adafactor", weight_decay=0.1),
-    "adafactor, momentum": dict(rule="adafactor", momentum=0.9),
-    "adafactor, no clipping": dict(rule="adafactor", clip_threshold=None, momentum=0.5),
-    "adamw": dict(rule="adamw", weight_decay=0.1),
-    "adamw8bit": dict(rule="adamw8bit", weight_decay=0.1),
-    "sgd": dict(rule="sgd"),
-    "sgd, momentum": dict(rule="sgd", momentum=0.9, weight_decay=0.1),
+ADAFACTOR = [(5,), (1, 37), (3, 9, 20), (70, 67)]
+# name: options of the optimizer, weights, rounding, shapes
+CASES = {
+    "adafactor": (dict(rule="adafactor", weight_decay=0.1), "bfloat16", "stochastic", ADAFACTOR),
+    "adafactor, float32": (dict(rule="adafactor"), "float32", "stochastic", [(7,), (2, 9, 20)]),
+    "adafactor, master": (dict(rule="adafactor"), "bfloat16", "master", [(7,), (2, 9, 20)]),
+    "adafactor, nearest": (dict(rule="adafactor", weight_decay=0.1), "bfloat16", "nearest", [(2, 9, 20)]),
+    "adafactor, momentum": (dict(rule="adafactor", momentum=0.9), "bfloat16", "stochastic", [(7,), (2, 9, 20)]),
+    "adafactor, momentum, float32": (dict(rule="adafactor", momentum=0.9), "float32", "stochastic", [(2, 9, 20)]),
+    "adafactor, no clipping": (dict(rule="adafactor", clip_threshold=None), "bfloat16", "nearest", [(7,), (2, 9, 20)]),
+    "adamw": (dict(rule="adamw", weight_decay=0.1), "bfloat16", "stochastic", [(5,), (3, 9, 20), (35, 67)]),
+    "adamw, float32": (dict(rule="adamw", weight_decay=0.1), "float32", "stochastic", [(2, 9, 20)]),
+    "adamw, master": (dict(rule="adamw"), "bfloat16", "master", [(2, 9, 20)]),
+    "adamw8bit": (dict(rule="adamw8bit", weight_decay=0.1), "bfloat16", "stochastic", [(3, 11, 64)]),
+    "adamw8bit, float32": (dict(rule="adamw8bit"), "float32", "nearest", [(11, 96)]),
+    "adamw8bit, master": (dict(rule="adamw8bit"), "bfloat16", "master", [(11, 96)]),
+    "sgd": (dict(rule="sgd", weight_decay=0.1), "bfloat16", "stochastic", [(5,), (2, 9, 20)]),
+    "sgd, momentum": (dict(rule="sgd", momentum=0.9), "bfloat16", "stochastic", [(2, 9, 20)]),
+    "sgd, momentum, float32": (dict(rule="sgd", momentum=0.9), "float32", "nearest", [(2, 9, 20)]),
 }
-KINDS = {
-    "bf16": (torch.bfloat16, "stochastic"),
-    "nearest": (torch.bfloat16, "nearest"),
-    "master": (torch.bfloat16, "master"),
-    "float32": (torch.float32, "stochastic"),
+BAD = ["adafactor, momentum", "adamw", "adamw8bit", "sgd, momentum"]
+# A constant of the kernels that is wrong, and the case that must notice.
+MUTATIONS = {
+    "LANES": (32, "adafactor, float32"),
+    "ROW_LANES": (16, "adafactor, float32"),
+    "SLOTS": (4, "adamw"),
+    "ROW_BLOCK": (64, "adafactor, float32"),  # changes nothing: shows that equality is not by chance
 }
 
 
-def steps(rule, dtype, rounding, shapes, bad=None, **options):
-    """Weights and states after two steps, and the gradients' norm; `bad`: the parameter whose second gradient is NaN."""
-    from revffn.optim import NonFiniteGradientError, OptimizerInBackward
+def step(options, dtype, rounding, shapes, bad=False):
+    """Weights, states and sums of squares after one step from a state that is not zero.
 
-    generator = torch.Generator().manual_seed(0)
+    bad: The first parameter's gradient holds NaN at its end.
+    """
+    from revffn.optim import OptimizerInBackward
+
+    generator, dtype = torch.Generator().manual_seed(0), getattr(torch, dtype)
     weights = [torch.nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in shapes]
     optimizer = OptimizerInBackward(
-        weights, lr=0.02, max_grad_norm=3.0, rounding=rounding, seed=11, chunk_bytes=4000, **{**RULES[rule], **options}
+        weights, lr=0.02, max_grad_norm=50.0, rounding=rounding, seed=11, chunk_bytes=4000, **options
     )
-    for step in range(2):
-        for i, weight in enumerate(weights):
-            # Sizes from 1e-3 to 1e3, so that an order of summation shows.
-            spread = 10 ** (6 * torch.rand(weight.shape, generator=generator) - 3)
-            weight.grad = (torch.randn(weight.shape, generator=generator) * spread).to(dtype)
-            if step == 1 and bad == i:
-                weight.grad.view(-1)[-1] = float("nan")
-            with torch.no_grad():
-                optimizer._update(weight)
-        try:
-            optimizer.step()
-        except NonFiniteGradientError:
-            assert bad is not None
-    states = [optimizer.state[w][name] for w in weights for name in sorted(optimizer.state[w])]
-    return [w.detach() for w in weights], states, optimizer.grad_norm
+    found = []
+    for i, weight in enumerate(weights):
+        state = optimizer._state_of(weight, optimizer.param_groups[0])
+        for name in sorted(state):
+            if torch.is_tensor(state[name]):
+                if state[name].dtype == torch.uint8:
+                    state[name].random_(0, 256, generator=generator)
+                else:
+                    state[name].uniform_(0.5, 1.5, generator=generator)
+                found.append(state[name])
+        state["step"] = 3
+        # Sizes from 0.1 to 10, so that an order of summation shows.
+        spread = 10 ** (2 * torch.rand(weight.shape, generator=generator) - 1)
+        weight.grad = (torch.randn(weight.shape, generator=generator) * spread).to(dtype)
+        if bad and i == 0:
+            weight.grad.view(-1)[-1] = float("nan")
+        before = [t.clone() for t in (weight.detach(), *found)]
+        with torch.no_grad():
+            optimizer._update(weight)
+        if bad:
+            assert all(map(same, before, [weight.detach(), *found]))
+    return [w.detach() for w in weights] + found + list(optimizer._stepped.values())
 
 
 def both(*args, **options):
-    """`steps` by the reference and by the kernels."""
+    """`step` by the reference and by the kernels."""
     from revffn.ops import dispatch
 
     found = []
@@ -65,39 +87,66 @@ def both(*args, **options):
         dispatch.requested.cache_clear()
         os.environ["REVFFN_KERNELS"] = choice
         assert dispatch.implementation("cpu") == choice
-        found.append(steps(*args, **options))
+        found.append(step(*args, **options))
     return found
 
 
-def same(ours, others):
-    if isinstance(ours, (list, tuple)):
-        return len(ours) == len(others) and all(map(same, ours, others))
-    if not isinstance(ours, torch.Tensor):
-        return ours == others
-    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[ours.element_size()]
-    return ours.dtype == others.dtype and torch.equal(ours.contiguous().view(kind), others.contiguous().view(kind))
+def same(a, b):
+    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[a.element_size()]
+    return a.dtype == b.dtype and torch.equal(a.view(kind), b.view(kind))
 
 
 def compare():
     """Prints one line for every comparison."""
+    torch.set_num_threads(1)
+    from revffn.ops import update
     from revffn.ops.update import kernels, reference
 
     # Several programs of every kind on shapes that the interpreter gets through in time.
-    kernels.TILE, reference.SEGMENT, kernels.FLAT, kernels.AVERAGES = 32, 64, 16, 64
-    for rule in RULES:
-        for kind, (dtype, rounding) in KINDS.items():
-            shapes = [(3, 64, 64), (70, 96)] if rule == "adamw8bit" else SHAPES
-            if kind != "bf16":
-                shapes = shapes[-1:] if rule == "adamw8bit" else shapes[2:4]
-            if rule == "adamw8bit":
-                kernels.TILE = 1024
-            reference_, ours = both(rule, dtype, rounding, shapes)
-            print(f"{rule}, {kind}: {'equal' if same(ours, reference_) else 'DIFFERENT'}", flush=True)
-            kernels.TILE = 32
-        shapes = [(64, 64)] * 2 if rule == "adamw8bit" else [(3, 9, 20), (7,), (12, 11)]
-        before, after = steps(rule, torch.bfloat16, "stochastic", shapes, bad=0), None
-        after = both(rule, torch.bfloat16, "stochastic", shapes, bad=0)
-        print(f"{rule}, not finite: {'equal' if all(same(a, before) for a in after) else 'DIFFERENT'}", flush=True)
+    kernels.TILE, reference.SEGMENT, kernels.FLAT, kernels.AVERAGES, update.QUANTISED_FROM = 128, 64, 2, 64, 1
+
+    def tell(name, *args, **options):
+        equal = all(map(same, *both(*args, **options)))
+        print(f"{name}: {'equal' if equal else 'different'}", flush=True)
+
+    for name, case in CASES.items():
+        tell(name, *case)
+    for name in BAD:
+        rule, dtype, rounding, _ = CASES[name]
+        tell(f"{name}, not finite", rule, dtype, rounding, [(2, 9, 32)] * 2, bad=True)
+    for constant, (value, name) in MUTATIONS.items():
+        right = getattr(kernels, constant)
+        setattr(kernels, constant, value)
+        tell(f"{constant} = {value}", *CASES[name][:3], [(70, 67)])
+        setattr(kernels, constant, right)
+
+
+@pytest.fixture(scope="module")
+def lines():
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("optional package triton; ends when it is installed")
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
+    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return dict(line.rsplit(": ", 1) for line in run.stdout.splitlines() if ": " in line)
+
+
+@pytest.mark.parametrize("name", [*CASES, *(f"{name}, not finite" for name in BAD)])
+def test_kernels_give_the_references_bits(lines, name):
+    assert lines[name] == "equal"
+
+
+@pytest.mark.parametrize("constant", MUTATIONS)
+def test_a_wrong_kernel_is_noticed(lines, constant):
+    expected = "equal" if constant == "ROW_BLOCK" else "different"
+    assert lines[f"{constant} = {MUTATIONS[constant][0]}"] == expected
+
+
+def test_importing_revffn_does_not_import_the_kernels():
+    """Triton itself may be there: torch.distributed.tensor imports it where it is installed."""
+    code = "import sys, revffn.optim; sys.exit('revffn.ops.update.kernels' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def _pairs(x, A: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def _where_live(mask, keep):
-    """`mask` while `keep` is not 0. A scalar of the condition would do, but Triton's interpreter cannot broadcast it."""
+    """`mask` while `keep` is not 0. Of floats, because the interpreter cannot broadcast a scalar condition."""
     return mask & (tl.zeros(mask.shape, tl.float32) + keep != 0.0)
 
 
@@ -489,7 +489,8 @@ def factored_statistics(
     mean, col_root = cols.new_empty(S), cols.new_empty(S, C)
     _launch(
         _averages, S + triton.cdiv(S * R, AVERAGES), rows, cols, row, col, mean, col_root, keep, scale, new, eps,
-        floor, 1 / C, 1 / num_rows, S, S * R, C, segments, BLOCK=AVERAGES, BC=block, num_warps=16 if block > 4096 else 4,
+        floor, 1 / C, 1 / num_rows, S, S * R, C, segments, BLOCK=AVERAGES, BC=block,
+        num_warps=16 if block > 4096 else 4,
     )  # fmt: skip
     squares = _update_squares(grad, row, row, mean, col_root, keep, scale, new, eps, True) if norms else mean
     return mean, col_root, squares if norms else torch.zeros_like(mean)
