@@ -763,12 +763,12 @@ def test_figures_show_what_the_files_say(tmp_path, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["ours_innovation_tiles", "ours_cross_branch_right_tiles"])
-def test_a_walk_in_bf16_with_grouped_mm_rebuilds_every_state(name):
+def test_a_walk_in_bf16_with_fused_experts_rebuilds_every_state(name):
     """At the true width: a state that is off by one bit raises."""
     workload = workloads.WORKLOADS["qwen1.5_4x512"]
     hf_config = replace(workload, overrides={"num_hidden_layers": 6}).hf_config()
     training = methods.start(name, hf_config, "cuda", torch.bfloat16, SETTINGS, tile_tokens=1024)
-    assert training.model.config._experts_implementation == "grouped_mm"
+    assert training.model.config._experts_implementation == "revffn"
     for batch in workload.batches(3):
         training.step(batch)
         found = reversible_report(training.model)

@@ -378,3 +378,68 @@ def test_forms_that_are_not_known(change):
     for name, value in change.items():
         setattr(module, name, value)
     assert interface.gate_of(module) is None
+
+
+# --- on the device ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gate, biased, transposed", [("silu", False, False), ("clamped", True, True)])
+def test_on_a_gpu(gate, biased, transposed):
+    """As good as the reference there, twice the same bits, also in place, and the host waits for nothing."""
+    SHAPES["gpu"] = (500, 4, 60, 256, 352)
+    given = problem("gpu", torch.bfloat16, biased, transposed)
+    given = {n: t.detach().cuda().requires_grad_(t.requires_grad) for n, t in given.items()}
+    leaves = [t for t in given.values() if t.requires_grad]
+    grad = torch.randn(500, 256, device="cuda").bfloat16()
+
+    def outcome(**more):
+        out = experts(**given, gate=GATES[gate], transposed=transposed, **more)
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+    first = outcome()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        others = [outcome(), outcome(sums={})]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    on_cpu = {n: t.detach().cpu().requires_grad_(t.requires_grad) for n, t in given.items()}
+    out = experts(**on_cpu, gate=GATES[gate], transposed=transposed)
+    found = torch.autograd.grad(out, [t for t in on_cpu.values() if t.requires_grad], grad.cpu())
+    exact_inputs = in_float64(on_cpu)
+    exact_out = experts(**exact_inputs, gate=GATES[gate], transposed=transposed)
+    exact = torch.autograd.grad(exact_out, [t for t in exact_inputs.values() if t.requires_grad], grad.cpu().double())
+    for ours, reference_found, true in zip(first, (out, *found), (exact_out, *exact), strict=True):
+        error, reference_error = ((g.cpu().double() - true).norm() / true.norm() for g in (ours, reference_found))
+        assert error <= 1.2 * reference_error + 1e-3
+
+
+@pytest.mark.gpu
+def test_kernels_on_a_gpu_give_the_reference():
+    """Bit for bit where neither `exp` nor a division enters."""
+    from revffn.ops.experts import kernels
+
+    index = torch.rand(500, 59, device="cuda").argsort(-1)[:, :4].contiguous()
+    order, place, offs, expert = reference.expert_sort(index, 60)
+    weight = torch.rand(500, 4, device="cuda")
+    for dtype in (torch.float32, torch.bfloat16):
+        x, rows, bias = (torch.randn(n, 1500, device="cuda").to(dtype) for n in (500, 2000, 60))
+        assert torch.equal(kernels.expert_gather(x, place), reference.expert_gather(x, place))
+        for given in ((None, None, None), (bias, expert, weight)):
+            ours, theirs = (m.expert_combine(rows, place, *given) for m in (kernels, reference))
+            assert torch.equal(ours, theirs)
+        ours, theirs = (m.expert_row_sums(rows, weight, order, offs) for m in (kernels, reference))
+        assert torch.equal(ours, theirs)
+        totals = [torch.ones(500, 4, device="cuda") for _ in range(2)]
+        for module, total in zip((kernels, reference), totals, strict=True):
+            module.expert_row_dots(rows, bias, expert, order, total)
+        assert torch.equal(*totals)
+        total = torch.randn(2000, 1500, device="cuda")
+        sums = [total.clone() for _ in range(2)]
+        grads = [rows.clone() for _ in range(2)]
+        for module, its, grad in zip((kernels, reference), sums, grads, strict=True):
+            module.add_to_sum(its, grad)
+            module.finish_sum(its.clone(), grad)
+        assert torch.equal(*sums) and torch.equal(*grads)
