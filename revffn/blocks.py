@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .dense import RunsInWalk, is_plain, norm_kind
 from .ops.streams import Grid, quantize
-from .reversible import Enter, Evaluation, Finish, Leave, Read, RunsInWalk, Start, Tile, Walk, read_normed, rms_norm
+from .reversible import Enter, Evaluation, Finish, Leave, Read, Start, Tile, Walk, read_normed
 from .steps import Release, StoredStep, cross_branch_step, innovation_step
 from .sublayers import (
     CrossBranchCoupling,
@@ -107,7 +108,7 @@ class ReversibleNorm(RunsInWalk, nn.Module):
         read = partial(read_streams, walk.grids[-1], halves, walk.dtype)
 
         def function(*carriers_and_streams: Tensor) -> tuple[Tensor]:
-            if not halves and rms_norm(self) is not None:
+            if not halves and is_plain(self) and norm_kind(self) is not None:
                 return (read_normed(*carriers_and_streams, walk.grids[-1], self, walk.dtype)[2],)
             half = len(carriers_and_streams) // 2
             return (self.plain(read(carriers_and_streams[:half], carriers_and_streams[half:])),)

@@ -29,6 +29,7 @@ from .architectures import ARCHITECTURES, PREFIX, find_architecture, plain_model
 from .blocks import ReversibleLayer, ReversibleNorm
 from .calibration import fit_adapters, fit_predictors, load_predictors, one_grid, see_states
 from .config import ReversibleConfig
+from .dense import fuse_parts, fused_classes
 from .experts import choose_implementation
 from .reversible import Report, Walk, carrier_like
 from .routing import choosing_classes, intercept
@@ -164,7 +165,8 @@ def _register(model_type: str) -> dict[str, type]:
         experts = family_class(causal, "Experts")
         classes["experts"] = type(f"{name}Experts", (TiledExperts, experts), {"__module__": __name__})
         CHOOSING[model_type] = choosing_classes(sys.modules[causal.__module__])
-    for cls in (*classes.values(), *CHOOSING.get(model_type, {}).values()):
+    DENSE[model_type] = fused_classes(sys.modules[causal.__module__])
+    for cls in (*classes.values(), *CHOOSING.get(model_type, {}).values(), *DENSE[model_type].values()):
         cls.__module__ = __name__
         globals()[cls.__name__] = cls  # so that models can be pickled
     # FSDP wrapping policies and device maps go by these names.
@@ -190,6 +192,8 @@ def family_class(causal: type[PreTrainedModel], suffix: str) -> type[nn.Module]:
 
 CHOOSING: dict[str, dict[type, type]] = {}
 """By model type: the classes that choose experts, and those of a converted model."""
+DENSE: dict[str, dict[type, type]] = {}
+"""By model type: the classes of dense parts, and those of a converted model."""
 CLASSES: dict[str, dict[str, type]] = {model_type: _register(model_type) for model_type in ARCHITECTURES}
 
 
@@ -289,6 +293,7 @@ def attach(model: PreTrainedModel, config: ReversibleConfig) -> None:
         if hasattr(layer.mlp, "experts"):
             layer.mlp.experts.__class__ = classes["experts"]
             intercept(layer.mlp, getattr(layer.mlp, row.router), CHOOSING[model_type])
+        fuse_parts(layer, sys.modules[classes["layer"].__bases__[1].__module__], DENSE[model_type])
         weight = next(p for p in layer.self_attn.parameters() if p.is_floating_point())
         with torch.device(weight.device), default_dtype(weight.dtype):
             layer.coupling = COUPLINGS[config.coupling](model.config.hidden_size, index, config)

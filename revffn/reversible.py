@@ -13,22 +13,20 @@ step what the coupling asks for. docs/how_it_works.md tells why it is built this
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .config import ReversibleConfig
+from .dense import fused_parts, is_plain, norm_kind
 from .ops.streams import SATURATION, Grid, add_update, check, dequantize, read_norm, read_norm_backward
 from .routing import RecordRouting, ReplayRouting, routing
 
@@ -385,6 +383,7 @@ class Evaluation:
                 self.rng.append(torch.cuda.get_rng_state(self.device))
         with (
             self.autocast_state(),
+            fused_parts(self.device.type),
             routing(RecordRouting(self.routing)),
             torch.autograd.graph.saved_tensors_hooks(self.drop, self.serve),
         ):
@@ -409,6 +408,7 @@ class Evaluation:
             torch.enable_grad(),
             self.rng_state(rng),
             self.autocast_state(),
+            fused_parts(self.device.type),
             routing(ReplayRouting(choices)),
             torch.autograd.graph.saved_tensors_hooks(self.record, never_asked),
         ):
@@ -454,9 +454,9 @@ class Evaluation:
                     f"Recomputation saved {tensor.dtype} {tuple(tensor.shape)} where forward saved "
                     f"{self.saved[place][1]} {tuple(self.saved[place][0])}."
                 )
-            self.recomputed.append(tensor.detach())
-        # The graph of this run is never walked. Returning the tensor would tie saved outputs into an uncollectable
-        # cycle.
+            self.recomputed.append(tensor)
+        # The graph of this run is never walked and holds no tensor: its nodes get 0 for each. (Returning the tensor
+        # would tie saved outputs into an uncollectable cycle.)
         return 0
 
     def autocast_state(self) -> contextlib.AbstractContextManager:
@@ -552,50 +552,12 @@ def read_normed(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Carrier, value (where wanted) and `norm` of a stream: in one operation where the norm is a plain RMSNorm, by
     the module itself where it is not."""
-    kind = rms_norm(norm)
+    kind = norm_kind(norm) if is_plain(norm) else None
     if kind is None:
         value = Read.apply(carrier, stream, grid, dtype)
         return carrier, value, norm(value)
     eps, rounds_first = kind
     return ReadNorm.apply(carrier, norm.weight, stream, grid.vectors(stream)[1], eps, dtype, rounds_first, want_value)
-
-
-def rms_norm(norm: nn.Module) -> tuple[float, bool] | None:
-    """(eps, whether it rounds before it multiplies by the weight) of a module that is an RMSNorm and nothing else;
-    None for any other, and for one with hooks or a `forward` of its own."""
-    if "forward" in norm.__dict__ or norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks:
-        return None
-    weight = getattr(norm, "weight", None)
-    if weight is None or isinstance(weight, DTensor):
-        return None
-    cls = next((c for c in type(norm).__mro__ if not issubclass(c, RunsInWalk)), nn.Module)
-    rounds_first = rounds_before_weight(cls, cls.forward)
-    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-    return None if rounds_first is None or eps is None else (float(eps), rounds_first)
-
-
-class RunsInWalk:
-    """Marks classes of this library that stand in front of a family's norm class."""
-
-
-@functools.cache
-def rounds_before_weight(cls: type[nn.Module], forward: Callable[..., Tensor]) -> bool | None:
-    """Whether `forward` is Llama's RMSNorm (True), that of gpt-oss (False), or neither (None): tried on numbers."""
-    with unset_fake_temporarily(), torch.no_grad(), torch.utils._python_dispatch._disable_current_modes():
-        numbers = torch.Generator("cpu").manual_seed(0)
-        x = torch.randn(64, 32, generator=numbers, device="cpu").to(torch.bfloat16)
-        weight = torch.rand(32, generator=numbers, device="cpu").add(0.5).to(torch.bfloat16)
-        stand_in = SimpleNamespace(weight=weight, variance_epsilon=1e-3, eps=1e-3)
-        try:
-            found = forward(stand_in, x)
-        except Exception:
-            return None
-        normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-3)
-        first, last = normed.to(x.dtype) * weight, (normed * weight).to(x.dtype)
-        same = [(found == expected).double().mean().item() for expected in (first, last)]
-        if not isinstance(found, Tensor) or found.shape != x.shape or max(same) < 0.99:
-            return None
-        return same[0] >= same[1]
 
 
 class Start(Function):
