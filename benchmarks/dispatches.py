@@ -6,8 +6,9 @@
 A tiny model of Qwen1.5-MoE's architecture (experts and a shared expert in every layer) trains in
 bf16; counts do not depend on sizes. Its tensors are fake, and the choice of kernels is a GPU's, so
 that what is counted is what a GPU's host has to issue; `--torch` counts what runs without kernels
-(`REVFFN_KERNELS=torch`), where a layer's dense parts are the family's own code. Ours with `innovation`, m = 2, the grids of the other
-benchmarks, in tiles. Differences leave embedding, head and loss out:
+(`REVFFN_KERNELS=torch`), where a layer's dense parts are the family's own code. Ours with
+`innovation`, m = 2, the grids of the other benchmarks, in tiles. Differences leave embedding, head
+and loss out:
 
 - further tile: forward, recomputation and backward of one more tile in one layer, without an
   optimizer (four layers against three, of that two tiles against one).

@@ -93,6 +93,52 @@ def _to_bf16(x, noise, STOCHASTIC: tl.constexpr):
 
 
 @triton.jit
+def _squares_of_rows(
+    g_ptr, row_ptr, part_ptr, s, start, R, C, blocks, FACTORED: tl.constexpr, BR: tl.constexpr, LANES: tl.constexpr,
+    UNROLL: tl.constexpr,
+):  # fmt: skip
+    row = tl.arange(0, BR)
+    lane = tl.arange(0, LANES)
+    inside = start + row < R
+    ptr = g_ptr + (s * R + start) * C
+    total = tl.zeros((BR, LANES), tl.float32)
+    for c in range(0, C, LANES * UNROLL):
+        for u in tl.static_range(UNROLL):
+            col = c + u * LANES + lane
+            mask = inside[:, None] & (col < C)[None, :]
+            g = tl.load(ptr + (row[:, None] * C + col[None, :]), mask=mask, other=0.0).to(tl.float32)
+            total += g * g
+    sums = _pairs(total, BR, LANES)
+    if FACTORED:
+        tl.store(row_ptr + s * R + start + row, sums, mask=inside)
+    one = tl.arange(0, 1)
+    part = _pairs(tl.reshape(sums, (1, BR)), 1, BR)
+    tl.store(part_ptr + s * blocks + start // BR + one, part, mask=start + one < R)
+
+
+@triton.jit
+def _squares_of_columns(
+    g_ptr, col_ptr, s, segment, first_col, R, C, segments, SEGMENT: tl.constexpr, BC: tl.constexpr,
+    ROW_LANES: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    col = first_col + tl.arange(0, BC)
+    lane = tl.arange(0, ROW_LANES)
+    first = segment * SEGMENT
+    end = tl.minimum(first + SEGMENT, R)
+    ptr = g_ptr + (s * R + first) * C
+    total = tl.zeros((ROW_LANES, BC), tl.float32)
+    for r in range(first, end, ROW_LANES * UNROLL):
+        for u in tl.static_range(UNROLL):
+            row = u * ROW_LANES + lane
+            mask = (r + row < end)[:, None] & (col < C)[None, :]
+            g = tl.load(ptr + (row[:, None] * C + col[None, :]), mask=mask, other=0.0).to(tl.float32)
+            total += g * g
+        ptr += ROW_LANES * UNROLL * C
+    sums = _pairs(tl.trans(total), BC, ROW_LANES)
+    tl.store(col_ptr + (s * segments + segment) * C + col, sums, mask=col < C)
+
+
+@triton.jit
 def _squares(
     g_ptr, row_ptr, part_ptr, col_ptr, R, C, blocks, segments, row_programs, col_programs, SEGMENT: tl.constexpr,
     FACTORED: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, LANES: tl.constexpr, ROW_LANES: tl.constexpr,
@@ -108,41 +154,12 @@ def _squares(
     k = pid % per_segment
     segment = (pid // per_segment) % segments
     s = (pid // per_segment // segments).to(tl.int64)
-    first = segment * SEGMENT
     if k < row_programs:
-        start = first + k * BR
-        row = tl.arange(0, BR)
-        lane = tl.arange(0, LANES)
-        inside = start + row < R
-        ptr = g_ptr + (s * R + start) * C
-        total = tl.zeros((BR, LANES), tl.float32)
-        for c in range(0, C, LANES * UNROLL):
-            for u in tl.static_range(UNROLL):
-                col = c + u * LANES + lane
-                mask = inside[:, None] & (col < C)[None, :]
-                g = tl.load(ptr + (row[:, None] * C + col[None, :]), mask=mask, other=0.0).to(tl.float32)
-                total += g * g
-        sums = _pairs(total, BR, LANES)
-        if FACTORED:
-            tl.store(row_ptr + s * R + start + row, sums, mask=inside)
-        part = _pairs(tl.reshape(sums, (1, BR)), 1, BR)
-        one = tl.arange(0, 1)
-        tl.store(part_ptr + s * blocks + start // BR + one, part, mask=start + one < R)
+        start = segment * SEGMENT + k * BR
+        _squares_of_rows(g_ptr, row_ptr, part_ptr, s, start, R, C, blocks, FACTORED, BR, LANES, UNROLL)
     else:
-        col = (k - row_programs) * BC + tl.arange(0, BC)
-        lane = tl.arange(0, ROW_LANES)
-        end = tl.minimum(first + SEGMENT, R)
-        ptr = g_ptr + (s * R + first) * C
-        total = tl.zeros((ROW_LANES, BC), tl.float32)
-        for r in range(first, end, ROW_LANES * UNROLL):
-            for u in tl.static_range(UNROLL):
-                row = u * ROW_LANES + lane
-                mask = (r + row < end)[:, None] & (col < C)[None, :]
-                g = tl.load(ptr + (row[:, None] * C + col[None, :]), mask=mask, other=0.0).to(tl.float32)
-                total += g * g
-            ptr += ROW_LANES * UNROLL * C
-        sums = _pairs(tl.trans(total), BC, ROW_LANES)
-        tl.store(col_ptr + (s * segments + segment) * C + col, sums, mask=col < C)
+        first_col = (k - row_programs) * BC
+        _squares_of_columns(g_ptr, col_ptr, s, segment, first_col, R, C, segments, SEGMENT, BC, ROW_LANES, UNROLL)
 
 
 @triton.jit
@@ -184,6 +201,36 @@ def _judge(square_ptr, keep_ptr, kept_ptr, scale_ptr, max_grad_norm, known, CLIP
 
 
 @triton.jit
+def _column_averages(
+    cols_ptr, col_ptr, mean_ptr, root_ptr, s, keep, scale, new, eps, floor, per_row, per_col, C, segments,
+    BC: tl.constexpr,
+):  # fmt: skip
+    i = tl.arange(0, BC)
+    mask = i < C
+    live = _where_live(mask, keep)
+    sums = tl.zeros((BC,), tl.float32)
+    for segment in range(segments):
+        sums += tl.load(cols_ptr + (s * segments + segment) * C + i, mask=mask, other=0.0)
+    old = tl.load(col_ptr + s * C + i, mask=mask, other=0.0)
+    value = old + (sums * scale * scale * per_col + eps - old) * new
+    value = tl.where(live, value, old)
+    tl.store(col_ptr + s * C + i, value, mask=live)
+    tl.store(root_ptr + s * C + i, _inverse_root(tl.maximum(value, floor)), mask=mask)
+    total = _pairs(tl.reshape(tl.where(mask, value, 0.0), (1, BC)), 1, BC)
+    tl.store(mean_ptr + s + tl.arange(0, 1), tl.maximum(total * per_row, floor))
+
+
+@triton.jit
+def _row_averages(rows_ptr, row_ptr, first, keep, scale, new, eps, per_row, SR, BLOCK: tl.constexpr):
+    j = first + tl.arange(0, BLOCK)
+    inside = j < SR
+    sums = tl.load(rows_ptr + j, mask=inside, other=0.0)
+    old = tl.load(row_ptr + j, mask=inside, other=0.0)
+    value = old + (sums * scale * scale * per_row + eps - old) * new
+    tl.store(row_ptr + j, value, mask=_where_live(inside, keep))
+
+
+@triton.jit
 def _averages(
     rows_ptr, cols_ptr, row_ptr, col_ptr, mean_ptr, root_ptr, keep_ptr, scale_ptr, new, eps, floor, per_row, per_col,
     S, SR, C, segments, BLOCK: tl.constexpr, BC: tl.constexpr,
@@ -193,27 +240,13 @@ def _averages(
     keep = tl.load(keep_ptr)
     scale = tl.load(scale_ptr)
     if pid < S:
-        s = pid.to(tl.int64)
-        i = tl.arange(0, BC)
-        mask = i < C
-        live = _where_live(mask, keep)
-        sums = tl.zeros((BC,), tl.float32)
-        for segment in range(segments):
-            sums += tl.load(cols_ptr + (s * segments + segment) * C + i, mask=mask, other=0.0)
-        old = tl.load(col_ptr + s * C + i, mask=mask, other=0.0)
-        value = old + (sums * scale * scale * per_col + eps - old) * new
-        value = tl.where(live, value, old)
-        tl.store(col_ptr + s * C + i, value, mask=live)
-        tl.store(root_ptr + s * C + i, _inverse_root(tl.maximum(value, floor)), mask=mask)
-        total = _pairs(tl.reshape(tl.where(mask, value, 0.0), (1, BC)), 1, BC)
-        tl.store(mean_ptr + s + tl.arange(0, 1), tl.maximum(total * per_row, floor))
+        _column_averages(
+            cols_ptr, col_ptr, mean_ptr, root_ptr, pid.to(tl.int64), keep, scale, new, eps, floor, per_row, per_col, C,
+            segments, BC,
+        )  # fmt: skip
     else:
-        j = (pid - S).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = j < SR
-        sums = tl.load(rows_ptr + j, mask=inside, other=0.0)
-        old = tl.load(row_ptr + j, mask=inside, other=0.0)
-        value = old + (sums * scale * scale * per_row + eps - old) * new
-        tl.store(row_ptr + j, value, mask=_where_live(inside, keep))
+        first = (pid - S).to(tl.int64) * BLOCK
+        _row_averages(rows_ptr, row_ptr, first, keep, scale, new, eps, per_row, SR, BLOCK)
 
 
 @triton.jit
