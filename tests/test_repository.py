@@ -23,6 +23,8 @@ def test_the_tree_in_the_readme_is_the_package():
     named = re.findall(r"^  (\w+\.py) ", tree, re.MULTILINE)
     there = {file.name for file in (ROOT / "revffn").glob("*.py")} - {"__init__.py"}
     assert set(named) == there and len(named) == len(there)
+    folders = re.findall(r"^  (\w+)/ ", tree, re.MULTILINE)
+    assert set(folders) == {file.name for file in (ROOT / "revffn").iterdir() if file.is_dir()} - {"__pycache__"}
     docs = re.findall(r"\w+\.md", tree)
     assert set(docs) == {file.name for file in (ROOT / "docs").glob("*.md")}
 
@@ -30,12 +32,15 @@ def test_the_tree_in_the_readme_is_the_package():
 def test_modules_import_only_from_those_above_them():
     """In the order of the README's tree. What a function imports when it is called does not count."""
     tree = re.search(r"```text\nrevffn/\n(.*?)\n```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
-    order = re.findall(r"^  (\w+)\.py ", tree, re.MULTILINE)
+    order = re.findall(r"^  (\w+)(?:\.py|/) ", tree, re.MULTILINE)
     for place, name in enumerate(order):
-        text = (ROOT / "revffn" / f"{name}.py").read_text()
-        imported = re.findall(r"^from \.(\w+) import", text, re.MULTILINE)
-        below = [other for other in imported if order.index(other) >= place]
-        assert not below, f"{name}.py imports {below}, which the README lists below it"
+        folder = ROOT / "revffn" / name
+        for file in sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]:
+            # A dot for every folder up to the package.
+            dots = r"\." * len(file.relative_to(ROOT / "revffn").parts)
+            imported = re.findall(rf"^from {dots}(\w+)[\w.]* import", file.read_text(), re.MULTILINE)
+            below = [other for other in imported if order.index(other) >= place]
+            assert not below, f"{file} imports {below}, which the README lists below it"
 
 
 @pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
