@@ -127,6 +127,51 @@ def sublayers(result: dict) -> str:
     return "\n".join(lines)
 
 
+def gpu_prototypes(result: dict) -> str:
+    """Whole steps on an H100: the project as it was, and with prototype kernels patched in."""
+    lines = [
+        "| workload | what | kernels | s per step | tokens/s | peak allocated, GiB | states that differ |",
+        "|---|---|---|---:|---:|---:|---:|",
+    ]
+    for row in sorted(result["steps"], key=lambda row: (row["workload"], -row["median_s"])):
+        what = "transformers + activation checkpointing" + (
+            "" if row["method"] == "hf_checkpointing" else " + linear cross-entropy"
+        )
+        if row["method"].startswith("ours"):
+            what = f"innovation, m = 2, tiles of {row['tile']:,}"
+        differ = "" if row.get("verified") is None else f"{row['mismatched']} of {row['verified']}"
+        peak = row["peak_alloc_GiB"] - row.get("peak_alloc_GiB_of_an_earlier_model", 0)
+        lines.append(
+            f"| {row['workload']} | {what} | {row['kernels']} | {row['median_s']:.2f} | {row['tokens_per_s']:,.0f} | "
+            f"{peak:.1f} | {differ} |"
+        )
+    return "\n".join(lines)
+
+
+def gpu_pieces(result: dict) -> str:
+    """Parts of a layer on an H100, in milliseconds: eager and with a prototype kernel."""
+    pieces = result["pieces"]
+    lines = ["| piece, Qwen1.5-MoE | eager | prototype kernels | products alone |", "|---|---:|---:|---:|"]
+    for name, words in (
+        ("adafactor_gate_up", "adafactor, experts' gate and up (60, 2816, 2048)"),
+        ("adafactor_down", "adafactor, experts' down (60, 2048, 1408)"),
+        ("adafactor_embedding", "adafactor, embedding (151936, 2048)"),
+    ):
+        lines.append(f"| {words} | {pieces[name]['eager_ms']:.2f} | {pieces[name]['fused_ms']:.2f} | – |")
+    for tokens in (2048, 8192, 32768):
+        piece = pieces[f"experts_{tokens}"]
+        alone = sum(piece[f"gemm_{part}_ms"] for part in ("forward", "dgrad", "wgrad"))
+        lines.append(
+            f"| experts, forward and backward, {tokens:,} tokens | {piece['hf_both_ms']:.2f} | "
+            f"{piece['fused_both_ms']:.2f} | {alone:.2f} |"
+        )
+    piece = pieces["innovation_8192"]
+    lines.append(
+        f"| a move of innovation, 8,192 tokens | {piece['eager_forward_ms']:.2f} | {piece['fused_forward_ms']:.2f} | – |"
+    )
+    return "\n".join(lines)
+
+
 def by_value(rows: list[dict], name: str) -> dict:
     """Rows grouped by a setting, m rising."""
     groups: dict = {}
@@ -154,5 +199,7 @@ TABLES = {
         (token_groups, "coupling_loss_finer"),
         (sublayers, "coupling_loss_finer"),
         (cross_branch_start, "cross_branch_start"),
+        (gpu_prototypes, "gpu_prototypes"),
+        (gpu_pieces, "gpu_prototypes"),
     )
 }
