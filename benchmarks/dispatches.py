@@ -34,10 +34,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # this tree's package, and where none is installed
-if "--torch" in sys.argv:
-    os.environ["REVFFN_KERNELS"] = "torch"
-else:  # no kernel runs on fake tensors; the interpreter only makes them the choice where there is no GPU
-    os.environ["REVFFN_KERNELS"], os.environ["TRITON_INTERPRET"] = "triton", "1"
 
 import torch  # noqa: E402
 from methods import METHODS, OptimizerSettings, own_optimizer, plain_model  # noqa: E402
@@ -175,6 +171,10 @@ def main() -> None:
     parser.add_argument("--torch", action="store_true", help="count what runs without kernels")
     parser.add_argument("--out", type=Path, help="write the JSON to this file")
     args = parser.parse_args()
+    # The choice is made when the first operation runs. No kernel runs on fake tensors: the interpreter
+    # only makes kernels the choice where there is no GPU.
+    choice = {"REVFFN_KERNELS": "torch"} if args.torch else {"REVFFN_KERNELS": "triton", "TRITON_INTERPRET": "1"}
+    os.environ.update(choice)
     result = measured()
     print(json.dumps(result, indent=1) if args.json else as_text(result))
     if args.out:

@@ -1,7 +1,7 @@
 """One layer's move of the streams, as autograd nodes: innovation, cross_branch, and `none`.
 
 Each `*_step` function runs a layer's sublayers on one tile in forward, moves the tile's streams (pure functions of
-couplings.py), and leaves nodes behind whose backward evaluates the sublayers again, inverts the move, and states the
+ops/streams), and leaves nodes behind whose backward evaluates the sublayers again, inverts the move, and states the
 coupling's gradient.
 """
 

@@ -39,6 +39,7 @@ from .evaluation import answer, coupled, heldout_loss, peak_bytes, step_bytes
 from .host_weights import HostWeights
 from .losses import MODEL_TYPES, use_linear_cross_entropy
 from .memory import gib
+from .ops import dispatch
 from .optim import OptimizerInBackward, parameter_groups
 from .planner import plan
 from .preflight import Run, check, has_routers, method_of
@@ -460,6 +461,7 @@ class Results:
             "num_parameters": self.model.num_parameters(),
             "config": asdict(self.run.config),
             "versions": {name: installed(name) for name in packages},
+            "kernels": dispatch.describe(),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "resumed_from": str(self.run.checkpoint) if self.run.checkpoint else None,
             "heldout": self.losses,

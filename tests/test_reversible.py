@@ -30,6 +30,8 @@ from helpers import (
 
 import revffn
 from revffn.architectures import router_parameters
+from revffn.optim import OptimizerInBackward, parameter_groups
+from revffn.reversible import Walk
 
 
 def assert_close(ours, plain, tolerance=TOLERANCE[torch.float32]) -> None:
@@ -196,6 +198,33 @@ def test_forwards_without_grad_in_between(coupling):
     loss.backward()
     assert_equal(gradients(model), expected)
     assert_verified(model)
+
+
+@pytest.mark.gpu
+@couplings
+def test_a_step_does_not_wait_for_the_device(coupling, monkeypatch):
+    """Between the start of forward and the end of backward, optimizer included, the host waits for nothing; the
+    walk's verdicts are read when it has ended, right before the optimizer's own check."""
+    if coupling == "cross_left":
+        pytest.skip("the paper's form looks at every iteration of its fixed point")
+    model = coupled(dtype=torch.bfloat16, **COUPLINGS[coupling]).cuda()
+    optimizer = OptimizerInBackward(parameter_groups(model, 0.0), lr=1e-5)
+    inputs = {name: value.cuda() for name, value in tiny_batch().items() if name != "attention_mask"}
+    end = Walk.close
+
+    def close(walk, *args, **kwargs):
+        torch.cuda.set_sync_debug_mode("default")
+        end(walk, *args, **kwargs)
+
+    monkeypatch.setattr(Walk, "close", close)
+    try:
+        for mode in ("default", "error"):  # the first step compiles kernels and makes states
+            torch.cuda.set_sync_debug_mode(mode)
+            model(**inputs).loss.backward()
+            torch.cuda.set_sync_debug_mode("default")
+            optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @couplings

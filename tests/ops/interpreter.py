@@ -25,6 +25,14 @@ def interpret(script: str, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
 
 
+def on_gpu(script: str, *arguments: str) -> subprocess.CompletedProcess:
+    """The same on the GPU that is there."""
+    environment = {**os.environ, "REVFFN_KERNELS": "triton", "PYTHONPATH": str(ROOT)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, Path(__file__).parent / script, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+
+
 def assert_same(found: Tensor | tuple, expected: Tensor | tuple, what: str) -> None:
     """Bit for bit, NaN included."""
     found, expected = ((x,) if isinstance(x, Tensor) else tuple(x) for x in (found, expected))

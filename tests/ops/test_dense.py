@@ -5,7 +5,7 @@ Run: pytest tests/ops/test_dense.py
 
 import pytest
 import torch
-from interpreter import interpret, needs_triton
+from interpreter import interpret, needs_triton, on_gpu
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from revffn.ops import dense
@@ -16,6 +16,12 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.
 @needs_triton
 def test_kernels_equal_the_reference():
     done = interpret("dense_kernels.py")
+    assert done.returncode == 0 and "all equal" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.gpu
+def test_kernels_equal_the_reference_on_a_gpu():
+    done = on_gpu("dense_kernels.py")
     assert done.returncode == 0 and "all equal" in done.stdout, done.stdout + done.stderr
 
 

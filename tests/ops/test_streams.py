@@ -5,7 +5,7 @@ Run: pytest tests/ops/test_streams.py
 
 import pytest
 import torch
-from interpreter import interpret, needs_triton
+from interpreter import interpret, needs_triton, on_gpu
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from revffn.ops import streams
@@ -18,10 +18,32 @@ def test_kernels_equal_the_reference():
     assert done.returncode == 0 and "all equal" in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.gpu
+def test_kernels_equal_the_reference_on_a_gpu():
+    done = on_gpu("stream_kernels.py")
+    assert done.returncode == 0 and "all equal" in done.stdout, done.stdout + done.stderr
+
+
 @needs_triton
 def test_the_comparison_fails_where_a_kernel_is_wrong():
     done = interpret("stream_kernels.py", "--break")
     assert done.returncode == 1 and "add_update" in done.stderr and "elements differ" in done.stderr
+
+
+@pytest.mark.gpu
+def test_rows_beyond_two_billion_elements():
+    """Offsets do not overflow 32 bits: the last tokens of a stream of 2.2 billion elements."""
+    T, D, last = 1_080_000, 2048, slice(-3, None)
+    now = torch.randint(-(2**20), 2**20, (1, T, D), dtype=torch.int32, device="cuda")
+    update = torch.randn(1, T, D, dtype=torch.bfloat16, device="cuda")
+    scale, finer = torch.full((D,), 2.0**12, device="cuda"), torch.ones(D, dtype=torch.int32, device="cuda")
+    flags = torch.zeros(2, dtype=torch.int32, device="cuda")
+    found = streams.add_update(update, now, scale, finer, flags)[:, last]
+    assert torch.equal(found, reference.add_update(update[:, last], now[:, last], scale, finer, flags))
+    weight = torch.ones(D, dtype=torch.bfloat16, device="cuda")
+    normed = streams.read_norm(now, 1 / scale, weight, 1e-6, torch.bfloat16, True, False)[1][:, last]
+    expected = reference.read_norm(now[:, last], 1 / scale, weight, 1e-6, torch.bfloat16, True, False)[1]
+    assert torch.equal(normed, expected)
 
 
 def arguments() -> dict[str, tuple]:
