@@ -171,8 +171,8 @@ def test_a_chunk_bounds_the_memory(rule):
         if rule == "adamw8bit":
             optimizer._code_books[weights[0].device] = make_code_books(weights[0].device)
         with LiveBytes() as memory:
-            for weight in weights:
-                memory.add(weight)
+            for tensor in (*weights, *optimizer._code_books.values()):
+                memory.add(tensor)
             for step in range(2):
                 for weight in weights:
                     # The gradient as autograd hands it over; steps 1 and 2 differ in that the state exists.

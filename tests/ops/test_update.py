@@ -9,7 +9,7 @@ Run: pytest tests/ops/test_update.py (adamw8bit needs torchao)
 import numpy as np
 import pytest
 import torch
-from helpers import RULES, build, rules
+from helpers import RULES, LiveBytes, build, rules
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -303,6 +303,58 @@ def test_fake_outputs_are_like_real_ones(factored, implementation, monkeypatch):
         fake = outputs(factored)
     for a, b in zip(real, fake, strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype and a.stride() == b.stride()
+
+
+@pytest.mark.parametrize("rule", [*RULES, "unfactored"])
+@pytest.mark.parametrize("rounding", ["stochastic", "master"])
+@pytest.mark.parametrize("shape", [(3, 256, 512), (4000, 64)], ids=str)
+def test_fake_tensors_show_the_references_memory(rule, rounding, shape, monkeypatch):
+    """A simulation sees as many temporaries as the reference holds, and none where kernels run."""
+    chunk_bytes, peaks = 2**18, {}
+    own = {name: getattr(update, name) for name in update.__all__ if hasattr(reference, name)}
+    for kind in ("shown", "reference", "triton"):
+        for name, operation in own.items():
+            monkeypatch.setattr(update, name, getattr(reference, name) if kind == "reference" else operation)
+        implementation = "triton" if kind == "triton" else "torch"
+        monkeypatch.setattr(update.dispatch, "implementation", lambda device, choice=implementation: choice)
+        with FakeTensorMode():
+            weight = nn.Parameter(torch.empty(shape, dtype=torch.bfloat16))
+            group = {"params": [weight], "factored": rule != "unfactored", "weight_decay": 0.1}
+            optimizer = build(
+                "adafactor" if rule == "unfactored" else rule, [group], rounding=rounding, chunk_bytes=chunk_bytes
+            )
+            for _ in range(2):
+                weight.grad = torch.empty_like(weight)
+                with LiveBytes() as memory, torch.no_grad():
+                    for tensor in (weight, weight.grad, *optimizer._code_books.values()):
+                        memory.add(tensor)
+                    for tensor in optimizer.state[weight].values():
+                        if torch.is_tensor(tensor):
+                            memory.add(tensor)
+                    start = memory.peak = memory.live
+                    optimizer._update(weight)
+                optimizer._stepped.clear()
+        peaks[kind] = (memory.peak - start) / chunk_bytes
+    assert 0.45 * peaks["shown"] <= peaks["reference"] <= peaks["shown"] + 0.15
+    assert peaks["triton"] < 0.15
+
+
+@rules
+def test_kernels_need_little_memory(rule, monkeypatch):
+    """Beside the state, half a percent of the largest parameter of Qwen1.5-MoE's layers."""
+    monkeypatch.setattr(update.dispatch, "implementation", lambda device: "triton")
+    with FakeTensorMode():
+        weight = nn.Parameter(torch.empty(60, 2816, 2048, dtype=torch.bfloat16))
+        optimizer = build(rule, [weight])
+        optimizer._state_of(weight, optimizer.param_groups[0])
+        weight.grad = torch.empty_like(weight)
+        with LiveBytes() as memory, torch.no_grad():
+            for tensor in (weight, weight.grad, *optimizer.state[weight].values()):
+                if torch.is_tensor(tensor):
+                    memory.add(tensor)
+            start = memory.live
+            optimizer._update(weight)
+        assert memory.peak - start < 0.005 * weight.nbytes
 
 
 def test_autograd_sees_that_the_weight_changed():

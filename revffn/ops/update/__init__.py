@@ -64,6 +64,8 @@ __all__ = [
 
 QUANTISED_FROM = 4096
 """adamw8bit keeps parameters with fewer elements, and vectors, in float32."""
+TEMPORARIES = 4
+"""Chunks in float32 that the reference of an operation holds at a time."""
 MAX_COLUMNS = 1 << 15
 """One program of a kernel holds a factored matrix's column averages."""
 
@@ -87,6 +89,22 @@ def _kernel(name: str) -> Callable[[], Callable[..., Any]]:
     return find
 
 
+def _room_of_reference(args: tuple[Any, ...], supports: Callable[..., bool]) -> Tensor | None:
+    """On fake tensors, which show nothing of an operation's inside: memory like the reference's temporaries.
+
+    None where a kernel would run, which has none.
+    """
+    largest = max((a for a in args if isinstance(a, FakeTensor)), key=Tensor.numel)
+    if dispatch.implementation(largest.device.type) == "triton" and supports(*args):
+        return None
+    shape = matrices(largest).shape
+    chunk = next(reference.chunks(shape, args[-1]), None) if isinstance(args[-1], int) else None
+    if chunk is None:
+        return None
+    num = shape[2] * math.prod(s.stop - s.start for s in chunk)
+    return torch.empty(TEMPORARIES, num, dtype=reference.wide_dtype(largest), device=largest.device)
+
+
 def _operation(
     schema: str, fake: Callable[..., Any], supports: Callable[..., bool] = _supports
 ) -> Callable[..., Any]:
@@ -95,13 +113,10 @@ def _operation(
     operation = dispatch.register(f"update_{schema}", own, fake, _kernel(name), supports)
 
     def call(*args: Any) -> Any:
-        # On fake tensors an operation shows nothing of its inside: a simulation must see the reference's temporaries
-        # where the reference would run.
-        if any(isinstance(a, FakeTensor) for a in args):
-            device = next(a for a in args if isinstance(a, FakeTensor)).device.type
-            if dispatch.implementation(device) == "torch" or not supports(*args):
-                return own(*args)
-        return operation(*args)
+        room = _room_of_reference(args, supports) if any(isinstance(a, FakeTensor) for a in args) else None
+        result = operation(*args)
+        del room
+        return result
 
     call.__name__ = call.__qualname__ = name
     return call
