@@ -200,7 +200,7 @@ def rms_norm(norm: torch.nn.Module, x: Tensor) -> Tensor:
     total = torch.nn.functional.pad(wide.square(), (0, (1 << (x.shape[-1] - 1).bit_length()) - x.shape[-1]))
     while total.shape[-1] > 1:
         total = total[..., 0::2] + total[..., 1::2]
-    root = ((total / x.shape[-1] + norm.variance_epsilon).double()).sqrt().to(wide.dtype)
+    root = ((total * (1 / x.shape[-1]) + norm.variance_epsilon).double()).sqrt().to(wide.dtype)
     normed, weight = wide * (1 / root), norm.weight.to(wide.dtype)
     if "GptOss" in type(norm).__name__:
         return (normed * weight).to(x.dtype)

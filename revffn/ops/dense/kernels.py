@@ -110,7 +110,7 @@ def _sum_rows(x, ROWS: tl.constexpr, LANES: tl.constexpr, LOG: tl.constexpr):
 
 @triton.jit
 def _norm(
-    x_ptr, weight_ptr, out_ptr, rstd_ptr, eps, N, D, ROUNDS_FIRST: tl.constexpr, ROWS: tl.constexpr,
+    x_ptr, weight_ptr, out_ptr, rstd_ptr, eps, inverse, N, D, ROUNDS_FIRST: tl.constexpr, ROWS: tl.constexpr,
     LANES: tl.constexpr, LOG: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -119,7 +119,7 @@ def _norm(
     place = row[:, None] * D + cols[None, :]
     kind = out_ptr.dtype.element_ty
     x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
-    mean = tl.div_rn(_sum_rows(x * x, ROWS, LANES, LOG), D.to(tl.float32))
+    mean = _sum_rows(x * x, ROWS, LANES, LOG) * inverse
     rstd = tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
     tl.store(rstd_ptr + row, rstd, mask=row < N)
     normed = x * rstd[:, None]
@@ -131,7 +131,7 @@ def _norm(
 
 @triton.jit
 def _norm_backward(
-    grad_ptr, x_ptr, weight_ptr, rstd_ptr, out_ptr, partial_ptr, N, D, ROUNDS_FIRST: tl.constexpr,
+    grad_ptr, x_ptr, weight_ptr, rstd_ptr, out_ptr, partial_ptr, inverse, N, D, ROUNDS_FIRST: tl.constexpr,
     NEED_WEIGHT: tl.constexpr, ROWS: tl.constexpr, ROW_LOG: tl.constexpr, LANES: tl.constexpr, LOG: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0).to(tl.int64)
@@ -144,7 +144,7 @@ def _norm_backward(
     x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32) * rstd
     dy = tl.load(grad_ptr + place, mask=mask, other=0.0).to(tl.float32)
     dn = dy * tl.load(weight_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]
-    mean = tl.div_rn(_sum_rows(dn * x, ROWS, LANES, LOG), D.to(tl.float32))
+    mean = _sum_rows(dn * x, ROWS, LANES, LOG) * inverse
     tl.store(out_ptr + place, round_to((dn - x * mean[:, None]) * rstd, kind), mask=mask)
     if NEED_WEIGHT:
         if ROUNDS_FIRST:
@@ -159,7 +159,7 @@ def norm(x: Tensor, weight: Tensor, eps: float, rounds_first: bool) -> tuple[Ten
     rows, out = max(min(4096 // lanes, 16), 1), torch.empty_like(x)
     rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
     grid = (triton.cdiv(N, rows),)
-    _norm[grid](x, weight, out, rstd, eps, N, D, rounds_first, rows, lanes, lanes.bit_length() - 1, **LAUNCH)
+    _norm[grid](x, weight, out, rstd, eps, 1 / D, N, D, rounds_first, rows, lanes, lanes.bit_length() - 1, **LAUNCH)
     return out, rstd
 
 
@@ -172,6 +172,6 @@ def norm_backward(
     partials = rstd.new_empty(blocks if need_weight else 0, D)
     logs = rows.bit_length() - 1, lanes, lanes.bit_length() - 1
     _norm_backward[(blocks,)](
-        grad, x, weight, rstd, out, partials, N, D, rounds_first, need_weight, rows, *logs, **LAUNCH
+        grad, x, weight, rstd, out, partials, 1 / D, N, D, rounds_first, need_weight, rows, *logs, **LAUNCH
     )
     return out, sum_partials(partials).to(weight.dtype) if need_weight else weight.new_empty(0)

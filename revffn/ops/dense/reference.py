@@ -44,7 +44,7 @@ def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
 def norm(x: Tensor, weight: Tensor, eps: float, rounds_first: bool) -> tuple[Tensor, Tensor]:
     values = wide(x)
     # In float64 and rounded once: the float32 root of a CPU's vector library is not always the nearest.
-    rstd = 1.0 / torch.sqrt((tree_sum(values * values) / x.shape[-1] + eps).double()).to(values.dtype)
+    rstd = 1.0 / torch.sqrt((tree_sum(values * values) * (1 / x.shape[-1]) + eps).double()).to(values.dtype)
     normed = values * rstd.unsqueeze(-1)
     if rounds_first:
         normed = wide(normed.to(x.dtype))
@@ -57,7 +57,7 @@ def norm_backward(
     D = x.shape[-1]
     values, dy = wide(x) * rstd.unsqueeze(-1), wide(grad)
     dn = dy * wide(weight)
-    mean = tree_sum(dn * values) / D
+    mean = tree_sum(dn * values) * (1 / D)
     found = ((dn - values * mean.unsqueeze(-1)) * rstd.unsqueeze(-1)).to(x.dtype)
     if not need_weight:
         return found, weight.new_empty(0)

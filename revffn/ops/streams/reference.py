@@ -366,7 +366,7 @@ def read_norm(
     value = stream.to(wide).mul_(step).to(dtype)
     x = value.to(wide)
     # In float64 and rounded once: the float32 root of a CPU's vector library is not always the nearest.
-    rstd = 1.0 / torch.sqrt((tree_sum(x * x) / x.shape[-1] + eps).double()).to(wide)
+    rstd = 1.0 / torch.sqrt((tree_sum(x * x) * (1 / x.shape[-1]) + eps).double()).to(wide)
     normed = x * rstd.unsqueeze(-1)
     if rounds_first:
         normed = normed.to(dtype).to(wide)
@@ -394,7 +394,7 @@ def read_norm_backward(
     x = stream.to(wide).mul_(step).to(dtype).to(wide).mul_(rstd.unsqueeze(-1))
     dy = grad_normed.to(wide)
     dn = dy * weight.to(wide)
-    mean = tree_sum(dn * x) / D
+    mean = tree_sum(dn * x) * (1 / D)
     grad = (dn - x * mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
     if grad_value is not None:
         grad = grad + grad_value
