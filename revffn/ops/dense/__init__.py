@@ -23,8 +23,8 @@ from . import reference
 
 __all__ = ["rms_norm", "rotate", "silu_mul"]
 
-MOST_CHANNELS = 4096
-"""A program of the norm holds whole rows."""
+MOST_CHANNELS = 512
+"""A program of the norm's gradient holds 16 whole rows: wider ones would not fit its registers."""
 FLOATS = (torch.bfloat16, torch.float32)
 
 

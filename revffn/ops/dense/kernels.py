@@ -153,6 +153,11 @@ def _norm_backward(
         tl.store(partial_ptr + block * D + cols, total, mask=cols < D)
 
 
+def warps(elements: int) -> int:
+    """For a program that holds a tile of this size: at most 32 elements a thread."""
+    return min(max(elements // 1024, 4), 16)
+
+
 def norm(x: Tensor, weight: Tensor, eps: float, rounds_first: bool) -> tuple[Tensor, Tensor]:
     D = x.shape[-1]
     N, lanes = x.numel() // D, max(triton.next_power_of_2(D), 2)
@@ -172,6 +177,7 @@ def norm_backward(
     partials = rstd.new_empty(blocks if need_weight else 0, D)
     logs = rows.bit_length() - 1, lanes, lanes.bit_length() - 1
     _norm_backward[(blocks,)](
-        grad, x, weight, rstd, out, partials, N, D, rounds_first, need_weight, rows, *logs, **LAUNCH
-    )
+        grad, x, weight, rstd, out, partials, N, D, rounds_first, need_weight, rows, *logs,
+        num_warps=warps(rows * lanes), enable_fp_fusion=False,
+    )  # fmt: skip
     return out, sum_partials(partials).to(weight.dtype) if need_weight else weight.new_empty(0)
