@@ -154,8 +154,8 @@ def _norm_backward(
 
 
 def warps(elements: int) -> int:
-    """For a program that holds a tile of this size: at most 32 elements a thread."""
-    return min(max(elements // 1024, 4), 16)
+    """For a program that holds a tile of this size: at most 16 elements a thread, where 512 threads are enough."""
+    return min(max(elements // 512, 4), 16)
 
 
 def norm(x: Tensor, weight: Tensor, eps: float, rounds_first: bool) -> tuple[Tensor, Tensor]:
@@ -164,7 +164,10 @@ def norm(x: Tensor, weight: Tensor, eps: float, rounds_first: bool) -> tuple[Ten
     rows, out = max(min(4096 // lanes, 16), 1), torch.empty_like(x)
     rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
     grid = (triton.cdiv(N, rows),)
-    _norm[grid](x, weight, out, rstd, eps, N, D, rounds_first, rows, lanes, lanes.bit_length() - 1, **LAUNCH)
+    _norm[grid](
+        x, weight, out, rstd, eps, N, D, rounds_first, rows, lanes, lanes.bit_length() - 1,
+        num_warps=warps(rows * lanes), enable_fp_fusion=False,
+    )  # fmt: skip
     return out, rstd
 
 
