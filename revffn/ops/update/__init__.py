@@ -88,11 +88,14 @@ def _kernel(name: str) -> Callable[[], Callable[..., Any]]:
 
 
 def _operation(
-    schema: str, fake: Callable[..., Any], supports: Callable[..., bool] = _supports
+    schema: str,
+    fake: Callable[..., Any],
+    supports: Callable[..., bool] = _supports,
+    early_writes: tuple[int, ...] = (),
 ) -> Callable[..., Any]:
     name = schema[: schema.index("(")]
     own: Callable[..., Any] = getattr(reference, name)
-    operation = dispatch.register(f"update_{schema}", own, fake, _kernel(name), supports)
+    operation = dispatch.register(f"update_{schema}", own, fake, _kernel(name), supports, early_writes)
 
     def call(*args: Any) -> Any:
         # On fake tensors an operation shows nothing of its inside: a simulation must see the reference's temporaries
@@ -149,6 +152,7 @@ factored_statistics = _operation(
     "Tensor scale, float new, float eps, int num_rows, bool norms, int chunk_bytes) -> (Tensor, Tensor, Tensor)",
     _fake_factored,
     _supports_factored,
+    early_writes=(3, 4),
 )
 """Adafactor's moving averages row (S, R) and col (S, C) of squared gradients (wide, in place), from sums over C
 columns and `num_rows` rows (more than R on shards). Returns mean(col) (S,), 1 / sqrt(col) (S, C) and, if `norms`, the
@@ -160,6 +164,7 @@ unfactored_statistics = _operation(
     "unfactored_statistics(Tensor grad, Tensor(a!) average, Tensor keep, Tensor scale, float new, float eps, "
     "bool norms, int chunk_bytes) -> Tensor",
     _fake_unfactored,
+    early_writes=(1,),
 )
 """The same for a moving average (wide, in place) of the parameter's shape: sums of squares (S,) of g /
 sqrt(average)."""
