@@ -103,8 +103,7 @@ def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
 def _sum_rows(x, ROWS: tl.constexpr, LANES: tl.constexpr, LOG: tl.constexpr):
     """(ROWS, LANES) -> (ROWS,): neighbours are added until one is left; LANES = 2**LOG."""
     for i in tl.static_range(LOG):
-        even, odd = tl.split(tl.reshape(x, (ROWS, LANES >> (i + 1), 2)))
-        x = even + odd
+        x = tl.sum(tl.reshape(x, (ROWS, LANES >> (i + 1), 2)), 2)  # see rounding.tree_sum
     return tl.reshape(x, (ROWS,))
 
 

@@ -28,8 +28,7 @@ TILE = 1024
 def _pair_sums(x, ROWS: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr):
     """(ROWS, LANES) -> (ROWS,): neighbours are added until one is left; LANES = 2**STEPS."""
     for step in tl.static_range(STEPS):
-        left, right = tl.split(tl.reshape(x, (ROWS, LANES >> (step + 1), 2)))
-        x = left + right
+        x = tl.sum(tl.reshape(x, (ROWS, LANES >> (step + 1), 2)), 2)  # see rounding.tree_sum
     return tl.reshape(x, (ROWS,))
 
 
