@@ -72,8 +72,8 @@ def describe() -> dict[str, Any]:
 def _fall_back(name: str, error: Exception) -> None:
     """From now on the reference runs; raises the error instead where kernels were asked for.
 
-    Triton compiles, loads and checks a kernel before it launches it, so a failed launch has written nothing; of what an
-    operation's earlier launches write, `register` keeps copies.
+    Triton compiles, loads and checks a kernel before it launches it, so a failed launch has written nothing; of what
+    an operation's earlier launches write, `register` keeps copies.
     """
     if requested() == "triton" or _is_of_the_device(error):
         raise error
