@@ -30,9 +30,11 @@ def round_to(x, dtype: tl.constexpr):
 
 @triton.jit
 def tree_sum(x, LOG: tl.constexpr):
-    """Sum of 2**LOG elements (N,): neighbours are added, then neighbouring sums, and so on."""
+    """Sum of 2**LOG elements (N,): neighbours are added, then neighbouring sums, and so on.
+
+    A sum of two has one order. `tl.split` would do, but where it follows some loads Triton 3.6 lets every thread hold
+    all elements.
+    """
     for _ in tl.static_range(LOG):
-        x = tl.reshape(x, (x.shape[0] // 2, 2))
-        even, odd = tl.split(x)
-        x = even + odd
+        x = tl.sum(tl.reshape(x, (x.shape[0] // 2, 2)), 1)
     return tl.sum(x, 0)

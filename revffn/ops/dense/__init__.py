@@ -18,23 +18,14 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from ..dispatch import register
+from ..dispatch import kernel_of, probe_of, register
 from . import reference
 
 __all__ = ["rms_norm", "rotate", "silu_mul"]
 
-MOST_CHANNELS = 4096
-"""A program of the norm holds whole rows."""
+MOST_CHANNELS = 512
+"""A program of the norm's gradient holds 16 whole rows: wider ones would not fit its registers."""
 FLOATS = (torch.bfloat16, torch.float32)
-
-
-def _kernel(name: str) -> Any:
-    def load():
-        from . import kernels
-
-        return getattr(kernels, name)
-
-    return load
 
 
 def _fits(*tensors: Tensor) -> bool:
@@ -49,22 +40,27 @@ _rope = register(
     "dense_rope(Tensor x, Tensor cos, Tensor sin, bool back) -> Tensor",
     reference.rope,
     lambda x, cos, sin, back: torch.empty_like(x),
-    _kernel("rope"),
+    kernel_of(__name__, "rope"),
     _turns,
+    probe=probe_of(__name__, "rope"),
 )
 _swiglu = register(
     "dense_swiglu(Tensor gate, Tensor up) -> Tensor",
     reference.swiglu,
     lambda gate, up: torch.empty_like(gate),
-    _kernel("swiglu"),
+    kernel_of(__name__, "swiglu"),
     _fits,
+    probe=probe_of(__name__, "swiglu"),
+    exact=False,
 )
 _swiglu_backward = register(
     "dense_swiglu_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)",
     reference.swiglu_backward,
     lambda grad, gate, up: (torch.empty_like(gate), torch.empty_like(up)),
-    _kernel("swiglu_backward"),
+    kernel_of(__name__, "swiglu_backward"),
     _fits,
+    probe=probe_of(__name__, "swiglu_backward"),
+    exact=False,
 )
 _norm = register(
     "dense_norm(Tensor x, Tensor weight, float eps, bool rounds_first) -> (Tensor, Tensor)",
@@ -73,8 +69,9 @@ _norm = register(
         torch.empty_like(x),
         x.new_empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32)),
     ),
-    _kernel("norm"),
+    kernel_of(__name__, "norm"),
     lambda x, weight, eps, rounds_first: _fits(x, weight) and x.shape[-1] <= MOST_CHANNELS,
+    probe=probe_of(__name__, "norm"),
 )
 _norm_backward = register(
     "dense_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor rstd, bool rounds_first, bool need_weight) "
@@ -84,8 +81,9 @@ _norm_backward = register(
         torch.empty_like(x),
         torch.empty_like(weight) if need_weight else weight.new_empty(0),
     ),
-    _kernel("norm_backward"),
+    kernel_of(__name__, "norm_backward"),
     lambda grad, x, weight, rstd, rounds_first, need_weight: _fits(grad, x, weight) and x.shape[-1] <= MOST_CHANNELS,
+    probe=probe_of(__name__, "norm_backward"),
 )
 
 

@@ -103,8 +103,7 @@ def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
 def _sum_rows(x, ROWS: tl.constexpr, LANES: tl.constexpr, LOG: tl.constexpr):
     """(ROWS, LANES) -> (ROWS,): neighbours are added until one is left; LANES = 2**LOG."""
     for i in tl.static_range(LOG):
-        even, odd = tl.split(tl.reshape(x, (ROWS, LANES >> (i + 1), 2)))
-        x = even + odd
+        x = tl.sum(tl.reshape(x, (ROWS, LANES >> (i + 1), 2)), 2)  # see rounding.tree_sum
     return tl.reshape(x, (ROWS,))
 
 
@@ -153,13 +152,21 @@ def _norm_backward(
         tl.store(partial_ptr + block * D + cols, total, mask=cols < D)
 
 
+def warps(elements: int) -> int:
+    """For a program that holds a tile of this size: at most 16 elements a thread, where 512 threads are enough."""
+    return min(max(elements // 512, 4), 16)
+
+
 def norm(x: Tensor, weight: Tensor, eps: float, rounds_first: bool) -> tuple[Tensor, Tensor]:
     D = x.shape[-1]
     N, lanes = x.numel() // D, max(triton.next_power_of_2(D), 2)
     rows, out = max(min(4096 // lanes, 16), 1), torch.empty_like(x)
     rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
     grid = (triton.cdiv(N, rows),)
-    _norm[grid](x, weight, out, rstd, eps, 1 / D, N, D, rounds_first, rows, lanes, lanes.bit_length() - 1, **LAUNCH)
+    _norm[grid](
+        x, weight, out, rstd, eps, 1 / D, N, D, rounds_first, rows, lanes, lanes.bit_length() - 1,
+        num_warps=warps(rows * lanes), enable_fp_fusion=False,
+    )  # fmt: skip
     return out, rstd
 
 
@@ -172,6 +179,7 @@ def norm_backward(
     partials = rstd.new_empty(blocks if need_weight else 0, D)
     logs = rows.bit_length() - 1, lanes, lanes.bit_length() - 1
     _norm_backward[(blocks,)](
-        grad, x, weight, rstd, out, partials, 1 / D, N, D, rounds_first, need_weight, rows, *logs, **LAUNCH
-    )
+        grad, x, weight, rstd, out, partials, 1 / D, N, D, rounds_first, need_weight, rows, *logs,
+        num_warps=warps(rows * lanes), enable_fp_fusion=False,
+    )  # fmt: skip
     return out, sum_partials(partials).to(weight.dtype) if need_weight else weight.new_empty(0)

@@ -28,8 +28,7 @@ TILE = 1024
 def _pair_sums(x, ROWS: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr):
     """(ROWS, LANES) -> (ROWS,): neighbours are added until one is left; LANES = 2**STEPS."""
     for step in tl.static_range(STEPS):
-        left, right = tl.split(tl.reshape(x, (ROWS, LANES >> (step + 1), 2)))
-        x = left + right
+        x = tl.sum(tl.reshape(x, (ROWS, LANES >> (step + 1), 2)), 2)  # see rounding.tree_sum
     return tl.reshape(x, (ROWS,))
 
 
@@ -118,22 +117,47 @@ def _activation(gate, alpha, KIND: tl.constexpr):
 
 @triton.jit
 def _load_halves(
-    gate_up_ptr, bias_ptr, rows, experts, cols, mask, I,
-    HAS_BIAS: tl.constexpr, INTERLEAVED: tl.constexpr,
+    gate_up_ptr, bias_ptr, rows, experts, start, inside, I,
+    HAS_BIAS: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Gate and up of (rows, cols) in float32, biases added; and their places in a row."""
-    if INTERLEAVED:
-        gate_at, up_at = 2 * cols, 2 * cols + 1
-    else:
-        gate_at, up_at = cols, I + cols
-    base = gate_up_ptr + rows[:, None] * (2 * I)
-    gate = tl.load(base + gate_at[None, :], mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(base + up_at[None, :], mask=mask, other=0.0).to(tl.float32)
+    """Gate and up of LANES columns from `start` on in float32, biases added."""
+    row = gate_up_ptr + rows[:, None] * (2 * I)
     if HAS_BIAS:
-        base = bias_ptr + experts[:, None] * (2 * I)
-        gate += tl.load(base + gate_at[None, :], mask=mask, other=0.0).to(tl.float32)
-        up += tl.load(base + up_at[None, :], mask=mask, other=0.0).to(tl.float32)
-    return gate, up, gate_at, up_at
+        bias = bias_ptr + experts[:, None] * (2 * I)
+    if INTERLEAVED:
+        # As one piece, so that a thread reads neighbours.
+        at = 2 * start + tl.arange(0, 2 * LANES)[None, :]
+        mask = inside[:, None] & (at < 2 * I)
+        both = tl.load(row + at, mask=mask, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            both += tl.load(bias + at, mask=mask, other=0.0).to(tl.float32)
+        gate, up = tl.split(tl.reshape(both, (ROWS, LANES, 2)))
+    else:
+        at = start + tl.arange(0, LANES)[None, :]
+        mask = inside[:, None] & (at < I)
+        gate = tl.load(row + at, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(row + I + at, mask=mask, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            gate += tl.load(bias + at, mask=mask, other=0.0).to(tl.float32)
+            up += tl.load(bias + I + at, mask=mask, other=0.0).to(tl.float32)
+    return gate, up
+
+
+@triton.jit
+def _store_halves(
+    gate_up_ptr, gate, up, rows, start, inside, I,
+    INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    row = gate_up_ptr + rows[:, None] * (2 * I)
+    if INTERLEAVED:
+        at = 2 * start + tl.arange(0, 2 * LANES)[None, :]
+        both = tl.reshape(tl.join(gate, up), (ROWS, 2 * LANES))
+        tl.store(row + at, both, mask=inside[:, None] & (at < 2 * I))
+    else:
+        at = start + tl.arange(0, LANES)[None, :]
+        mask = inside[:, None] & (at < I)
+        tl.store(row + at, gate, mask=mask)
+        tl.store(row + I + at, up, mask=mask)
 
 
 @triton.jit
@@ -152,8 +176,8 @@ def _gate(
     for start in range(0, I, LANES):
         cols = start + tl.arange(0, LANES)
         mask = inside[:, None] & (cols < I)[None, :]
-        gate, up, _, _ = _load_halves(
-            gate_up_ptr, bias_ptr, rows, experts, cols, mask, I, HAS_BIAS, INTERLEAVED
+        gate, up = _load_halves(
+            gate_up_ptr, bias_ptr, rows, experts, start, inside, I, HAS_BIAS, INTERLEAVED, ROWS, LANES
         )
         if KIND == 1:
             gate = tl.where(gate > limit, limit, gate)
@@ -181,8 +205,8 @@ def _gate_backward(
     for start in range(0, I, LANES):
         cols = start + tl.arange(0, LANES)
         mask = inside[:, None] & (cols < I)[None, :]
-        gate_in, up_in, gate_at, up_at = _load_halves(
-            gate_up_ptr, bias_ptr, rows, experts, cols, mask, I, HAS_BIAS, INTERLEAVED
+        gate_in, up_in = _load_halves(
+            gate_up_ptr, bias_ptr, rows, experts, start, inside, I, HAS_BIAS, INTERLEAVED, ROWS, LANES
         )
         gate, up = gate_in, up_in
         if KIND == 1:
@@ -200,10 +224,9 @@ def _gate_backward(
             d_gate = tl.where(gate_in > limit, 0.0, d_gate)
             d_up = tl.where((up_in > limit) | (up_in < -limit), 0.0, d_up)
         tl.store(at, round_to(act * weight[:, None], d_ptr.dtype.element_ty), mask=mask)
-        base = d_gate_up_ptr + rows[:, None] * (2 * I)
         kind: tl.constexpr = d_gate_up_ptr.dtype.element_ty
-        tl.store(base + gate_at[None, :], round_to(d_gate, kind), mask=mask)
-        tl.store(base + up_at[None, :], round_to(d_up, kind), mask=mask)
+        d_gate, d_up = round_to(d_gate, kind), round_to(d_up, kind)
+        _store_halves(d_gate_up_ptr, d_gate, d_up, rows, start, inside, I, INTERLEAVED, ROWS, LANES)
     tl.store(d_weight_ptr + choice, _pair_sums(total, ROWS, LANES, STEPS), mask=inside)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import register
+from ..dispatch import kernel_of, probe_of, register
 from . import reference
 from .reference import (
     SATURATION,
@@ -58,15 +58,6 @@ __all__ = [
 MOST_CHANNELS = 16384
 
 
-def _kernel(name: str) -> Any:
-    def load():
-        from . import kernels
-
-        return getattr(kernels, name)
-
-    return load
-
-
 def _fits(*tensors: Tensor | None) -> bool:
     """Whether the kernels take these: contiguous, whole bytes of side bits in every row, no float64."""
     given = [t for t in tensors if t is not None and t.numel()]
@@ -83,8 +74,9 @@ check = register(
     "stream_check(Tensor stream, Tensor(a!) flags) -> Tensor",
     reference.stream_check,
     lambda stream, flags: stream.new_empty((), dtype=torch.int64),
-    _kernel("stream_check"),
+    kernel_of(__name__, "stream_check"),
     lambda stream, flags: _fits(stream),
+    probe=probe_of(__name__, "stream_check"),
 )
 """(stream, flags (2,) int32) -> checksum, 0-dim int64. `flags[1]` becomes the largest magnitude so far, in grid
 units."""
@@ -93,8 +85,9 @@ add_update = register(
     "stream_add_update(Tensor update, Tensor now, Tensor scale, Tensor finer, Tensor(a!) flags) -> Tensor",
     reference.add_update,
     lambda update, now, scale, finer, flags: torch.empty_like(now),
-    _kernel("add_update"),
+    kernel_of(__name__, "add_update"),
     lambda update, now, scale, finer, flags: _fits(now, update),
+    probe=probe_of(__name__, "add_update"),
 )
 """round(update * scale) + (now << finer), int32: `update` (b, T, D) in the model's dtype, `scale` (D,) float32,
 `finer` (D,) int32. `flags[0]` becomes 1 where an update is not finite."""
@@ -107,10 +100,11 @@ move = register(
         middle.new_empty(num_packed(middle.shape, m) if m else 0, dtype=torch.uint8),
         middle.new_empty((), dtype=torch.int64),
     ),
-    _kernel("innovation_move"),
+    kernel_of(__name__, "innovation_move"),
     lambda middle, prev, cur, mlp, predicted, sign, past_scale, next_scale, finer, m, first_row, flags: (
         sign is None and m != 3 and _fits(middle, prev, cur, mlp, predicted)
     ),
+    probe=probe_of(__name__, "innovation_move"),
 )
 """`middle` (s_k and the attention's result on the grid of s_{k+1}) becomes s_{k+1}:
 
@@ -124,10 +118,11 @@ undo = register(
     "Tensor? sign, Tensor bits, Tensor past_scale, Tensor next_scale, Tensor finer, int m, int first_row) -> Tensor",
     reference.innovation_undo,
     lambda out, *_: out.new_empty((), dtype=torch.int64),
-    _kernel("innovation_undo"),
+    kernel_of(__name__, "innovation_undo"),
     lambda out, following, cur, middle, mlp, predicted, sign, bits, past_scale, next_scale, finer, m, first_row: (
         sign is None and m != 3 and _fits(out, following, cur, middle, mlp, predicted, bits)
     ),
+    probe=probe_of(__name__, "innovation_undo"),
 )
 """Writes s_{k-1} into `out`, which may be `following` itself, and returns its checksum."""
 
@@ -141,10 +136,11 @@ gradients = register(
         torch.empty_like(grad, dtype=dtype),
         torch.empty_like(grad, dtype=dtype) if has_prediction else grad.new_empty(0, dtype=dtype),
     ),
-    _kernel("innovation_gradients"),
+    kernel_of(__name__, "innovation_gradients"),
     lambda grad, grad_middle, gain, dtype, has_prediction: (
         grad.dtype == torch.float32 and _fits(grad, grad_middle) and dtype in (torch.bfloat16, torch.float32)
     ),
+    probe=probe_of(__name__, "innovation_gradients"),
 )
 """From the gradients of s_{k+1} and of the middle state, float32, and the coupling's gain (D,): those of s_{k-1} and
 s_k (float32), of the attention's result and of the prediction (`dtype`; empty without one)."""
@@ -158,10 +154,11 @@ read_norm = register(
         torch.empty_like(stream, dtype=dtype),
         stream.new_empty(stream.shape[:-1], dtype=torch.promote_types(dtype, torch.float32)),
     ),
-    _kernel("read_norm"),
+    kernel_of(__name__, "read_norm"),
     lambda stream, step, weight, eps, dtype, rounds_first, want_value: (
         _fits(stream) and dtype in (torch.bfloat16, torch.float32)
     ),
+    probe=probe_of(__name__, "read_norm"),
 )
 """A stream's value x = stream * step in `dtype`, its RMSNorm, and 1 / sqrt(mean(x^2) + eps) in float32, (b, T).
 
@@ -176,10 +173,11 @@ read_norm_backward = register(
         torch.empty_like(stream, dtype=rstd.dtype),
         torch.empty_like(weight) if need_weight else weight.new_empty(0),
     ),
-    _kernel("read_norm_backward"),
+    kernel_of(__name__, "read_norm_backward"),
     lambda grad_normed, grad_value, grad_through, stream, step, weight, rstd, rounds_first, need_weight: _fits(
         stream, grad_normed, grad_value, grad_through
     ),
+    probe=probe_of(__name__, "read_norm_backward"),
 )
 """The stream's gradient, float32: through the norm, plus `grad_value` (of x) and `grad_through` (of the stream itself,
 float32); and the weight's (D,), empty unless `need_weight`."""

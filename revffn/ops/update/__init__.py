@@ -80,15 +80,6 @@ def _supports_factored(grad: Tensor, *args: Any) -> bool:
     return _supports(grad, *args) and grad.shape[-1] <= MAX_COLUMNS
 
 
-def _kernel(name: str) -> Callable[[], Callable[..., Any]]:
-    def find() -> Callable[..., Any]:
-        from . import kernels
-
-        return getattr(kernels, name)
-
-    return find
-
-
 def _room_of_reference(args: tuple[Any, ...], supports: Callable[..., bool]) -> Tensor | None:
     """On fake tensors, which show nothing of an operation's inside: memory like the reference's temporaries.
 
@@ -106,11 +97,15 @@ def _room_of_reference(args: tuple[Any, ...], supports: Callable[..., bool]) -> 
 
 
 def _operation(
-    schema: str, fake: Callable[..., Any], supports: Callable[..., bool] = _supports
+    schema: str,
+    fake: Callable[..., Any],
+    supports: Callable[..., bool] = _supports,
+    early_writes: tuple[int, ...] = (),
 ) -> Callable[..., Any]:
     name = schema[: schema.index("(")]
     own: Callable[..., Any] = getattr(reference, name)
-    operation = dispatch.register(f"update_{schema}", own, fake, _kernel(name), supports)
+    kernel, probe = dispatch.kernel_of(__name__, name), dispatch.probe_of(__name__, name)
+    operation = dispatch.register(f"update_{schema}", own, fake, kernel, supports, early_writes, probe)
 
     def call(*args: Any) -> Any:
         room = _room_of_reference(args, supports) if any(isinstance(a, FakeTensor) for a in args) else None
@@ -164,6 +159,7 @@ factored_statistics = _operation(
     "Tensor scale, float new, float eps, int num_rows, bool norms, int chunk_bytes) -> (Tensor, Tensor, Tensor)",
     _fake_factored,
     _supports_factored,
+    early_writes=(3, 4),
 )
 """Adafactor's moving averages row (S, R) and col (S, C) of squared gradients (wide, in place), from sums over C
 columns and `num_rows` rows (more than R on shards). Returns mean(col) (S,), 1 / sqrt(col) (S, C) and, if `norms`, the
@@ -175,6 +171,7 @@ unfactored_statistics = _operation(
     "unfactored_statistics(Tensor grad, Tensor(a!) average, Tensor keep, Tensor scale, float new, float eps, "
     "bool norms, int chunk_bytes) -> Tensor",
     _fake_unfactored,
+    early_writes=(1,),
 )
 """The same for a moving average (wide, in place) of the parameter's shape: sums of squares (S,) of g /
 sqrt(average)."""

@@ -1,6 +1,6 @@
 """Triton kernels of the optimizer's operations: the bits of `reference.py`, whose names and arguments they share.
 
-What makes the bits equal: the reference's orders of summation (lanes, then neighbours, by reshape and split); no fused
+What makes the bits equal: the reference's orders of summation (lanes, then neighbours, by sums of two); no fused
 multiply-add (`enable_fp_fusion=False`); IEEE division and roots; bf16 stored through integers; noise by the element.
 Nothing is added with atomics, no choice is timed, and block sizes are constants: those below change no bit.
 
@@ -43,8 +43,7 @@ def _pairs(x, A: tl.constexpr, N: tl.constexpr):
     """Sum (A, N) along N by neighbours; N is a power of two."""
     for i in tl.static_range(16):
         if (N >> i) > 1:
-            even, odd = tl.split(tl.reshape(x, (A, N >> (i + 1), 2)))
-            x = even + odd
+            x = tl.sum(tl.reshape(x, (A, N >> (i + 1), 2)), 2)  # see rounding.tree_sum
     return tl.reshape(x, (A,))
 
 
@@ -296,12 +295,13 @@ def _apply(
     w_ptr, master_ptr, g_ptr, m_ptr, v_ptr, row_ptr, mean_ptr, root_ptr, squares_ptr, keep_ptr, scale_ptr, key,
     first_row, R, C, Q, row_blocks, q_blocks, rate, decay, new1, new2, inverse, eps, RULE: tl.constexpr,
     CLIP: tl.constexpr, AVERAGED: tl.constexpr, DECAY: tl.constexpr, MASTER: tl.constexpr, BF16: tl.constexpr,
-    STOCHASTIC: tl.constexpr, BR: tl.constexpr, BQ: tl.constexpr,
+    STOCHASTIC: tl.constexpr, BR: tl.constexpr, BQ: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """The rest of every rule but adamw8bit's: state, direction, weight, rounding, of BR rows and BQ lanes of counters.
 
     inverse: adafactor: 1 / largest norm; adamw: correction. eps: adafactor: floor. new1: momentum of sgd.
     """
+    Q = Q * UNIT  # A multiple of 8, so that a thread takes neighbouring lanes as a vector.
     pid = tl.program_id(0)
     lane = (pid % q_blocks) * BQ + tl.arange(0, BQ)
     start = (pid // q_blocks) % row_blocks * BR
@@ -542,7 +542,7 @@ def _update_squares(grad, average, row, mean, col_root, keep, scale, new, eps, f
     parts = keep.new_empty(S, blocks)
     _launch(
         _norms, S * blocks, grad, average, row, mean, col_root, parts, keep, scale, new, eps, max(eps, SMALLEST), R, C,
-        blocks, FACTORED=factored, BR=ROW_BLOCK, LANES=LANES, UNROLL=UNROLL,
+        blocks, FACTORED=factored, BR=ROW_BLOCK, LANES=LANES, UNROLL=UNROLL, num_warps=4 if factored else 8,
     )  # fmt: skip
     return _sum_by_pairs(parts)
 
@@ -552,15 +552,16 @@ def _write(
 ) -> None:
     S, R, C = _shape(grad)
     Q = triton.cdiv(C, SLOTS)
+    unit = 8 if Q % 8 == 0 else 1
     BQ = min(_power(Q), 128, TILE)
     BR = max(TILE // BQ, 1)
     row_blocks, q_blocks, bf16 = triton.cdiv(R, BR), triton.cdiv(Q, BQ), weight.dtype == torch.bfloat16
     dummy = masks[0]
     pointers = (dummy if t is None else t for t in (master, grad, m, v, *factors))
     _launch(
-        _apply, S * row_blocks * q_blocks, weight, *pointers, *masks, key, first_row, R, C, Q, row_blocks, q_blocks,
-        rate, decay, *numbers, RULE=rule, CLIP=clip, AVERAGED=averaged, DECAY=decay != 0, MASTER=master is not None,
-        BF16=bf16, STOCHASTIC=stochastic and (bf16 or averaged), BR=BR, BQ=BQ,
+        _apply, S * row_blocks * q_blocks, weight, *pointers, *masks, key, first_row, R, C, Q // unit, row_blocks,
+        q_blocks, rate, decay, *numbers, RULE=rule, CLIP=clip, AVERAGED=averaged, DECAY=decay != 0,
+        MASTER=master is not None, BF16=bf16, STOCHASTIC=stochastic and (bf16 or averaged), BR=BR, BQ=BQ, UNIT=unit,
     )  # fmt: skip
 
 

@@ -1,0 +1,16 @@
+"""What every kernel is asked on a GPU before it is trusted, asked in Triton's interpreter; run by test_dispatch.py."""
+
+import importlib
+
+import torch
+
+from revffn.ops import dispatch
+
+for folder in ("streams", "dense", "update"):
+    kernels, reference, probe = (
+        importlib.import_module(f"revffn.ops.{folder}.{part}") for part in ("kernels", "reference", "probe")
+    )
+    for name, arguments in probe.arguments(torch.device("cpu")).items():
+        # The interpreter's exp is NumPy's.
+        dispatch.ask(getattr(kernels, name), getattr(reference, name), arguments, exact="swiglu" not in name)
+        print(f"{folder} {name}: equal")
