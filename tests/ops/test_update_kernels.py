@@ -33,7 +33,7 @@ CASES = {
     "adamw8bit": (dict(rule="adamw8bit", weight_decay=0.1), "bfloat16", "stochastic", [(3, 11, 64)]),
     "adamw8bit, float32": (dict(rule="adamw8bit"), "float32", "nearest", [(11, 96)]),
     "adamw8bit, master": (dict(rule="adamw8bit"), "bfloat16", "master", [(11, 96)]),
-    "sgd": (dict(rule="sgd", weight_decay=0.1), "bfloat16", "stochastic", [(5,), (2, 9, 20)]),
+    "sgd": (dict(rule="sgd", weight_decay=0.1), "bfloat16", "stochastic", [(5,), (2, 9, 20), (5, 64)]),
     "sgd, momentum": (dict(rule="sgd", momentum=0.9), "bfloat16", "stochastic", [(2, 9, 20)]),
     "sgd, momentum, float32": (dict(rule="sgd", momentum=0.9), "float32", "nearest", [(2, 9, 20)]),
 }
