@@ -11,8 +11,6 @@ All differentiate; `reference.py` defines them, `kernels.py` makes each one laun
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.autograd import Function
