@@ -199,8 +199,10 @@ def choose_tile(
 ) -> TileChoice:
     """The largest tile whose step fits: the whole batch, or a power of two of tokens that is less.
 
-    What a tile holds is the working set, which shrinks with it; sizes that would be too large even so are passed over
-    without a measurement. Where none fits, the smallest.
+    A smaller tile has a smaller working set; but where there is more than one, gradients of experts are added up
+    beside each tile's share, so that for small batches the whole one takes least. Sizes that would be too large even
+    with their share of the working set are passed over without a measurement. Where none fits: of those measured the
+    one that takes least.
 
     Args:
         hf_config, batch, tokens, method: As in `plan`; the tile that `method` has is not looked at.
@@ -219,21 +221,25 @@ def choose_tile(
         sizes.append(size)
         size //= 2
     if predictor(hf_config, method).least() > budget:
-        return TileChoice(sizes[-1], "the smallest, and weights and optimizer state alone do not fit")
-    peak = tile = working_set = 0
+        usual = USUAL_TILE if USUAL_TILE in sizes else largest
+        return TileChoice(usual, "weights and optimizer state alone do not fit")
+    peaks: dict[int | None, int] = {}
+    peak = working_set = 0
+    tile = 1
     for size in sizes:
-        share = at_once(size, batch, tokens) / tile if tile else 1
-        if peak - (1 + TILE_SLACK) * (1 - share) * working_set > budget:
+        share = at_once(size, batch, tokens) / tile
+        if peaks and peak - (1 + TILE_SLACK) * (1 - share) * working_set > budget:
             continue
         answer = predictor(hf_config, tiled(method, size)).plan(batch, tokens)
-        peak, working_set = answer.peak_bytes, answer.parts["working_set"]
-        tile = at_once(size, batch, tokens)
+        peaks[size] = peak = answer.peak_bytes
+        working_set, tile = answer.parts["working_set"], at_once(size, batch, tokens)
         if peak <= budget:
             which = "fits" if size is None else "the largest that fits"
             if size is not None and size == largest:
                 which = "fits; larger ones are no faster on a CPU"
             return TileChoice(size, f"{which}: {gib(peak + reserve_bytes)} of {gib(limit_bytes)}")
-    return TileChoice(sizes[-1], "the smallest, and it does not fit")
+    least = min(peaks, key=peaks.__getitem__)
+    return TileChoice(least, f"none fits: {gib(peaks[least] + reserve_bytes)} at least of {gib(limit_bytes)}")
 
 
 def at_once(tile_tokens: int | None, batch: int, tokens: int) -> int:
