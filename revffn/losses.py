@@ -22,6 +22,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+from collections.abc import Sequence
 from types import MethodType
 from typing import Any, Literal
 
@@ -58,6 +59,11 @@ def chunk_size(num_tokens: int, vocab_size: int) -> int:
     return max(min(power, num_tokens), 1)
 
 
+def chunk_starts(num_tokens: int, chunk: int) -> Sequence[int]:
+    """Where the chunks begin. All but the last are alike: the planner runs a few of them only."""
+    return range(0, num_tokens, chunk)
+
+
 def _row_blocks(matrix: Tensor) -> list[slice]:
     rows = max(HEAD_BLOCK_BYTES // (4 * max(matrix.shape[1], 1)), 1)
     return [slice(start, start + rows) for start in range(0, matrix.shape[0], rows)]
@@ -91,7 +97,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight_VD, dtype=compute) if need_weight else None
         grad_bias = torch.zeros_like(bias_V, dtype=compute) if need_bias else None
         total = torch.zeros((), dtype=compute, device=hidden_ND.device)
-        for start in range(0, hidden_ND.shape[0], chunk):
+        for start in chunk_starts(hidden_ND.shape[0], chunk):
             part = slice(start, start + chunk)
             hidden_CD, labels_C = hidden_ND[part], labels_N[part]
             valid_C = labels_C != ignore_index

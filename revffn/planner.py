@@ -1,8 +1,8 @@
 """Planner: will a run fit, what else would, and what do the other ways of training take.
 
-`plan` predicts one way to train (memory.py) and, if asked, the alternatives; `what_would_fit` names changes that bring
-a run under a limit; `check` runs the whole step on fake tensors and puts the outcome beside the prediction. The rest
-is the command `revffn plan`: tables, JSON, a picture.
+`plan` predicts one way to train (memory.py) and, if asked, the alternatives; `choose_tile` finds the largest tile that
+fits; `what_would_fit` names changes that bring a run under a limit; `check` runs the whole step on fake tensors and
+puts the outcome beside the prediction. The rest is the command `revffn plan`: tables, JSON, a picture.
 
 The alternatives are those of plain transformers: full logits, all gradients held until backward has ended, the
 same update rule; and checkpointing once more with this library's loss and optimizer in backward. Three are derived
@@ -37,6 +37,12 @@ OUTSIDE_LAYERS = ("embedding", "forward", "loss", "top", "top after lm_head.weig
 """Phases in which backward is not among the decoder layers."""
 ACCEPTED_ERROR = 0.03
 """Of a predicted peak against the simulated one."""
+SMALLEST_TILE = 256
+"""Tokens of the smallest tile that `choose_tile` takes."""
+USUAL_TILE = 2048
+"""Tokens of a tile where more are no faster (a CPU) or are not the question: fewer take hardly less."""
+TILE_SLACK = 0.2
+"""By how much more than its share of a tile's tokens a working set may shrink."""
 LAYERS_ON_DEVICE = 2
 """Of stored inputs in host memory: that of the layer in use, and one on its way."""
 
@@ -132,6 +138,7 @@ def plan(
     *,
     gpu_bytes: int | None = None,
     with_alternatives: bool = True,
+    tile_at_most: int | None = None,
 ) -> Plan:
     """Predict the memory of training, from a config alone.
 
@@ -141,24 +148,112 @@ def plan(
         method: How; the default is this library's.
         gpu_bytes: Memory of the device; the largest batch and the longest sequence that fit it are then looked for.
         with_alternatives: Plan the other ways too.
+        tile_at_most: Tokens of a tile when the largest batch and the longest sequence are looked for; None has the
+            method's.
 
     Raises:
         ValueError: B or T below 1, or a model that the method does not know.
     """
     method = method or Method()
     require(hf_config, batch, tokens, method)
-    ways = [predictor(hf_config, method)]
-    if with_alternatives:
-        ways += alternatives(hf_config, method)
+
+    def ways_of(method: Method) -> list[Predictor]:
+        return [predictor(hf_config, method), *(alternatives(hf_config, method) if with_alternatives else ())]
+
+    ways = ways_of(method)
+    at_most = ways
+    if tile_at_most is not None and method.reversible is not None:
+        at_most = ways_of(tiled(method, min(tile_at_most, method.reversible.tile_tokens or tile_at_most)))
     plans = []
-    for way in ways:
+    for way, bound in zip(ways, at_most, strict=True):
         plans.append(way.plan(batch, tokens))
         if gpu_bytes is not None:
             budget = gpu_bytes - RESERVE_BYTES
-            plans[-1].largest_batch = way.largest_batch(tokens, budget)
-            plans[-1].longest_sequence = way.longest_sequence(budget)
+            plans[-1].largest_batch = bound.largest_batch(tokens, budget)
+            plans[-1].longest_sequence = bound.longest_sequence(budget)
     plans[0].alternatives = plans[1:]
     return plans[0]
+
+
+@dataclass(frozen=True)
+class TileChoice:
+    """What `tile_tokens: auto` came to."""
+
+    tile_tokens: int | None
+    reason: str
+
+    def __str__(self) -> str:
+        size = "the whole batch" if self.tile_tokens is None else f"{self.tile_tokens:,} tokens"
+        return f"Tiles: {size} ({self.reason})"
+
+
+def choose_tile(
+    hf_config: PreTrainedConfig,
+    batch: int,
+    tokens: int,
+    method: Method,
+    *,
+    limit_bytes: int,
+    reserve_bytes: int = RESERVE_BYTES,
+    largest: int | None = None,
+) -> TileChoice:
+    """The largest tile whose step fits: the whole batch, or a power of two of tokens that is less.
+
+    A smaller tile has a smaller working set; but where there is more than one, gradients of experts are added up
+    beside each tile's share, so that for small batches the whole one takes least. Sizes that would be too large even
+    with their share of the working set are passed over without a measurement. Where none fits: of those measured the
+    one that takes least.
+
+    Args:
+        hf_config, batch, tokens, method: As in `plan`; the tile that `method` has is not looked at.
+        limit_bytes: Memory of the device.
+        reserve_bytes: Of it, outside tensors.
+        largest: Tokens of the largest tile to try, instead of the whole batch.
+
+    Raises:
+        ValueError: See `plan`.
+    """
+    require(hf_config, batch, tokens, method)
+    budget = limit_bytes - reserve_bytes
+    sizes: list[int | None] = [largest]
+    size = 2 ** ((largest or batch * tokens) - 1).bit_length() // 2
+    while size >= SMALLEST_TILE:
+        sizes.append(size)
+        size //= 2
+    if predictor(hf_config, method).least() > budget:
+        usual = USUAL_TILE if USUAL_TILE in sizes else largest
+        return TileChoice(usual, "weights and optimizer state alone do not fit")
+    peaks: dict[int | None, int] = {}
+    peak = working_set = 0
+    tile = 1
+    for size in sizes:
+        share = at_once(size, batch, tokens) / tile
+        if peaks and peak - (1 + TILE_SLACK) * (1 - share) * working_set > budget:
+            continue
+        answer = predictor(hf_config, tiled(method, size)).plan(batch, tokens)
+        peaks[size] = peak = answer.peak_bytes
+        working_set, tile = answer.parts["working_set"], at_once(size, batch, tokens)
+        if peak <= budget:
+            which = "fits" if size is None else "the largest that fits"
+            if size is not None and size == largest:
+                which = "fits; larger ones are no faster on a CPU"
+            return TileChoice(size, f"{which}: {gib(peak + reserve_bytes)} of {gib(limit_bytes)}")
+    least = min(peaks, key=peaks.__getitem__)
+    return TileChoice(least, f"none fits: {gib(peaks[least] + reserve_bytes)} at least of {gib(limit_bytes)}")
+
+
+def at_once(tile_tokens: int | None, batch: int, tokens: int) -> int:
+    """Tokens that are in a tile: whole sequences, or a part of one."""
+    if tile_tokens is None or tile_tokens < tokens:
+        return tile_tokens or batch * tokens
+    return min(batch, tile_tokens // tokens) * tokens
+
+
+def tiled(method: Method, tile_tokens: int | None) -> Method:
+    """A method with tiles of that size; one that has none is as it was."""
+    if method.reversible is None:
+        return method
+    return replace(method, reversible=replace(method.reversible, tile_tokens=tile_tokens))
 
 
 def require(hf_config: PreTrainedConfig, batch: int, tokens: int, method: Method) -> None:
@@ -385,7 +480,7 @@ def sizes(way: Plan) -> dict[str, int]:
     return {head: sum(way.parts[part] for part in parts) for head, parts in COLUMNS} | {"reserve": way.reserve_bytes}
 
 
-def table(answer: Plan, gpu: str | None) -> str:
+def table(answer: Plan, gpu: str | None, tile_at_most: int | None = None) -> str:
     """One line for each way, GiB by part."""
     heads = ["GiB", *sizes(answer), "total", "host RAM"]
     asked = answer.largest_batch is not None
@@ -400,7 +495,10 @@ def table(answer: Plan, gpu: str | None) -> str:
     for row in rows:
         lines.append("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]))
     if asked:
-        lines.append(f"The last two columns: the largest batch, and the longest single sequence, that fit {gpu}.")
+        tiles = f", with tiles of at most {tile_at_most:,} tokens" if tile_at_most else ""
+        lines.append(
+            f"The last two columns: the largest batch, and the longest single sequence, that fit {gpu}{tiles}."
+        )
     return "\n".join(lines)
 
 
@@ -479,7 +577,7 @@ def plan_command(question: Any) -> str | None:
         coupling=question.coupling,
         side_bits=question.side_bits,
         query_stream=question.query_stream,
-        tile_tokens=question.tile_tokens or None,
+        tile_tokens=USUAL_TILE if question.tile_tokens == "auto" else question.tile_tokens or None,
     ).resolve_stream_maps(calibrated=True)  # as `revffn train` does
     dtype = getattr(torch, question.dtype)
     method = Method(
@@ -493,8 +591,14 @@ def plan_command(question: Any) -> str | None:
         require_picture(Path(question.plot))
     hf_config = load_config(question.model)
     shape = f"{question.batch} x {question.tokens}"
-    alternatives_too = dict(with_alternatives=question.alternatives)
-    answer = plan(hf_config, question.batch, question.tokens, method, gpu_bytes=gpu_bytes, **alternatives_too)
+    tile = None
+    if question.tile_tokens == "auto":
+        tile = TileChoice(USUAL_TILE, "no --gpu to fit")
+        if gpu_bytes is not None:
+            tile = choose_tile(hf_config, question.batch, question.tokens, method, limit_bytes=gpu_bytes)
+        method = tiled(method, tile.tile_tokens)
+    options = dict(with_alternatives=question.alternatives, tile_at_most=USUAL_TILE if tile else None)
+    answer = plan(hf_config, question.batch, question.tokens, method, gpu_bytes=gpu_bytes, **options)
     fits = gpu_bytes is None or answer.total_bytes <= gpu_bytes
     changes = []
     if not fits:
@@ -508,13 +612,16 @@ def plan_command(question: Any) -> str | None:
         plot(answer, title, Path(question.plot), gpu_bytes)
     if question.json:
         values = answer.as_dict() | {"fits": fits} if gpu_bytes is not None else answer.as_dict()
+        values |= {"tile": vars(tile) if tile else {"tile_tokens": method.reversible.tile_tokens}}
         values |= {"would_fit": [vars(change) for change in changes]} if not fits else {}
         values |= {"check": comparison.as_dict()} if comparison else {}
         values |= {"traffic": vars(copied)} if copied else {}
         print(json.dumps(values, indent=2))
         return comparison.problem if comparison else None
     print(f"{question.model}, {shape} tokens in a step, {answer.num_parameters / 1e9:.3f} B parameters\n")
-    print(table(answer, question.gpu))
+    print(table(answer, question.gpu, options["tile_at_most"]))
+    if tile is not None:
+        print(tile)
     print(f"\nThe peak is in: {answer.phase}. Reserve: CUDA context and kernels, workspaces, rounding up.")
     if copied is not None:
         print(

@@ -6,6 +6,7 @@ mistake is one line: what was given, what is accepted, what to do.
 
 from __future__ import annotations
 
+import json
 import os
 from copy import deepcopy
 from dataclasses import dataclass
@@ -19,9 +20,9 @@ from transformers.trainer_utils import get_last_checkpoint
 from .architectures import ARCHITECTURES, PREFIX
 from .conversion import convert, coupling_parameters
 from .data import load_conversations, tokenize_all
-from .memory import Plan, gib, parse_bytes
-from .planner import plan, what_would_fit
-from .recipe import InputError, RunConfig
+from .memory import RESERVE_BYTES, Plan, gib, parse_bytes
+from .planner import USUAL_TILE, TileChoice, choose_tile, plan, what_would_fit
+from .recipe import InputError, RunConfig, with_tile
 from .simulation import Method
 
 # Read by transformers itself; the first one that a config has bounds the sequence length.
@@ -33,6 +34,7 @@ class Run:
     """A checked run: what can be had without loading weights."""
 
     config: RunConfig
+    """As given, with a number (or None) for `reversible.tile_tokens`."""
     output_dir: Path
     hf_config: PreTrainedConfig
     tokenizer: Any
@@ -43,6 +45,8 @@ class Run:
     """Where to resume from."""
     plan: Plan | None
     """What the largest step of stage 2 is predicted to take; None for a model that the planner does not know."""
+    tile: TileChoice | None
+    """Where the run was not told `tile_tokens`: what was chosen, and why."""
 
 
 def check(config: RunConfig, recipe: Path | None = None) -> Run:
@@ -78,7 +82,9 @@ def check(config: RunConfig, recipe: Path | None = None) -> Run:
             f"data.max_length={config.data.max_length} leaves no token of any response. Raise it above the prompts' "
             "length."
         )
-    return Run(config, output_dir, hf_config, tokenizer, *rows, checkpoint, check_memory(config, hf_config, rows[0]))
+    config, tile = choose(config, hf_config, rows[0], checkpoint)
+    answer = check_memory(config, hf_config, rows[0])
+    return Run(config, output_dir, hf_config, tokenizer, *rows, checkpoint, answer, tile)
 
 
 def find_checkpoint(config: RunConfig, output_dir: Path) -> Path | None:
@@ -125,6 +131,8 @@ def check_model(config: RunConfig, hf_config: PreTrainedConfig) -> None:
             f"data.max_length={config.data.max_length} is longer than {path} allows "
             f"(max_position_embeddings={limit}). Set data.max_length to at most {limit}."
         )
+    if config.reversible.tile_tokens == "auto":
+        config = with_tile(config, None)  # converting takes any
     reversible = config.reversible.resolve(config.training.calibration_tokens > 0)
     if reversible is not None:
         try:
@@ -162,6 +170,40 @@ def method_of(config: RunConfig) -> Method:
     )
 
 
+def choose(
+    config: RunConfig, hf_config: PreTrainedConfig, rows: list[dict[str, list[int]]], checkpoint: Path | None
+) -> tuple[RunConfig, TileChoice | None]:
+    """Put a number for `tile_tokens: auto`; a run that is resumed keeps its own, whatever it is told now.
+
+    Raises:
+        InputError: See `check_memory`.
+    """
+    asked = config.reversible.tile_tokens
+    if config.reversible.coupling is None or hf_config.model_type not in ARCHITECTURES:
+        return (with_tile(config, None) if asked == "auto" else config), None
+    saved = json.loads((checkpoint / "config.json").read_text()).get("revffn", {}) if checkpoint else {}
+    if "tile_tokens" in saved:
+        if asked == saved["tile_tokens"]:
+            return config, None
+        return with_tile(config, saved["tile_tokens"]), TileChoice(saved["tile_tokens"], f"as in {checkpoint}")
+    if asked != "auto":
+        return config, None
+    limit, on_gpu = limit_of(config), torch.cuda.is_available()
+    try:
+        tile = choose_tile(
+            hf_config,
+            config.training.batch_size,
+            longest_of(config, rows),
+            method_of(with_tile(config, None)),
+            limit_bytes=limit,
+            reserve_bytes=RESERVE_BYTES if on_gpu else 0,
+            largest=None if on_gpu else USUAL_TILE,
+        )
+    except ImportError as error:
+        raise InputError(f"optimizer.name: {error}") from None
+    return with_tile(config, tile.tile_tokens), tile
+
+
 def check_memory(config: RunConfig, hf_config: PreTrainedConfig, rows: list[dict[str, list[int]]]) -> Plan | None:
     """Predict the largest step, and refuse a run that cannot fit.
 
@@ -169,21 +211,14 @@ def check_memory(config: RunConfig, hf_config: PreTrainedConfig, rows: list[dict
         InputError: The prediction is above the limit, or `memory.limit` cannot be read. The message says what would
             fit.
     """
-    try:
-        limit = None if config.memory.limit is None else parse_bytes(config.memory.limit)
-    except ValueError as error:
-        raise InputError(f"memory.limit: {error}") from None
+    limit = limit_of(config)
     if hf_config.model_type not in ARCHITECTURES:
         return None
-    batch, method = config.training.batch_size, method_of(config)
-    longest = max(len(row["input_ids"]) for row in rows)
-    tokens = config.data.max_length if config.data.packing else min(longest, config.data.max_length)
+    batch, tokens, method = config.training.batch_size, longest_of(config, rows), method_of(config)
     try:
         answer = plan(hf_config, batch, tokens, method, with_alternatives=False)
     except ImportError as error:
         raise InputError(f"optimizer.name: {error}") from None
-    if limit is None:
-        limit = device_bytes()
     reserve = answer.reserve_bytes if torch.cuda.is_available() else 0
     if answer.peak_bytes + reserve <= limit or config.memory.force:
         return answer
@@ -196,11 +231,33 @@ def check_memory(config: RunConfig, hf_config: PreTrainedConfig, rows: list[dict
     )
 
 
+def longest_of(config: RunConfig, rows: list[dict[str, list[int]]]) -> int:
+    """Tokens of the longest sequence in a batch."""
+    if config.data.packing:
+        return config.data.max_length
+    return min(max(len(row["input_ids"]) for row in rows), config.data.max_length)
+
+
+def limit_of(config: RunConfig) -> int:
+    """Bytes that the run may take.
+
+    Raises:
+        InputError: `memory.limit` cannot be read.
+    """
+    try:
+        return device_bytes() if config.memory.limit is None else parse_bytes(config.memory.limit)
+    except ValueError as error:
+        raise InputError(f"memory.limit: {error}") from None
+
+
 def device_bytes() -> int:
-    """All memory of the GPU, or of the host without one."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(0).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """All memory of the GPU, less what other processes take of it; or of the host without a GPU."""
+    if not torch.cuda.is_available():
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    free, total = torch.cuda.mem_get_info()
+    # The reserve stands for the context, which is there by now; what the allocator holds for nobody can be had.
+    free += RESERVE_BYTES + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return min(free, total)
 
 
 def has_routers(hf_config: PreTrainedConfig) -> bool:

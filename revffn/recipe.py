@@ -12,7 +12,7 @@ import difflib
 import io
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeVar, get_type_hints
 
@@ -47,18 +47,33 @@ class RunReversibleConfig(ReversibleConfig):
     """`innovation` keeps the pretrained function and exports to it; `cross_branch` is the RevFFN paper's; `none` is
     the plain model with each layer's input stored by this library's engine; null is the plain Hugging Face model,
     untouched."""
-    tile_tokens: int | None = 2048
+    tile_tokens: int | Literal["auto"] | None = "auto"
     """Run each layer over tiles of at most this many tokens (whole sequences, at least one): the working set is then
-    one tile's. Null: the whole batch at once."""
+    one tile's. Null: the whole batch at once. `auto`: on a GPU the largest that is predicted to fit, the whole batch
+    or a power of two from 256 on; on a CPU, where larger ones are no faster, at most 2048. The number is chosen once,
+    before the run, and recorded in run.json and in the model's config.json."""
 
     def __post_init__(self):
+        tile = self.tile_tokens
+        if isinstance(tile, str) and tile != "auto" or isinstance(tile, int) and tile < 1:
+            raise ValueError(
+                f"tile_tokens must be auto (the largest that fits), null (the whole batch) or at least 1, got {tile}. "
+                "Leave it out for auto."
+            )
         if self.coupling is not None:
-            super().__post_init__()
+            # Of the other settings.
+            ReversibleConfig.from_dict(self.to_dict() | {"tile_tokens": None})
 
     def resolve(self, calibrated: bool) -> ReversibleConfig | None:
-        """What `convert` takes, with calibration or without; None leaves the model as it is."""
+        """What `convert` takes, with calibration or without; None leaves the model as it is.
+
+        Raises:
+            ValueError: `tile_tokens` is still `auto`; `preflight.check` chooses a number.
+        """
         if self.coupling is None:
             return None
+        if self.tile_tokens == "auto":
+            raise ValueError("tile_tokens is auto, which is no number yet. preflight.check(config).config has one.")
         # Said here, so that a plan made before the calibration is one of the same model.
         return ReversibleConfig.from_dict(self.to_dict()).resolve_stream_maps(calibrated)
 
@@ -80,8 +95,9 @@ class PlanConfig:
     """Innovation: bits kept per element and layer, 0 to 4."""
     query_stream: Literal["left", "right"] = "left"
     """Cross-branch: the stream that attention queries are made from; `left` is the paper's form."""
-    tile_tokens: int = 2048
-    """Tokens that a layer works on at once in backward; 0 is the whole batch."""
+    tile_tokens: int | Literal["auto"] = "auto"
+    """Tokens that a layer works on at once in backward; 0 is the whole batch, `auto` the largest that fits `gpu` (as
+    in a recipe), or 2048 if no `gpu` is given."""
     optimizer: Literal["adafactor", "adamw", "adamw8bit", "sgd"] = "adafactor"
     """In backward, with linear cross-entropy."""
     rounding: Literal["stochastic", "nearest", "master"] = "stochastic"
@@ -111,6 +127,11 @@ class PlanConfig:
         for name in ("link_gb_per_s", "tflops"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be a number above 0, got {getattr(self, name)}.")
+        if self.tile_tokens != "auto" and self.tile_tokens < 0:
+            raise ValueError(
+                f"tile_tokens must be auto (the largest that fits), 0 (the whole batch) or at least 1, got "
+                f"{self.tile_tokens}. Leave it out for auto."
+            )
 
 
 @dataclass(kw_only=True)
@@ -361,6 +382,11 @@ class RunConfig:
                     raise ValueError(f"memory.weights: host does not go with these settings; {remedy}.")
 
 
+def with_tile(config: RunConfig, tile_tokens: int | None) -> RunConfig:
+    """The same run with its tiles' size said."""
+    return replace(config, reversible=replace(config.reversible, tile_tokens=tile_tokens))
+
+
 def _at_least(config: object, **least: float) -> None:
     for name, bound in least.items():
         value = getattr(config, name)
@@ -425,7 +451,15 @@ def first_paragraph(box: str) -> str:
     # The title is part of a drawn frame; without one (a plain terminal) it is a paragraph of its own.
     text = parts[0 if "╭" in box else 1]
     text = re.sub(r"could not convert string to float: ('.*')", r"expected a number, like 2e-5, got \1.", text)
-    return re.sub(r"invalid literal for int\(\) with base 10: ('.*')", r"expected a whole number, got \1.", text)
+    text = re.sub(r"invalid literal for int\(\) with base 10: ('.*')", r"expected a whole number, got \1.", text)
+    return re.sub(r"no type matching (\S+) could be instantiated from \[('[^']*')\]\. .*", one_of_types, text)
+
+
+def one_of_types(message: re.Match) -> str:
+    """Of a value that may be of several types: what those are, in words."""
+    kinds = {"INT": "a whole number", "FLOAT": "a number", "{None}": "null"}
+    *first, last = [kinds.get(kind, kind.strip("{}").replace(",", ", ")) for kind in message[1].split("|")]
+    return f"expected {', '.join(first)} or {last}, got {message[2]}."
 
 
 def place(message: str, given: dict[str, Given], recipe: Path) -> str:

@@ -57,12 +57,12 @@ PARTS = (
 """What a live tensor can be for. In order of precedence:
 
 weights: parameters and buffers. optimizer: the optimizer's state. gradients: tensors that became a parameter's
-`.grad`, and tensors of a fused expert parameter's shape made in backward, in its dtype or float32 (a tile's share
-before it is added up, and the sum). loss: everything else with a vocabulary dimension, which includes a head gradient
-that the loss makes in forward.
-streams: int32 tensors (b, T, D) or (b, T, D / 2), the streams and the fixed-point values on their way into them.
-stream_gradients: the same in float32, made in backward of a reversible model. side_bits_and_routing: uint8 and int16.
-stored_activations: made in forward and alive when backward begins. working_set: the rest."""
+`.grad`, and tensors of a fused expert parameter's shape made in backward, in its dtype or in float32 (a tile's share
+before it is added up, and the sum over tiles). loss: everything else with a vocabulary dimension, which includes a
+head gradient that the loss makes in forward. streams: int32 tensors (b, T, D) or (b, T, D / 2), the streams and the
+fixed-point values on their way into them. stream_gradients: the same in float32, made in backward of a reversible
+model. side_bits_and_routing: uint8 and int16. stored_activations: made in forward and alive when backward begins.
+working_set: the rest."""
 
 
 class Storage:
@@ -298,8 +298,8 @@ def sorter(model: PreTrainedModel) -> Callable[[Storage], str]:
     config = model.config.get_text_config()
     vocabulary, widths = config.vocab_size, (config.hidden_size, config.hidden_size // 2)
     reversible = is_reversible(model)
-    trained = [p for p in model.parameters() if p.dim() == 3 and p.requires_grad]
-    stacks = {(tuple(sorted(p.shape)), dtype) for p in trained for dtype in (p.dtype, torch.float32)}
+    experts = [p for p in model.parameters() if p.dim() == 3 and p.requires_grad]
+    stacks = {(tuple(sorted(p.shape)), dtype) for p in experts for dtype in (p.dtype, torch.float32)}
 
     def sort(storage: Storage) -> str:
         shape = storage.shape

@@ -226,6 +226,9 @@ def train(config: RunConfig, recipe: Path | None = None) -> Path:
         InputError: The settings, the data or the model do not fit. Nothing has been written then.
     """
     run = check(config, recipe)
+    config = run.config
+    if run.tile is not None:
+        print(run.tile, flush=True)
     # The trainer passes over the tokenized data several times; a bar each says nothing.
     disable_progress_bars()
     set_seed(config.training.seed)
@@ -460,6 +463,7 @@ class Results:
             "model_type": self.model.config.model_type,
             "num_parameters": self.model.num_parameters(),
             "config": asdict(self.run.config),
+            "tile": None if self.run.tile is None else asdict(self.run.tile),
             "versions": {name: installed(name) for name in packages},
             "kernels": dispatch.describe(),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",

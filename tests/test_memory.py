@@ -14,10 +14,20 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from revffn import ReversibleConfig, memory, planner
+from revffn import ReversibleConfig, losses, memory, planner
 from revffn.__main__ import main
 from revffn.memory import Predictor, count, known_models, load_config, parse_bytes
-from revffn.planner import ACCEPTED_ERROR, Comparison, changed_method, check, plan, what_would_fit
+from revffn.planner import (
+    ACCEPTED_ERROR,
+    USUAL_TILE,
+    Comparison,
+    changed_method,
+    check,
+    choose_tile,
+    plan,
+    tiled,
+    what_would_fit,
+)
 from revffn.simulation import PARTS, Method
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -225,6 +235,64 @@ def test_grid(case):
     assert abs(GRID.run_case(case)["relative_error"]) <= ACCEPTED_ERROR
 
 
+# --- tiles by budget -------------------------------------------------------------------------------------------------
+
+TILED = {
+    "innovation": ("olmoe-1b-7b", 30, 1024, reversible(optimizer="sgd")),
+    "none": ("olmoe-1b-7b", 17, 3000, reversible(coupling="none", optimizer="sgd")),
+    "one sequence": ("olmoe-1b-7b", 1, 40_000, reversible(optimizer="sgd")),
+}
+"""A tile is whole sequences, some of them, or a part of one. Whole batches are between powers of two."""
+
+
+@pytest.mark.parametrize("case", TILED)
+def test_auto_takes_the_largest_tile_that_fits(case, monkeypatch):
+    """Against the predictions of all sizes: at each one's own total, at one byte less, and beyond both ends."""
+    monkeypatch.setattr(planner, "SMALLEST_TILE", 2048)  # smaller ones take long
+    model, batch, tokens, method = TILED[case]
+    config = load_config(model, num_hidden_layers=3)
+    sizes = [None, *(size for size in (32768, 16384, 8192, 4096, 2048) if size < batch * tokens)]
+    totals = [plan(config, batch, tokens, tiled(method, size), with_alternatives=False).total_bytes for size in sizes]
+    assert totals[1:] == sorted(totals[1:], reverse=True)
+    chosen = []
+    for limit in sorted({total - less for total in totals for less in (0, 1)} | {2 * max(totals)}):
+        fitting = [size for size, total in zip(sizes, totals, strict=True) if total <= limit]
+        choice = choose_tile(config, batch, tokens, method, limit_bytes=limit)
+        if fitting:
+            assert choice.tile_tokens == fitting[0] and "fits" in choice.reason, (limit, choice)
+            chosen.append(choice.tile_tokens or batch * tokens)
+        else:
+            assert choice.reason.startswith("none fits"), (limit, choice)
+    assert chosen == sorted(chosen) and chosen[-1] == batch * tokens
+    assert len(set(chosen)) > 2
+
+
+def test_auto_on_a_cpu_takes_no_more_than_is_usual():
+    config, method = load_config("olmoe-1b-7b", num_hidden_layers=3), reversible(optimizer="sgd")
+    cpu = dict(reserve_bytes=0, largest=USUAL_TILE)
+    enough = plan(config, 16, 512, tiled(method, USUAL_TILE), with_alternatives=False).peak_bytes
+    for limit, expected in ((2**50, USUAL_TILE), (enough, USUAL_TILE), (enough - 1, USUAL_TILE // 2)):
+        assert choose_tile(config, 16, 512, method, limit_bytes=limit, **cpu).tile_tokens == expected
+    assert "CPU" in choose_tile(config, 16, 512, method, limit_bytes=2**50, **cpu).reason
+
+
+def test_auto_measures_nothing_where_the_weights_do_not_fit(monkeypatch):
+    monkeypatch.setattr(memory, "run_step", None)
+    choice = choose_tile(load_config("olmoe-1b-7b"), 4, 2048, Method(), limit_bytes=2**30)
+    assert choice.tile_tokens == USUAL_TILE and "weights" in choice.reason
+
+
+def test_few_chunks_of_the_loss_stand_for_all(monkeypatch):
+    """A measurement leaves out most chunks, and is as if it had not."""
+    config, method = load_config("olmoe-1b-7b", num_hidden_layers=2), reversible(optimizer="sgd")
+    assert 4 * losses.chunk_size(4500, config.vocab_size) < 4500
+    few = memory.measure(config, method, 3, 1500)
+    monkeypatch.setattr(memory, "few_starts", losses.chunk_starts)
+    # Another key of the cache, the same step.
+    every = memory.measure(config, reversible(optimizer="sgd", num_canaries=65), 3, 1500)
+    assert few == every
+
+
 # --- what would fit --------------------------------------------------------------------------------------------------
 
 
@@ -306,6 +374,8 @@ BAD = {
     "words for a number": (["--batch", "many"], "expected a whole number, got 'many'"),
     "no link": (["--weights", "host", "--link_gb_per_s", "0"], "link_gb_per_s must be a number above 0, got 0.0"),
     "no compute": (["--weights", "host", "--tflops", "nan"], "tflops must be a number above 0, got nan"),
+    "no size of a tile": (["--tile_tokens", "autoo"], "expected a whole number or auto, got 'autoo'"),
+    "a negative tile": (["--tile_tokens", "-3"], "must be auto (the largest that fits), 0 (the whole batch) or at"),
     "unknown optimizer": (["--optimizer", "lion"], "adafactor"),
     "unknown coupling": (["--coupling", "additive"], "innovation"),
     "side bits out of range": (["--side-bits", "9"], "0 to 4"),
@@ -369,6 +439,26 @@ def test_command_alone(folder, capsys):
     assert ask(folder, "--no-alternatives", "--json", "--gpu", "80GiB") == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["fits"] and answer["alternatives"] == [] and answer["largest_batch"] > 3
+
+
+def test_command_names_the_tile_it_chose(folder, capsys):
+    """`auto` is the default: what fits the device; the largest batch and sequence may have smaller tiles."""
+    words = ["plan", "--model", str(folder), "--batch", "32", "--tokens", "1024", "--no-alternatives"]
+    assert main([*words, "--gpu", "80GiB", "--json"]) == 0
+    whole = json.loads(capsys.readouterr().out)
+    assert whole["tile"]["tile_tokens"] is None and whole["fits"]
+    assert main([*words, "--tile_tokens", "2048", "--gpu", "80GiB", "--json"]) == 0
+    usual = json.loads(capsys.readouterr().out)
+    assert usual["tile"] == {"tile_tokens": 2048}
+    for name in ("largest_batch", "longest_sequence"):
+        assert usual[name] == whole[name] > 0
+    tight = (usual["total_bytes"] + 1) / 1e6
+    assert main([*words, "--gpu", f"{tight:.6f}MB"]) == 0
+    out = capsys.readouterr().out
+    assert "Tiles: 2,048 tokens (the largest that fits: " in out and "with tiles of at most 2,048 tokens" in out
+    assert "adafactor fits" in out
+    assert main(words) == 0
+    assert "Tiles: 2,048 tokens (no --gpu to fit)" in capsys.readouterr().out
 
 
 def test_command_with_dtype_and_rounding(folder, capsys):

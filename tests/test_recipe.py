@@ -3,13 +3,17 @@
 Run: pytest tests/test_recipe.py
 """
 
+import re
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from revffn import ReversibleConfig
-from revffn.recipe import InputError, RunConfig, from_words, load_run_config, sections
+from revffn.memory import load_config, parse_bytes
+from revffn.planner import choose_tile, plan
+from revffn.preflight import method_of
+from revffn.recipe import InputError, RunConfig, from_words, load_run_config, sections, with_tile
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 
@@ -60,9 +64,22 @@ def test_null_coupling_is_the_plain_model(recipe):
         load_run_config(recipe("model: {path: x}\nreversible: {coupling: null}")).reversible.resolve(calibrated=True)
         is None
     )
-    assert load_run_config(recipe()).reversible.resolve(calibrated=True) == ReversibleConfig(
-        coupling="none", side_bits=[1, 2, 2], tile_tokens=2048, stream_maps=False
-    )
+
+
+def test_tiles_are_automatic_until_a_number_is_put(recipe):
+    config = load_run_config(recipe())
+    assert config.reversible.tile_tokens == "auto"
+    with pytest.raises(ValueError, match="no number yet"):
+        config.reversible.resolve(calibrated=True)
+    told = dict(coupling="none", side_bits=[1, 2, 2], stream_maps=False)
+    for size in (None, 512):
+        resolved = with_tile(config, size).reversible.resolve(calibrated=True)
+        assert resolved == ReversibleConfig(tile_tokens=size, **told)
+    for words, size in (("2048", 2048), ("null", None), ("64", 64), ("auto", "auto")):
+        assert load_run_config(recipe(), ["--reversible.tile_tokens", words]).reversible.tile_tokens == size
+    # The library itself takes numbers.
+    with pytest.raises((TypeError, ValueError)):
+        ReversibleConfig(tile_tokens="auto")
 
 
 BAD_RECIPES = {
@@ -107,6 +124,11 @@ BAD_WORDS = {
     "wrong type": ("--optimizer.beta1 x", "command line: optimizer.beta1: expected a number, like 2e-5, got 'x'."),
     "no value": ("--optimizer.beta1", "command line: "),
     "too many": ("--optimizer.beta1 0.1 0.2", "command line: optimizer.beta1 takes one value"),
+    "no size of a tile": (
+        "--reversible.tile_tokens autoo",
+        "reversible.tile_tokens: expected null, a whole number or auto, got 'autoo'.",
+    ),
+    "a negative tile": ("--reversible.tile_tokens -3", "null (the whole batch) or at least 1, got -3. Leave it out"),
     "no option": ("optimizer.beta1 1", "command line: expected --section.key value"),
     "conflict": (
         "--training.activation_checkpointing true",
@@ -149,3 +171,17 @@ def test_shipped_recipes_are_valid_and_described(file):
 
 def test_recipes_are_shipped():
     assert len(RECIPES) >= 3
+
+
+@pytest.mark.parametrize("file", [file for file in RECIPES if file.stem.endswith("gb")], ids=lambda file: file.name)
+def test_gpu_recipes_fit_the_memory_in_their_names(file):
+    """With the tile that `auto` chooses there, which is the whole batch."""
+    config = load_run_config(file)
+    assert config.reversible.tile_tokens == "auto"
+    hf_config = load_config(config.model.path.removesuffix("-Chat"))
+    limit = parse_bytes(re.search(r"_(\d+gb)$", file.stem)[1])
+    step = config.training.batch_size, config.data.max_length
+    tile = choose_tile(hf_config, *step, method_of(with_tile(config, None)), limit_bytes=limit)
+    assert tile.tile_tokens is None
+    method = method_of(with_tile(config, tile.tile_tokens))
+    assert plan(hf_config, *step, method, with_alternatives=False).total_bytes <= limit

@@ -15,12 +15,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig
 
 import revffn
+from revffn import preflight
 from revffn.__main__ import main
 from revffn.data import batches
 from revffn.evaluation import coupled, heldout_loss, response_loss, step_bytes
 from revffn.planner import plan
 from revffn.preflight import check, method_of
-from revffn.recipe import load_run_config
+from revffn.recipe import load_run_config, with_tile
 from revffn.trainer import RevFFNTrainer, calibration, train
 
 ASK = ("--evaluation.prompt", "Say red 2 times.", "--evaluation.max_new_tokens", "4")
@@ -247,6 +248,57 @@ def test_prediction_and_measurement_of_a_step(recipe_file):
     hf_config = AutoConfig.from_pretrained(config.model.path)
     other = plan(hf_config, 8 * memory["batch"], memory["tokens"], method_of(config), with_alternatives=False)
     assert other.peak_bytes > 1.05 * memory["measured_bytes"]
+
+
+def told(folder):
+    """What run.json and the model's config.json say of the tiles."""
+    summary = json.loads((folder / "run.json").read_text())
+    return summary, json.loads((folder / "model" / "config.json").read_text())["revffn"]["tile_tokens"]
+
+
+def test_tiles_are_chosen_once_and_recorded(recipe_file, capsys, monkeypatch):
+    """A number in both files, the reason in run.json and on the terminal; a resumed run keeps it although more would
+    fit by then, and whatever number it is told."""
+    recipe = recipe_file()
+    config = load_run_config(recipe)
+    same = ["--training.num_steps", "2", "--training.save_steps", "1", "--training.batch_size", "16"]
+    hf_config = AutoConfig.from_pretrained(config.model.path)
+    monkeypatch.setattr(preflight, "USUAL_TILE", None)  # as on a GPU: up to the whole batch
+    checked = check(load_run_config(recipe, same))
+    assert checked.config.reversible.tile_tokens is None and "whole batch" in str(checked.tile)
+    tokens = checked.plan.tokens
+    sizes = {
+        size: plan(hf_config, 16, tokens, method_of(with_tile(checked.config, size)), with_alternatives=False)
+        for size in (None, 256)
+    }
+    assert sizes[256].peak_bytes < sizes[None].peak_bytes
+    limit = f"{(sizes[256].peak_bytes + 1) / 1e6:.6f}MB"
+    folder = run(recipe, *same, "--memory.limit", limit)
+    summary, in_model = told(folder)
+    assert in_model == summary["config"]["reversible"]["tile_tokens"] == summary["tile"]["tile_tokens"] == 256
+    assert summary["tile"]["reason"].startswith("the largest that fits")
+    assert f"Tiles: 256 tokens ({summary['tile']['reason']})" in capsys.readouterr().out
+    for words in ([], ["--reversible.tile_tokens", "64"]):
+        shutil.rmtree(folder / "stage2" / "checkpoint-2", ignore_errors=True)
+        run(recipe, *same, "--training.resume", "true", *words)
+        summary, in_model = told(folder)
+        assert in_model == summary["config"]["reversible"]["tile_tokens"] == 256
+        assert "checkpoint-1" in summary["tile"]["reason"]
+
+
+def test_tiles_on_a_cpu_and_numbers_that_are_given(recipe_file, tmp_path):
+    summary, in_model = told(run(recipe_file()))
+    assert in_model == summary["tile"]["tile_tokens"] == 2048 and "CPU" in summary["tile"]["reason"]
+    folder = run(recipe_file(), "--reversible.tile_tokens", "64", "--training.output_dir", str(tmp_path / "given"))
+    summary, in_model = told(folder)
+    assert in_model == summary["config"]["reversible"]["tile_tokens"] == 64 and summary["tile"] is None
+
+
+def test_a_run_of_which_no_tile_fits_is_refused(recipe_file, refused, monkeypatch):
+    # With a vocabulary as small as this, chunks of the loss are huge: looking for the largest batch takes long.
+    monkeypatch.setattr(preflight, "what_would_fit", lambda *args, **kwargs: [])
+    line = refused("train", recipe_file(), "--memory.limit", "0.5MB")
+    assert "a step of 4 x 27 tokens is predicted to take" in line and "--force starts all the same" in line
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(recipe_file, tmp_path, monkeypatch):
