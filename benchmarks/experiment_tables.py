@@ -170,6 +170,22 @@ def gpu_pieces(result: dict) -> str:
     return "\n".join(lines)
 
 
+def dispatches(result: dict) -> str:
+    """Operations that the host issues, before there were fused ones and now."""
+    before = json.loads((RESULTS / "dispatches_before.json").read_text())
+    lines = [
+        "| what | before: all | that launch | now: all | that launch |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, words in (
+        ("further_tile", "a further tile of a layer: forward, recomputation, backward"),
+        ("layer", "a layer, one tile, with its optimizer"),
+    ):
+        cells = [f"{found[name][kind]:,}" for found in (before, result) for kind in ("all", "launching")]
+        lines.append(f"| {words} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def by_value(rows: list[dict], name: str) -> dict:
     """Rows grouped by a setting, m rising."""
     groups: dict = {}
@@ -199,5 +215,6 @@ TABLES = {
         (cross_branch_start, "cross_branch_start"),
         (gpu_prototypes, "gpu_prototypes"),
         (gpu_pieces, "gpu_prototypes"),
+        (dispatches, "dispatches"),
     )
 }
