@@ -39,6 +39,9 @@ BF16, F32, INT = torch.bfloat16, torch.float32, torch.int32
 SHARED = {90: 227 << 10, 80: 163 << 10}
 """Bytes of shared memory that one program can have."""
 
+SPILLS = 16
+"""Bytes: the assembler may spill a register or two of far fewer than there are, where that lets more programs run."""
+
 MODELS = {
     "qwen2_moe": dict(D=2048, E=60, I=1408, K=4, V=151936),
     "qwen3_moe": dict(D=2048, E=128, I=768, K=8, V=151936),
@@ -115,7 +118,7 @@ def widest(ptx: str, what: str) -> int:
 def problems(name: str, ptx: str, row: dict[str, Any]) -> list[str]:
     """What the kernel's text must not have."""
     found = []
-    if row["spills"] or ".local" in ptx:
+    if row["spills"] > SPILLS or ".local" in ptx:
         found.append(f"{row['spills']} bytes of spilled registers")
     if row["shared"] > SHARED[row["arch"]]:
         found.append(f"{row['shared']} bytes of shared memory")

@@ -21,6 +21,10 @@ ROOT = Path(__file__).parents[2]
 numbers = itertools.count()
 
 
+ALONE = "import sys, types; sys.modules['revffn'] = p = types.ModuleType('revffn'); p.__path__ = ['revffn']\n"
+"""Of the library only what is imported by name."""
+
+
 def python(code: str, **variables: str) -> subprocess.CompletedProcess:
     environment = {k: v for k, v in os.environ.items() if k not in ("REVFFN_KERNELS", "TRITON_INTERPRET")}
     environment |= {"PYTHONPATH": str(ROOT), **variables}
@@ -144,13 +148,13 @@ def test_the_reference_starts_from_what_early_launches_overwrote(chosen):
 
 
 def test_an_unknown_choice_is_refused():
-    done = python("from revffn.ops import dispatch; dispatch.describe()", REVFFN_KERNELS="cuda")
+    done = python(ALONE + "from revffn.ops import dispatch; dispatch.describe()", REVFFN_KERNELS="cuda")
     assert done.returncode == 1
     assert "REVFFN_KERNELS must be one of auto, torch, triton; got 'cuda'" in done.stderr
 
 
 def test_triton_that_is_asked_for_and_missing_is_an_error():
-    hide = "import sys; sys.modules['triton'] = None; import importlib.util as u; f = u.find_spec\n"
+    hide = ALONE + "import importlib.util as u; f = u.find_spec\n"
     hide += "u.find_spec = lambda name, *a: None if name == 'triton' else f(name, *a)\n"
     code = hide + "from revffn.ops import dispatch; print(dispatch.describe()['cpu'])"
     done = python(code, REVFFN_KERNELS="triton")
