@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .ops import dispatch
-from .ops.dense import rms_norm, rotate, silu_mul
+from .ops.dense import MOST_CHANNELS, rms_norm, rotate, silu_mul
 from .ops.dense.reference import rope
 
 _FUSED: ContextVar[bool] = ContextVar("revffn_fused_dense", default=False)
@@ -118,7 +118,8 @@ class FusedNorm(RunsInWalk, nn.Module):
     """Mixed in front of a family's RMSNorm."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        kind = norm_kind(self) if _FUSED.get() and not args and not kwargs else None
+        fits = hidden_states.shape[-1] <= MOST_CHANNELS and not args and not kwargs
+        kind = norm_kind(self) if _FUSED.get() and fits else None
         if kind is None:
             return super().forward(hidden_states, *args, **kwargs)
         return rms_norm(hidden_states.contiguous(), self.weight, *kind)

@@ -488,7 +488,7 @@ def test_dispatches():
     add up, and views launch nothing."""
     pytest.importorskip("triton", reason="without Triton the reference is counted")
     # The choice of kernels is a process's.
-    command = [sys.executable, ROOT / "benchmarks" / "dispatches.py", "--json"]
+    command = [sys.executable, dispatches.__file__, "--json"]
     result = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert result["kernels"] == "triton"
     assert result["further_tile"]["launching"] <= 150 and result["further_tile"]["all"] <= 355
