@@ -38,7 +38,7 @@ from torch.distributed.tensor import zeros as sharded_zeros
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from .ops import update
-from .ops.update import block_size, make_code_books, matrices, sum_segments
+from .ops.update import block_size, make_code_books, sum_segments
 
 CPU_CHUNK_BYTES = 2**21
 RULES = "adafactor", "adamw", "adamw8bit", "sgd"
@@ -399,8 +399,8 @@ class OptimizerInBackward(torch.optim.Optimizer):
         parameter.grad = None
 
     def _chunk_bytes(self, tensor: Tensor) -> int:
-        """A CPU is fastest on what its cache holds. A fake tensor stands for one on a GPU."""
-        on_cpu = tensor.device.type == "cpu" and not isinstance(tensor, FakeTensor)
+        """A CPU is fastest on what its cache holds; a tensor whose memory is counted stands for one on a GPU."""
+        on_cpu = tensor.device.type == "cpu" and not update.is_observed(tensor)
         return min(self.chunk_bytes, CPU_CHUNK_BYTES) if on_cpu else self.chunk_bytes
 
     def _noise_of(self, parameter: Tensor, seed: int, step: int) -> tuple[int, int]:
@@ -423,7 +423,7 @@ class OptimizerInBackward(torch.optim.Optimizer):
     def _state_of(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         state = self.state[parameter]
         state.setdefault("step", 0)
-        shape, rule, wide = parameter.shape, group["rule"], torch.promote_types(parameter.dtype, torch.float32)
+        shape, rule, wide = parameter.shape, group["rule"], update.wide_dtype(parameter)
 
         def zeros(name: str, shape: tuple[int, ...] = shape, dtype: torch.dtype = wide, sharded: bool = True) -> None:
             if name not in state:
@@ -508,7 +508,7 @@ def _adafactor(job: Job, rows: Tensor, cols: Tensor) -> None:
     new, eps, clip = 1 - (1 - job.step**-0.8), group["eps"], group["clip_threshold"]
     # A matrix or vector may lie on several shards; then its column means and its RMS are sums over them.
     split = bool(sharding(parameter)) and parameter.dim() < 3
-    S, R, C = matrices(job.grad).shape
+    _, R, C = update.shape_of(job.grad)
     if split:
         R = parameter.shape[0] if parameter.dim() else 1
     row = mean = root = average = None

@@ -65,7 +65,8 @@ def test_import_is_light():
     """Nothing optional, no CUDA."""
     code = (
         "import sys, revffn, torch; "
-        "print([m for m in ('trl', 'datasets', 'lm_eval', 'matplotlib', 'plotly', 'gguf') if m in sys.modules], "
+        "optional = ('trl', 'datasets', 'lm_eval', 'matplotlib', 'plotly', 'gguf', 'triton'); "
+        "print([m for m in optional if m in sys.modules], "
         "torch.cuda.is_initialized())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -44,7 +44,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from .. import dispatch
 from . import reference
-from .reference import matrices, stochastic_round, sum_segments
+from .reference import matrices, shape_of, stochastic_round, sum_segments, wide_dtype
 
 __all__ = [
     "adafactor",
@@ -53,20 +53,23 @@ __all__ = [
     "block_size",
     "factored_statistics",
     "grad_squares",
+    "is_observed",
     "judge",
     "make_code_books",
     "matrices",
     "sgd",
+    "shape_of",
     "stochastic_round",
     "sum_segments",
     "unfactored_statistics",
+    "wide_dtype",
 ]
 
 QUANTISED_FROM = 4096
 """adamw8bit keeps parameters with fewer elements, and vectors, in float32."""
 TEMPORARIES = 4
 """Chunks in float32 that the reference of an operation holds at a time."""
-MAX_COLUMNS = 1 << 15
+MAX_COLUMNS = 1 << 14
 """One program of a kernel holds a factored matrix's column averages."""
 
 
@@ -80,20 +83,22 @@ def _supports_factored(grad: Tensor, *args: Any) -> bool:
     return _supports(grad, *args) and grad.shape[-1] <= MAX_COLUMNS
 
 
-def _room_of_reference(args: tuple[Any, ...], supports: Callable[..., bool]) -> Tensor | None:
-    """On fake tensors, which show nothing of an operation's inside: memory like the reference's temporaries.
+def is_observed(tensor: Tensor) -> bool:
+    """On fake tensors and in dispatch modes somebody counts memory, and sees nothing of an operation's inside."""
+    return isinstance(tensor, FakeTensor) or torch._C._len_torch_dispatch_stack() > 0
 
-    None where a kernel would run, which has none.
-    """
-    largest = max((a for a in args if isinstance(a, FakeTensor)), key=Tensor.numel)
+
+def _room_of_reference(args: tuple[Any, ...], supports: Callable[..., bool]) -> Tensor | None:
+    """Memory like the reference's temporaries, to be seen; None where a kernel would run, which has none."""
+    largest = max((a for a in args if isinstance(a, Tensor)), key=Tensor.numel)
     if dispatch.implementation(largest.device.type) == "triton" and supports(*args):
         return None
-    shape = matrices(largest).shape
+    shape = shape_of(largest)
     chunk = next(reference.chunks(shape, args[-1]), None) if isinstance(args[-1], int) else None
     if chunk is None:
         return None
     num = shape[2] * math.prod(s.stop - s.start for s in chunk)
-    return torch.empty(TEMPORARIES, num, dtype=reference.wide_dtype(largest), device=largest.device)
+    return torch.empty(TEMPORARIES, num, dtype=wide_dtype(largest), device=largest.device)
 
 
 def _operation(
@@ -108,7 +113,7 @@ def _operation(
     operation = dispatch.register(f"update_{schema}", own, fake, kernel, supports, early_writes, probe)
 
     def call(*args: Any) -> Any:
-        room = _room_of_reference(args, supports) if any(isinstance(a, FakeTensor) for a in args) else None
+        room = _room_of_reference(args, supports) if is_observed(args[0]) else None
         result = operation(*args)
         del room
         return result
@@ -118,7 +123,7 @@ def _operation(
 
 
 def _fake_squares(grad: Tensor, factored: bool, chunk_bytes: int) -> tuple[Tensor, Tensor, Tensor]:
-    (S, R, C), wide = matrices(grad).shape, reference.wide_dtype(grad)
+    (S, R, C), wide = shape_of(grad), wide_dtype(grad)
     segments = max(-(-R // reference.SEGMENT), 1)
     shapes = (), (S, R) if factored else (0,), (S, segments, C) if factored else (0,)
     square, rows, cols = (grad.new_empty(shape, dtype=wide) for shape in shapes)
@@ -135,7 +140,7 @@ def _fake_factored(grad: Tensor, rows: Tensor, cols: Tensor, *args: Any) -> tupl
 
 
 def _fake_unfactored(grad: Tensor, average: Tensor, *args: Any) -> Tensor:
-    return average.new_empty(matrices(grad).shape[0])
+    return average.new_empty(shape_of(grad)[0])
 
 
 def _nothing(*args: Any) -> None:

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .reference import LANES, MOMENTUM, ROUNDS, ROW_LANES, SLOTS, SMALLEST, WEIGHTS
+from .reference import LANES, MOMENTUM, ROUNDS, ROW_LANES, SLOTS, SMALLEST, WEIGHTS, shape_of
 
 ROW_BLOCK = 32
 """Rows of a program that sums rows."""
@@ -40,10 +40,13 @@ _MOMENTUM = tl.constexpr(MOMENTUM)
 
 @triton.jit
 def _pairs(x, A: tl.constexpr, N: tl.constexpr):
-    """Sum (A, N) along N by neighbours; N is a power of two."""
+    """Sum (A, N) along N by neighbours; N is a power of two.
+
+    The sum of two has one order. (`tl.split` says the same, but Triton 3.6 takes minutes to compile it.)
+    """
     for i in tl.static_range(16):
         if (N >> i) > 1:
-            x = tl.sum(tl.reshape(x, (A, N >> (i + 1), 2)), 2)  # see rounding.tree_sum
+            x = tl.sum(tl.reshape(x, (A, N >> (i + 1), 2)), 2)
     return tl.reshape(x, (A,))
 
 
@@ -456,16 +459,6 @@ def _launch(kernel, programs: int, tensor: Tensor, *args, num_warps: int = 4, **
         kernel[(programs,)](tensor, *args, **constants, num_warps=num_warps, enable_fp_fusion=False)
 
 
-def _shape(tensor: Tensor) -> tuple[int, int, int]:
-    """(S, R, C) of a parameter, as `matrices` sees it."""
-    if tensor.dim() < 2:
-        return 1, tensor.numel(), 1
-    S = 1
-    for n in tensor.shape[:-2]:
-        S *= n
-    return S, tensor.shape[-2], tensor.shape[-1]
-
-
 def _power(n: int) -> int:
     return triton.next_power_of_2(max(n, 1))
 
@@ -483,7 +476,7 @@ def _sum_by_pairs(x: Tensor) -> Tensor:
 
 
 def grad_squares(grad: Tensor, factored: bool, chunk_bytes: int) -> tuple[Tensor, Tensor, Tensor]:
-    S, R, C = _shape(grad)
+    S, R, C = shape_of(grad)
     segment, blocks = reference.SEGMENT, triton.cdiv(R, ROW_BLOCK)
     segments = max(triton.cdiv(R, segment), 1)
     rows = grad.new_empty((S, R) if factored else (0,), dtype=torch.float32)
@@ -517,7 +510,7 @@ def factored_statistics(
     grad: Tensor, rows: Tensor, cols: Tensor, row: Tensor, col: Tensor, keep: Tensor, scale: Tensor, new: float,
     eps: float, num_rows: int, norms: bool, chunk_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    S, R, C = _shape(grad)
+    S, R, C = shape_of(grad)
     floor, segments, block = max(eps, SMALLEST), cols.shape[1], _power(C)
     mean, col_root = cols.new_empty(S), cols.new_empty(S, C)
     _launch(
@@ -537,7 +530,7 @@ def unfactored_statistics(
 
 
 def _update_squares(grad, average, row, mean, col_root, keep, scale, new, eps, factored) -> Tensor:
-    S, R, C = _shape(grad)
+    S, R, C = shape_of(grad)
     blocks = triton.cdiv(R, ROW_BLOCK)
     parts = keep.new_empty(S, blocks)
     _launch(
@@ -550,7 +543,7 @@ def _update_squares(grad, average, row, mean, col_root, keep, scale, new, eps, f
 def _write(
     rule, weight, master, grad, m, v, factors, masks, rate, decay, numbers, clip, averaged, stochastic, key, first_row
 ) -> None:
-    S, R, C = _shape(grad)
+    S, R, C = shape_of(grad)
     Q = triton.cdiv(C, SLOTS)
     unit = 8 if Q % 8 == 0 else 1
     BQ = min(_power(Q), 128, TILE)

@@ -55,6 +55,13 @@ def matrices(tensor: Tensor) -> Tensor:
     return tensor.unsqueeze(0) if tensor.dim() == 2 else tensor.flatten(0, -3) if tensor.dim() > 3 else tensor
 
 
+def shape_of(tensor: Tensor) -> tuple[int, int, int]:
+    """The shape of `matrices(tensor)`."""
+    if tensor.dim() < 2:
+        return 1, tensor.numel(), 1
+    return math.prod(tensor.shape[:-2]), tensor.shape[-2], tensor.shape[-1]
+
+
 def chunks(shape: tuple[int, int, int], chunk_bytes: int) -> Iterator[Chunk]:
     """Slices (of S, of R) that cover a parameter: several whole matrices each, or rows of one in multiples of 32."""
     S, R, C = shape
@@ -70,7 +77,7 @@ def chunks(shape: tuple[int, int, int], chunk_bytes: int) -> Iterator[Chunk]:
 
 
 def wide_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def pairs(x: Tensor, dim: int = -1) -> Tensor:
