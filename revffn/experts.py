@@ -175,11 +175,14 @@ def experts_forward(
     self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """The interface's function: (T, D), (T, K), (T, K) -> (T, D). While the engine is in the module's layer,
-    `self.gradient_sums` is where gradients go."""
-    gate = fused_gate(self, hidden_states)
+    `self.gradient_sums` is where gradients go.
+
+    In eval mode transformers' default runs: what is evaluated is what an exported model computes, bit for bit.
+    """
+    sums = self.__dict__.get("gradient_sums")
+    gate = fused_gate(self, hidden_states) if self.training or sums is not None else None
     if gate is None:
         return ALL_EXPERTS_FUNCTIONS[DEFAULT](self, hidden_states, top_k_index, top_k_weights)
-    sums = self.__dict__.get("gradient_sums")
     return fused(self, gate, hidden_states, top_k_index, top_k_weights, sums)
 
 

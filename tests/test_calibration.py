@@ -303,7 +303,7 @@ def test_stream_maps_come_with_calibration_and_queries_from_the_right():
         config = ReversibleConfig(coupling="cross_branch", query_stream=stream)
         model = revffn.convert(tiny_model(), config, calibration=calibration)
         assert model.reversible_config.stream_maps is expected is hasattr(model.model, "coupling")
-        run_config = RunReversibleConfig(coupling="cross_branch", query_stream=stream)
+        run_config = RunReversibleConfig(coupling="cross_branch", query_stream=stream, tile_tokens=None)
         assert run_config.resolve(calibration is not None).stream_maps is expected
 
 

@@ -101,10 +101,13 @@ def test_three_way_sees_another_function():
     model, inputs = coupled(random_sign=False), tiny_batch()
     three_way(model, inputs)
     minus = torch.tensor(-1, dtype=torch.int32)
-    forward, inverse = steps.innovation_forward, steps.innovation_inverse
+
+    def with_minus(operation, place):
+        return lambda *args: operation(*args[:place], minus, *args[place + 1 :])
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(steps, "innovation_forward", lambda a, b, c, p, sign, *rest: forward(a, b, c, p, minus, *rest))
-        patch.setattr(steps, "innovation_inverse", lambda a, b, c, p, sign, *rest: inverse(a, b, c, p, minus, *rest))
+        patch.setattr(steps, "move", with_minus(steps.move, 5))
+        patch.setattr(steps, "undo", with_minus(steps.undo, 6))
         with pytest.raises(AssertionError, match="loss"):
             three_way(model, inputs)
 
