@@ -256,7 +256,7 @@ def update_cases(model: str, dtype: torch.dtype, shift: int) -> Iterator[tuple[s
     yield "judge", lambda: kernels.judge(square, keep, 1.0, 0.5)
     yield "judge", lambda: kernels.judge(square, keep, 0.0, 0.5)
     for place, shape in parameter_shapes(model).items():
-        S, R, C = kernels._shape(new(*shape, dtype=dtype))
+        S, R, C = kernels.shape_of(new(*shape, dtype=dtype))
         grad = weight = new(*shape, dtype=dtype)
         wide, averaged = new(*shape, dtype=F32), new(*shape, dtype=BF16)
         squares, row, factor = new(S, dtype=F32), new(S, R, dtype=F32), new(S, C, dtype=F32)
