@@ -201,8 +201,8 @@ def choose_tile(
 
     A smaller tile has a smaller working set; but where there is more than one, gradients of experts are added up
     beside each tile's share, so that for small batches the whole one takes least. Sizes that would be too large even
-    with their share of the working set are passed over without a measurement. Where none fits: of those measured the
-    one that takes least.
+    with their share of the working set are passed over without a measurement. Where none fits: the usual tile, or the
+    one of those measured that takes less.
 
     Args:
         hf_config, batch, tokens, method: As in `plan`; the tile that `method` has is not looked at.
@@ -238,8 +238,10 @@ def choose_tile(
             if size is not None and size == largest:
                 which = "fits; larger ones are no faster on a CPU"
             return TileChoice(size, f"{which}: {gib(peak + reserve_bytes)} of {gib(limit_bytes)}")
+    if USUAL_TILE in sizes and USUAL_TILE not in peaks:
+        peaks[USUAL_TILE] = predictor(hf_config, tiled(method, USUAL_TILE)).peak(batch, tokens)
     least = min(peaks, key=peaks.__getitem__)
-    return TileChoice(least, f"none fits: {gib(peaks[least] + reserve_bytes)} at least of {gib(limit_bytes)}")
+    return TileChoice(least, f"none fits: {gib(peaks[least] + reserve_bytes)}, and {gib(limit_bytes)} there are")
 
 
 def at_once(tile_tokens: int | None, batch: int, tokens: int) -> int:

@@ -263,6 +263,8 @@ def test_auto_takes_the_largest_tile_that_fits(case, monkeypatch):
             chosen.append(choice.tile_tokens or batch * tokens)
         else:
             assert choice.reason.startswith("none fits"), (limit, choice)
+            # The usual one is the smallest here.
+            assert totals[sizes.index(choice.tile_tokens)] == min(totals)
     assert chosen == sorted(chosen) and chosen[-1] == batch * tokens
     assert len(set(chosen)) > 2
 
