@@ -65,7 +65,7 @@ def test_import_is_light():
     """Nothing optional, no CUDA."""
     code = (
         "import sys, revffn, torch; "
-        "optional = ('trl', 'datasets', 'lm_eval', 'matplotlib', 'plotly', 'gguf', 'triton'); "
+        "optional = ('trl', 'datasets', 'lm_eval', 'matplotlib', 'plotly', 'gguf'); "
         "print([m for m in optional if m in sys.modules], "
         "torch.cuda.is_initialized())"
     )
