@@ -498,7 +498,7 @@ def test_dispatches():
     for name in (*dispatches.NAMES, "step"):
         found = result[name]
         assert found["all"] == sum(row["number"] for row in found["by_operation"]) + found["other_operations"]
-        assert 0 < found["launching"] < found["all"]
+        assert 0 < found["launching"] <= found["all"]
     assert f"{result['further_tile']['all']:,}, launching" in dispatches.as_text(result)
     aten = torch.ops.aten
     launch = {aten.mm.default: True, aten.add_.Tensor: True, aten.view.default: False, aten.empty_like.default: False}
