@@ -33,7 +33,12 @@ BREAKS = {
     "clamped gradient": ("gate_backward", "(up_in > limit) | (up_in < -limit)", "up_in > limit"),
     "weight of another choice": ("gate", "weight_ptr + choice", "weight_ptr + rows"),
     "first row of an expert": ("row_sums", "mask=expert > 0", "mask=expert > 1"),
-    "order of lanes": ("row_dots", "(ROWS, LANES >> (step + 1), 2)), 2)", "(ROWS, 2, LANES >> (step + 1))), 1)"),
+    "order of lanes": (
+        "row_dots",
+        "before + pair_sums(total, ROWS, LANES)",
+        "before + pair_sums(tl.reshape(tl.permute(tl.reshape(total, (ROWS, 2, LANES // 2)), (0, 2, 1)), "
+        "(ROWS, LANES)), ROWS, LANES)",
+    ),
     "end of a sum": ("sum", "mask = at < N", "mask = at < N - 1"),
     "rounding": ("sum", "round_to(total, grad_ptr.dtype.element_ty)", "total.to(grad_ptr.dtype.element_ty)"),
 }  # fmt: skip

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..rounding import round_to
 from ..streams.reference import ROWS_PER_PARTIAL, sum_partials
+from ..triton_parts import pair_sums, round_to
 
 LAUNCH = dict(num_warps=4, enable_fp_fusion=False)
 FLAT = 1024
@@ -100,17 +100,9 @@ def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
 
 
 @triton.jit
-def _sum_rows(x, ROWS: tl.constexpr, LANES: tl.constexpr, LOG: tl.constexpr):
-    """(ROWS, LANES) -> (ROWS,): neighbours are added until one is left; LANES = 2**LOG."""
-    for i in tl.static_range(LOG):
-        x = tl.sum(tl.reshape(x, (ROWS, LANES >> (i + 1), 2)), 2)  # see rounding.tree_sum
-    return tl.reshape(x, (ROWS,))
-
-
-@triton.jit
 def _norm(
     x_ptr, weight_ptr, out_ptr, rstd_ptr, eps, inverse, N, D, ROUNDS_FIRST: tl.constexpr, ROWS: tl.constexpr,
-    LANES: tl.constexpr, LOG: tl.constexpr,
+    LANES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, LANES)
@@ -118,7 +110,7 @@ def _norm(
     place = row[:, None] * D + cols[None, :]
     kind = out_ptr.dtype.element_ty
     x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
-    mean = _sum_rows(x * x, ROWS, LANES, LOG) * inverse
+    mean = pair_sums(x * x, ROWS, LANES) * inverse
     rstd = tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
     tl.store(rstd_ptr + row, rstd, mask=row < N)
     normed = x * rstd[:, None]
@@ -131,7 +123,7 @@ def _norm(
 @triton.jit
 def _norm_backward(
     grad_ptr, x_ptr, weight_ptr, rstd_ptr, out_ptr, partial_ptr, inverse, N, D, ROUNDS_FIRST: tl.constexpr,
-    NEED_WEIGHT: tl.constexpr, ROWS: tl.constexpr, ROW_LOG: tl.constexpr, LANES: tl.constexpr, LOG: tl.constexpr,
+    NEED_WEIGHT: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0).to(tl.int64)
     row = block * ROWS + tl.arange(0, ROWS)
@@ -143,12 +135,12 @@ def _norm_backward(
     x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32) * rstd
     dy = tl.load(grad_ptr + place, mask=mask, other=0.0).to(tl.float32)
     dn = dy * tl.load(weight_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]
-    mean = _sum_rows(dn * x, ROWS, LANES, LOG) * inverse
+    mean = pair_sums(dn * x, ROWS, LANES) * inverse
     tl.store(out_ptr + place, round_to((dn - x * mean[:, None]) * rstd, kind), mask=mask)
     if NEED_WEIGHT:
         if ROUNDS_FIRST:
             x = round_to(x, kind).to(tl.float32)
-        total = _sum_rows(tl.trans(dy * x), LANES, ROWS, ROW_LOG)
+        total = pair_sums(tl.trans(dy * x), LANES, ROWS)
         tl.store(partial_ptr + block * D + cols, total, mask=cols < D)
 
 
@@ -164,7 +156,7 @@ def norm(x: Tensor, weight: Tensor, eps: float, rounds_first: bool) -> tuple[Ten
     rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
     grid = (triton.cdiv(N, rows),)
     _norm[grid](
-        x, weight, out, rstd, eps, 1 / D, N, D, rounds_first, rows, lanes, lanes.bit_length() - 1,
+        x, weight, out, rstd, eps, 1 / D, N, D, rounds_first, rows, lanes,
         num_warps=warps(rows * lanes), enable_fp_fusion=False,
     )  # fmt: skip
     return out, rstd
@@ -177,9 +169,8 @@ def norm_backward(
     N, lanes, out = x.numel() // D, max(triton.next_power_of_2(D), 2), torch.empty_like(x)
     blocks = triton.cdiv(N, rows)
     partials = rstd.new_empty(blocks if need_weight else 0, D)
-    logs = rows.bit_length() - 1, lanes, lanes.bit_length() - 1
     _norm_backward[(blocks,)](
-        grad, x, weight, rstd, out, partials, 1 / D, N, D, rounds_first, need_weight, rows, *logs,
+        grad, x, weight, rstd, out, partials, 1 / D, N, D, rounds_first, need_weight, rows, lanes,
         num_warps=warps(rows * lanes), enable_fp_fusion=False,
     )  # fmt: skip
     return out, sum_partials(partials).to(weight.dtype) if need_weight else weight.new_empty(0)

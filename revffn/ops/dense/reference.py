@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..experts.reference import sigmoid, wide
 from ..streams.reference import ROWS_PER_PARTIAL, sum_partials, tree_sum
+from ..sums import pairs
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
@@ -63,9 +64,5 @@ def norm_backward(
         return found, weight.new_empty(0)
     products = (dy * (wide(values.to(x.dtype)) if rounds_first else values)).reshape(-1, D)
     products = torch.nn.functional.pad(products, (0, 0, 0, -products.shape[0] % ROWS_PER_PARTIAL))
-    partials = products.view(-1, ROWS_PER_PARTIAL, D).clone()
-    lanes = ROWS_PER_PARTIAL
-    while lanes > 1:
-        partials = partials[:, ::2] + partials[:, 1::2]
-        lanes //= 2
-    return found, sum_partials(partials[:, 0]).to(weight.dtype)
+    partials = pairs(products.view(-1, ROWS_PER_PARTIAL, D), 1)
+    return found, sum_partials(partials).to(weight.dtype)

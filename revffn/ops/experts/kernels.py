@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..rounding import round_to
+from ..triton_parts import pair_sums, round_to
 from . import reference
 from .reference import COLUMN_LANES, ROW_LANES, lanes_for
 
@@ -22,14 +22,6 @@ KINDS = {"silu": 0, "clamped": 1, "gelu": 2, "gelu_tanh": 3}
 LAUNCH = dict(num_warps=4, enable_fp_fusion=False)
 TILE = 1024
 """Elements of a program's tile: eight or more for each of its threads, so that no element has two of them."""
-
-
-@triton.jit
-def _pair_sums(x, ROWS: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr):
-    """(ROWS, LANES) -> (ROWS,): neighbours are added until one is left; LANES = 2**STEPS."""
-    for step in tl.static_range(STEPS):
-        x = tl.sum(tl.reshape(x, (ROWS, LANES >> (step + 1), 2)), 2)  # see rounding.tree_sum
-    return tl.reshape(x, (ROWS,))
 
 
 # --- arrangement -----------------------------------------------------------------------------------------------------
@@ -192,7 +184,7 @@ def _gate_backward(
     d_ptr, gate_up_ptr, d_gate_up_ptr, bias_ptr, expert_ptr, weight_ptr, order_ptr, d_weight_ptr,
     S, I, alpha, limit,
     KIND: tl.constexpr, HAS_BIAS: tl.constexpr, INTERLEAVED: tl.constexpr,
-    ROWS: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr,
+    ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = rows < S
@@ -227,7 +219,7 @@ def _gate_backward(
         kind: tl.constexpr = d_gate_up_ptr.dtype.element_ty
         d_gate, d_up = round_to(d_gate, kind), round_to(d_up, kind)
         _store_halves(d_gate_up_ptr, d_gate, d_up, rows, start, inside, I, INTERLEAVED, ROWS, LANES)
-    tl.store(d_weight_ptr + choice, _pair_sums(total, ROWS, LANES, STEPS), mask=inside)
+    tl.store(d_weight_ptr + choice, pair_sums(total, ROWS, LANES), mask=inside)
 
 
 def expert_gate(
@@ -257,7 +249,7 @@ def expert_gate_backward(
     given = (bias, expert) if has_bias else (gate_up, order)  # not read
     _gate_backward[(triton.cdiv(S, rows),)](
         d_act, gate_up, d_gate_up, *given, weight, order, d_weight, S, I, alpha, limit,
-        KINDS[kind], has_bias, interleaved, rows, lanes, lanes.bit_length() - 1, **LAUNCH,
+        KINDS[kind], has_bias, interleaved, rows, lanes, **LAUNCH,
     )  # fmt: skip
     return d_weight
 
@@ -268,7 +260,7 @@ def expert_gate_backward(
 @triton.jit
 def _row_sums(
     rows_ptr, weight_ptr, order_ptr, offs_ptr, out_ptr, C,
-    WEIGHTED: tl.constexpr, COLS: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr,
+    WEIGHTED: tl.constexpr, COLS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """One expert and one block of columns a program; lanes are rows."""
     expert = tl.program_id(0).to(tl.int64)
@@ -288,7 +280,7 @@ def _row_sums(
             weight = tl.load(weight_ptr + choice, mask=inside, other=0.0).to(tl.float32)
             x = x * weight[None, :]
         total += x
-    tl.store(out_ptr + expert * C + cols, _pair_sums(total, COLS, LANES, STEPS), mask=cols < C)
+    tl.store(out_ptr + expert * C + cols, pair_sums(total, COLS, LANES), mask=cols < C)
 
 
 def expert_row_sums(
@@ -299,7 +291,7 @@ def expert_row_sums(
     cols, weighted = TILE // ROW_LANES, weight is not None
     given = (weight, order) if weighted else (rows, offs)  # not read
     _row_sums[(E, triton.cdiv(C, cols))](
-        rows, *given, offs, out, C, weighted, cols, ROW_LANES, ROW_LANES.bit_length() - 1, **LAUNCH
+        rows, *given, offs, out, C, weighted, cols, ROW_LANES, **LAUNCH
     )
     return out
 
@@ -307,7 +299,7 @@ def expert_row_sums(
 @triton.jit
 def _row_dots(
     rows_ptr, bias_ptr, expert_ptr, order_ptr, total_ptr, S, D,
-    ROWS: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr,
+    ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = rows < S
@@ -321,7 +313,7 @@ def _row_dots(
         total += x.to(tl.float32) * bias.to(tl.float32)
     at = total_ptr + tl.load(order_ptr + rows, mask=inside, other=0)
     before = tl.load(at, mask=inside, other=0.0)
-    tl.store(at, before + _pair_sums(total, ROWS, LANES, STEPS), mask=inside)
+    tl.store(at, before + pair_sums(total, ROWS, LANES), mask=inside)
 
 
 def expert_row_dots(
@@ -331,7 +323,7 @@ def expert_row_dots(
     lanes = lanes_for(D, COLUMN_LANES)
     num_rows = TILE // lanes
     _row_dots[(triton.cdiv(S, num_rows),)](
-        rows, bias, expert, order, total, S, D, num_rows, lanes, lanes.bit_length() - 1, **LAUNCH
+        rows, bias, expert, order, total, S, D, num_rows, lanes, **LAUNCH
     )
 
 

@@ -16,6 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..sums import pairs
+
 COLUMN_LANES = 256
 """Sums along a row: the gradient of a routing weight."""
 ROW_LANES = 16
@@ -45,9 +47,7 @@ def lane_sums(x: Tensor, lanes: int) -> Tensor:
     total = torch.zeros_like(blocks[..., 0, :])
     for block in blocks.unbind(-2):
         total = total + block
-    while total.shape[-1] > 1:
-        total = total[..., ::2] + total[..., 1::2]
-    return total[..., 0]
+    return pairs(total)
 
 
 # --- arrangement -----------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..rounding import round_to, tree_sum
+from ..triton_parts import round_to, row_sum
 from . import reference
 from .reference import CHANNEL_SEED, ODD_FACTOR, ROWS_PER_PARTIAL, TOKEN_SEED
 
@@ -199,7 +199,7 @@ def _innovation_gradients(
 @triton.jit
 def _read_norm(
     stream_ptr, step_ptr, weight_ptr, value_ptr, normed_ptr, rstd_ptr, eps, inverse, D, ROUNDS_FIRST: tl.constexpr,
-    WANT_VALUE: tl.constexpr, LOG: tl.constexpr, BD: tl.constexpr,
+    WANT_VALUE: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BD)
@@ -209,7 +209,7 @@ def _read_norm(
     x = round_to(x * tl.load(step_ptr + cols, mask=mask, other=0.0), kind).to(tl.float32)
     if WANT_VALUE:
         tl.store(value_ptr + row * D + cols, x.to(kind), mask=mask)
-    mean = tree_sum(x * x, LOG) * inverse
+    mean = row_sum(x * x, BD) * inverse
     rstd = tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
     tl.store(rstd_ptr + row, rstd)
     normed = x * rstd
@@ -223,7 +223,7 @@ def _read_norm(
 def _read_norm_backward(
     grad_ptr, value_ptr, through_ptr, stream_ptr, step_ptr, weight_ptr, rstd_ptr, out_ptr, partial_ptr, inverse, T, D,
     ROUNDS_FIRST: tl.constexpr, HAS_VALUE: tl.constexpr, HAS_THROUGH: tl.constexpr, NEED_WEIGHT: tl.constexpr,
-    ROWS: tl.constexpr, LOG: tl.constexpr, BD: tl.constexpr,
+    ROWS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BD)
@@ -241,7 +241,7 @@ def _read_norm_backward(
             x *= rstd
             dy = tl.load(grad_ptr + place, mask=mask, other=0.0).to(tl.float32)
             dn = dy * weight
-            mean = tree_sum(dn * x, LOG) * inverse
+            mean = row_sum(dn * x, BD) * inverse
             grad = (dn - x * mean) * rstd
             if HAS_VALUE:
                 grad += tl.load(value_ptr + place, mask=mask, other=0.0).to(tl.float32)
@@ -336,7 +336,7 @@ def read_norm(stream, step, weight, eps, dtype, rounds_first, want_value) -> tup
     value = torch.empty_like(normed) if want_value else normed.new_empty(0)
     rstd = stream.new_empty(stream.shape[:-1], dtype=torch.float32)
     _read_norm[(T,)](
-        stream, step, weight, value, normed, rstd, eps, 1 / D, D, rounds_first, want_value, BD.bit_length() - 1, BD,
+        stream, step, weight, value, normed, rstd, eps, 1 / D, D, rounds_first, want_value, BD,
         num_warps=warps(BD), **LAUNCH,
     )  # fmt: skip
     return value, normed, rstd
@@ -351,7 +351,7 @@ def read_norm_backward(
     partials = out.new_empty(blocks if need_weight else 0, D)
     _read_norm_backward[(blocks,)](
         grad_normed, grad_value, grad_through, stream, step, weight, rstd, out, partials, 1 / D, T, D, rounds_first,
-        grad_value is not None, grad_through is not None, need_weight, ROWS_PER_PARTIAL, BD.bit_length() - 1, BD,
+        grad_value is not None, grad_through is not None, need_weight, ROWS_PER_PARTIAL, BD,
         num_warps=warps(BD), **LAUNCH,
     )  # fmt: skip
     if not need_weight:

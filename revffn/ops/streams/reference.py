@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..sums import pairs
+
 CHANNEL_SEED, TOKEN_SEED, ODD_FACTOR = 0x5851F42D4C957F2D, 0x2545F4914F6CDD1D, 0x1B873593CC9E2D51
 # Largest magnitude that counts as safe: one bit below the end of int32.
 SATURATION = 2**30
@@ -349,14 +351,9 @@ def innovation_gradients(
 
 
 def tree_sum(x: Tensor) -> Tensor:
-    """Sum along the last dimension, padded to a power of two: neighbours are added, then neighbouring sums, and so
-    on."""
+    """`pairs` along the last dimension, padded to a power of two as a kernel's row is."""
     width = 1 << (x.shape[-1] - 1).bit_length()
-    if width != x.shape[-1]:
-        x = torch.nn.functional.pad(x, (0, width - x.shape[-1]))
-    while x.shape[-1] > 1:
-        x = x[..., ::2] + x[..., 1::2]
-    return x[..., 0]
+    return pairs(x if width == x.shape[-1] else torch.nn.functional.pad(x, (0, width - x.shape[-1])))
 
 
 def read_norm(

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..triton_parts import pair_sums
 from . import reference
 from .reference import LANES, MOMENTUM, ROUNDS, ROW_LANES, SLOTS, SMALLEST, WEIGHTS, shape_of
 
@@ -36,18 +37,6 @@ _MOMENTUM = tl.constexpr(MOMENTUM)
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _pairs(x, A: tl.constexpr, N: tl.constexpr):
-    """Sum (A, N) along N by neighbours; N is a power of two.
-
-    The sum of two has one order. (`tl.split` says the same, but Triton 3.6 takes minutes to compile it.)
-    """
-    for i in tl.static_range(16):
-        if (N >> i) > 1:
-            x = tl.sum(tl.reshape(x, (A, N >> (i + 1), 2)), 2)
-    return tl.reshape(x, (A,))
 
 
 @triton.jit
@@ -110,11 +99,11 @@ def _squares_of_rows(
             mask = inside[:, None] & (col < C)[None, :]
             g = tl.load(ptr + (row[:, None] * C + col[None, :]), mask=mask, other=0.0).to(tl.float32)
             total += g * g
-    sums = _pairs(total, BR, LANES)
+    sums = pair_sums(total, BR, LANES)
     if FACTORED:
         tl.store(row_ptr + s * R + start + row, sums, mask=inside)
     one = tl.arange(0, 1)
-    part = _pairs(tl.reshape(sums, (1, BR)), 1, BR)
+    part = pair_sums(tl.reshape(sums, (1, BR)), 1, BR)
     tl.store(part_ptr + s * blocks + start // BR + one, part, mask=start + one < R)
 
 
@@ -136,7 +125,7 @@ def _squares_of_columns(
             g = tl.load(ptr + (row[:, None] * C + col[None, :]), mask=mask, other=0.0).to(tl.float32)
             total += g * g
         ptr += ROW_LANES * UNROLL * C
-    sums = _pairs(tl.trans(total), BC, ROW_LANES)
+    sums = pair_sums(tl.trans(total), BC, ROW_LANES)
     tl.store(col_ptr + (s * segments + segment) * C + col, sums, mask=col < C)
 
 
@@ -171,7 +160,7 @@ def _add_pairs(x_ptr, out_ptr, N, blocks, BLOCK: tl.constexpr):
     s = (pid // blocks).to(tl.int64)
     i = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + s * N + i, mask=i < N, other=0.0)
-    tl.store(out_ptr + pid + tl.arange(0, 1), _pairs(tl.reshape(x, (1, BLOCK)), 1, BLOCK))
+    tl.store(out_ptr + pid + tl.arange(0, 1), pair_sums(tl.reshape(x, (1, BLOCK)), 1, BLOCK))
 
 
 @triton.jit
@@ -181,7 +170,7 @@ def _add_all(x_ptr, out_ptr, S, N, BS: tl.constexpr, BN: tl.constexpr):
     i = tl.arange(0, BN)
     mask = (s < S)[:, None] & (i < N)[None, :]
     x = tl.load(x_ptr + s[:, None] * N + i[None, :], mask=mask, other=0.0)
-    total = _pairs(tl.reshape(_pairs(x, BS, BN), (1, BS)), 1, BS)
+    total = pair_sums(tl.reshape(pair_sums(x, BS, BN), (1, BS)), 1, BS)
     tl.store(out_ptr + tl.arange(0, 1), total)
 
 
@@ -218,7 +207,7 @@ def _column_averages(
     value = tl.where(live, value, old)
     tl.store(col_ptr + s * C + i, value, mask=live)
     tl.store(root_ptr + s * C + i, _inverse_root(tl.maximum(value, floor)), mask=mask)
-    total = _pairs(tl.reshape(tl.where(mask, value, 0.0), (1, BC)), 1, BC)
+    total = pair_sums(tl.reshape(tl.where(mask, value, 0.0), (1, BC)), 1, BC)
     tl.store(mean_ptr + s + tl.arange(0, 1), tl.maximum(total * per_row, floor))
 
 
@@ -286,7 +275,7 @@ def _norms(
                 tl.store(average_ptr + offset, value, mask=_where_live(mask, keep))
                 update = _inverse_root(tl.maximum(value, floor)) * update
             total += update * update
-    part = _pairs(tl.reshape(_pairs(total, BR, LANES), (1, BR)), 1, BR)
+    part = pair_sums(tl.reshape(pair_sums(total, BR, LANES), (1, BR)), 1, BR)
     tl.store(part_ptr + pid + tl.arange(0, 1), part)
 
 

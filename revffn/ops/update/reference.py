@@ -30,6 +30,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..sums import pairs
+
 # S = matrices of a parameter (E for experts, 1 for a matrix or a vector), R = rows, C = columns
 
 LANES = 64
@@ -78,19 +80,6 @@ def chunks(shape: tuple[int, int, int], chunk_bytes: int) -> Iterator[Chunk]:
 
 def wide_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def pairs(x: Tensor, dim: int = -1) -> Tensor:
-    """Sum along `dim` by neighbours; zero where there is nothing."""
-    if not x.shape[dim]:
-        return x.sum(dim)
-    while (n := x.shape[dim]) > 1:
-        half = x.narrow(dim, 0, n - n % 2).unflatten(dim, (n // 2, 2))
-        at = dim - 1 if dim < 0 else dim
-        even, odd = half.select(at + 1, 0), half.select(at + 1, 1)
-        # A last one without a neighbour stays as it is: x + 0.
-        x = torch.cat([even + odd, x.narrow(dim, n - 1, 1)], dim) if n % 2 else even + odd
-    return x.squeeze(dim)
 
 
 def lane_sums(x: Tensor) -> Tensor:

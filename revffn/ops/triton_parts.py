@@ -29,12 +29,19 @@ def round_to(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def tree_sum(x, LOG: tl.constexpr):
-    """Sum of 2**LOG elements (N,): neighbours are added, then neighbouring sums, and so on.
+def pair_sums(x, ROWS: tl.constexpr, LANES: tl.constexpr):
+    """(ROWS, LANES) -> (ROWS,): neighbours are added, then neighbouring sums, and so on; LANES is a power of two.
 
     A sum of two has one order. `tl.split` would do, but where it follows some loads Triton 3.6 lets every thread hold
-    all elements.
+    a whole row.
     """
-    for _ in tl.static_range(LOG):
-        x = tl.sum(tl.reshape(x, (x.shape[0] // 2, 2)), 1)
-    return tl.sum(x, 0)
+    for i in tl.static_range(16):
+        if (LANES >> i) > 1:
+            x = tl.sum(tl.reshape(x, (ROWS, LANES >> (i + 1), 2)), 2)
+    return tl.reshape(x, (ROWS,))
+
+
+@triton.jit
+def row_sum(x, LANES: tl.constexpr):
+    """`pair_sums` of one row (LANES,): a scalar."""
+    return tl.sum(pair_sums(tl.reshape(x, (1, LANES)), 1, LANES), 0)
