@@ -3,7 +3,7 @@
 from .config import ReversibleConfig
 from .conversion import convert, coupling_parameters, export, is_reversible, reversible_report
 from .host_weights import HostWeights
-from .reversible import StateMismatchError
+from .recompute import StateMismatchError
 
 __version__ = "0.1.0.dev0"
 

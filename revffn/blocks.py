@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from .dense import RunsInWalk, is_plain, norm_kind
+from .nodes import Enter, Finish, Leave, Read, Start, read_normed
 from .ops.streams import Grid, quantize
-from .reversible import Enter, Evaluation, Finish, Leave, Read, Start, Tile, Walk, read_normed
+from .recompute import Evaluation
+from .reversible import Tile, Walk
 from .steps import Release, StoredStep, cross_branch_step, innovation_step
 from .sublayers import (
     CrossBranchCoupling,

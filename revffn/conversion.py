@@ -31,7 +31,8 @@ from .calibration import fit_adapters, fit_predictors, load_predictors, one_grid
 from .config import ReversibleConfig
 from .dense import fuse_parts, fused_classes
 from .experts import choose_implementation
-from .reversible import Report, Walk, carrier_like
+from .recompute import carrier_like
+from .reversible import Report, Walk
 from .routing import choosing_classes, intercept
 from .sublayers import COUPLINGS, CrossBranchCoupling, Predictor, StreamMaps, TiledExperts
 

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from .nodes import Read, read_normed
 from .ops.streams import add_update, checksum, gradients, move, quantize, undo
-from .reversible import Evaluation, Read, Tile, Walk, carrier_like, is_concrete, read_normed
+from .recompute import Evaluation, carrier_like
+from .reversible import Tile, Walk, is_concrete
 from .sublayers import GradientSum, attention, cross_attention, feed_forward, half_feed_forward, uses_rng
 
 
