@@ -45,8 +45,15 @@ from revffn.memory import gib
 from revffn.simulation import LiveBytes, as_on_a_gpu, no_garbage_collection, run_step, sorter
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ("tests/test_reversible.py", "tests/test_optim.py", "tests/test_losses.py")
-"""What a recorded result rests on: gradients and rebuilt states, updates, the loss."""
+TESTS = (
+    "tests/test_reversible.py",
+    "tests/test_optim.py",
+    "tests/test_losses.py",
+    "tests/ops/test_streams.py",
+    "tests/ops/test_experts.py",
+    "tests/ops/test_update.py",
+)
+"""What a recorded result rests on: gradients and rebuilt states, updates, the loss, the fused operations."""
 STAMP = ROOT / "runs" / "benchmark_tests.json"
 PACKAGES = ("torch", "transformers", "triton", "peft", "lomo-optim", "galore-torch", "bitsandbytes")
 RECORDED, REFUSED, FAILED = 0, 2, 1
@@ -61,16 +68,17 @@ def refuse(reason: str) -> NoReturn:
 # --- tests first -----------------------------------------------------------------------------------------------------
 
 
+def tested_files() -> list[Path]:
+    """The whole package, kernels included, and the tests that results rest on with what they import."""
+    tests = [ROOT / name for name in (*TESTS, "tests/helpers.py", "tests/conftest.py")]
+    return sorted([*(ROOT / "revffn").rglob("*.py"), *filter(Path.is_file, tests)])
+
+
 def tested_code() -> dict[str, str]:
     """What the tests' result depends on."""
     digest = hashlib.sha256()
-    for file in sorted([*(ROOT / "revffn").glob("*.py"), *(ROOT / "tests").glob("*.py")]):
-        if (
-            file.parent.name == "revffn"
-            or str(file.relative_to(ROOT)) in TESTS
-            or file.stem in ("helpers", "conftest")
-        ):
-            digest.update(file.name.encode() + file.read_bytes())
+    for file in tested_files():
+        digest.update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     versions = {name: version(name) for name in ("torch", "transformers")}
     return {"sources_sha256": digest.hexdigest(), "device": device, **versions}
@@ -85,7 +93,7 @@ def run_tests() -> int:
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     commands = [[*pytest, *TESTS]]
     if torch.cuda.is_available():
-        marked = [str(f) for f in sorted((ROOT / "tests").glob("test_*.py")) if "@pytest.mark.gpu" in f.read_text()]
+        marked = [str(f) for f in sorted((ROOT / "tests").rglob("test_*.py")) if "@pytest.mark.gpu" in f.read_text()]
         commands.append([*pytest, "-m", "gpu", *marked])
     code = tested_code()
     for command in commands:

@@ -258,8 +258,8 @@ def test_the_stamp_of_the_tests(monkeypatch, tmp_path, green):
     run.STAMP.write_text("{}")
     assert (run.run_tests() == 0) is green
     assert run.STAMP.exists() is green and (run.green_tests() is not None) is green
-    (tmp_path / "revffn").mkdir()
-    (tmp_path / "revffn" / "changed.py").write_text("")
+    (tmp_path / "revffn" / "ops").mkdir(parents=True)
+    (tmp_path / "revffn" / "ops" / "changed.py").write_text("")
     assert run.green_tests() is None
 
 
@@ -503,6 +503,13 @@ def test_dispatches():
     aten = torch.ops.aten
     launch = {aten.mm.default: True, aten.add_.Tensor: True, aten.view.default: False, aten.empty_like.default: False}
     assert {function: dispatches.launches(function) for function in launch} == launch
+
+
+def test_results_rest_on_the_kernels_too():
+    """A kernel that changed makes the tests' stamp void, like any other module."""
+    files = {str(file.relative_to(run.ROOT)) for file in run.tested_files()}
+    assert {f"revffn/ops/{folder}/kernels.py" for folder in ("dense", "experts", "streams", "update")} <= files
+    assert {"revffn/recompute.py", "tests/helpers.py", *run.TESTS} <= files
 
 
 @pytest.mark.slow
