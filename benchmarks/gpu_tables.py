@@ -6,8 +6,10 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from gpu_suite import CATEGORIES, GIB, ROWS
+from gpu_profile import CATEGORIES
+from gpu_rows import ROWS
 
+GIB = 2**30
 RESULTS = Path(__file__).resolve().parent / "results" / "gpu"
 NO_RESULTS = "*No results yet.*"
 ORDER = [row.name for row in ROWS]

@@ -24,20 +24,13 @@ from revffn import reversible_report
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # scripts that import each other
-dispatches, figures, gpu_suite, gpu_tables, methods, quality, quality_tables, report, run, workloads = map(
+dispatches, figures, gpu_profile, gpu_suite, gpu_tables, methods = map(
     importlib.import_module,
-    (
-        "dispatches",
-        "figures",
-        "gpu_suite",
-        "gpu_tables",
-        "methods",
-        "quality",
-        "quality_tables",
-        "report",
-        "run",
-        "workloads",
-    ),
+    ("dispatches", "figures", "gpu_profile", "gpu_suite", "gpu_tables", "methods"),
+)
+quality, quality_tables, report, run, workloads = map(
+    importlib.import_module,
+    ("quality", "quality_tables", "report", "run", "workloads"),
 )
 
 TINY = workloads.WORKLOADS["qwen1.5_16x2048"].tiny()
@@ -342,7 +335,7 @@ def test_dry_run_of_a_row(tmp_path):
     assert record["reversible"]["verified_states"] > 0 == record["reversible"]["mismatched_states_total"]
     assert record["kernels"]["cpu"] == "torch" and record["versions"]["torch"] == torch.__version__
     profile = record["profile"]
-    assert set(profile["ms"]) == set(gpu_suite.CATEGORIES) and 0 < profile["busy_ms"] <= profile["wall_ms"]
+    assert set(profile["ms"]) == set(gpu_profile.CATEGORIES) and 0 < profile["busy_ms"] <= profile["wall_ms"]
     assert len(file.with_suffix(".kernels.txt").read_text().splitlines()) == 60
     assert "1 ok" in suite(*call).stdout and file.stat().st_mtime_ns == written
 
@@ -425,13 +418,13 @@ def test_categories_of_kernels(kernel, expected, tmp_path):
     (tmp_path / "experts" / "kernels.py").write_text(
         "@triton.jit\ndef _gate(x): ...\n@triton.jit(do_not_specialize=['n'])\ndef _other(n): ...\ndef call(): ...\n"
     )
-    own = gpu_suite.own_kernels(tmp_path)
+    own = gpu_profile.own_kernels(tmp_path)
     assert set(own) == {"_gate", "_other"}
-    assert gpu_suite.category(kernel, own) == expected
+    assert gpu_profile.category(kernel, own) == expected
 
 
 def test_busy_time_counts_overlapping_kernels_once():
-    assert gpu_suite.busy_us([(5, 6), (0, 2), (1, 3), (1, 2)]) == 4 and gpu_suite.busy_us([]) == 0
+    assert gpu_profile.busy_us([(5, 6), (0, 2), (1, 3), (1, 2)]) == 4 and gpu_profile.busy_us([]) == 0
 
 
 def test_ligers_kernels_go_with_the_model(monkeypatch):
