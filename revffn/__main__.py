@@ -119,7 +119,7 @@ def plan(words: list[str]) -> None:
         given += ["--alternatives", "False"] if word == "--no-alternatives" else [word]
     given = with_values(given, ("--alternatives", "--check", "--json"))
     config = recipe.from_words(recipe.PlanConfig, given, "revffn plan")
-    from .planner import plan_command
+    from .plan_command import plan_command
 
     try:
         problem = plan_command(config)
