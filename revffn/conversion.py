@@ -86,14 +86,12 @@ class ReversibleBackbone(PreTrainedModel):
         tokens = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
         if tokens is None:
             return
-        position_ids = kwargs.get("position_ids")
-        if position_ids is None:
-            position_ids = torch.arange(tokens.shape[1], device=tokens.device)[None]
         weight = self.embed_tokens.weight
         # Only shape, dtype and device of the embedding count.
         embeddings = carrier_like(torch.Size((*tokens.shape[:2], 1)), tokens.device, weight.dtype)
-        # By position: the fourth parameter, the cache, has had several names.
-        mask = create_causal_mask(self.config, embeddings, given, None, position_ids)
+        # By position: the fourth parameter, the cache, has had several names. Without position ids nothing is packed;
+        # transformers would make them and wait for the device to say so.
+        mask = create_causal_mask(self.config, embeddings, given, None, kwargs.get("position_ids"))
         kwargs["attention_mask"] = {"full_attention": mask}
 
     def _init_weights(self, module: nn.Module) -> None:

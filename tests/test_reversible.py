@@ -27,6 +27,7 @@ from helpers import (
     tiny_batch,
     tiny_model,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import revffn
 from revffn.architectures import router_parameters
@@ -198,6 +199,40 @@ def test_forwards_without_grad_in_between(coupling):
     loss.backward()
     assert_equal(gradients(model), expected)
     assert_verified(model)
+
+
+class Waits(TorchDispatchMode):
+    """Operations whose result, or its size, the host needs before it can go on."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2", "unique_dim")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation._schema.name.removeprefix("aten::")
+        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
+        by_mask = any(index is not None and index.dtype == torch.bool for index in indices)
+        if name in self.NAMES or by_mask or operation is torch.ops.aten.repeat_interleave.Tensor:
+            self.found.append(name)
+        return operation(*args, **(kwargs or {}))
+
+
+@couplings
+def test_nothing_in_a_step_needs_a_value_of_the_device(coupling):
+    """What the test below sees on a GPU, as far as a CPU shows it; `report` because `raise` looks at once on a CPU."""
+    if coupling == "cross_left":
+        pytest.skip("the paper's form looks at every iteration of its fixed point")
+    settings = {"verify": "report"} if coupling != "none" else {}
+    model = coupled(dtype=torch.bfloat16, **COUPLINGS[coupling], **settings)
+    optimizer = OptimizerInBackward(parameter_groups(model, 0.0), lr=1e-5)
+    inputs = {name: value for name, value in tiny_batch().items() if name != "attention_mask"}
+    for _ in range(2):
+        with Waits() as waits:
+            model(**inputs).loss.backward()
+        assert waits.found == []
+        optimizer.step()
 
 
 @pytest.mark.gpu
