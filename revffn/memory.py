@@ -371,10 +371,13 @@ def extend(
     for phase in set.intersection(*(set(phases) for phases, _ in grid)):
         parts = {part: round(sum(weight * phases[phase][part] for phases, weight in grid)) for part in PARTS}
         total = max(0, sum(parts.values()))
-        # The peaks of one phase may be at different moments. The sum of their parts is right; what one part lacks, the
-        # working set has.
+        # The peaks of one phase may be at different moments. The sum of their parts is right: what one part lacks, the
+        # working set has; what they have too much, all of them.
         parts = {part: max(0, size) for part, size in parts.items()}
         parts["working_set"] = max(0, parts["working_set"] + total - sum(parts.values()))
+        found = sum(parts.values())
+        if found > total:
+            parts = {part: size * total // found for part, size in parts.items()}
         out[phase] = parts
     return out
 

@@ -335,10 +335,11 @@ def position(index: int, number: int) -> str:
 class Hooks:
     """Follows a step: which phase it is in, which tensors are gradients, how often each parameter's was complete.
 
-    A phase of backward begins where a sublayer runs again, `<where> mlp of first tile, inner chunk`, and where a
-    parameter's gradient is complete, `<where> after <parameter>`. `where` is `top` in the last decoder layer and
-    above, `bottom` in the first ones (`num_special`) and in the embedding, `middle` between. So a phase does the same
-    whatever the model's depth, and whatever the number of tiles and chunks, and its peak is a linear function of them.
+    A phase of backward begins where a sublayer runs again, `<where> mlp of first tile, inner chunk`, where a
+    parameter's gradient is complete, `<where> after <parameter>`, and where the embedding's begins. `where` is `top`
+    in the last decoder layer and above, `bottom` in the first ones (`num_special`) and in the embedding, `middle`
+    between. So a phase does the same whatever the model's depth, and whatever the number of tiles and chunks, and its
+    peak is a linear function of them.
     """
 
     def __init__(self, model: PreTrainedModel, counter: LiveBytes, num_special: int = 1):
@@ -351,6 +352,7 @@ class Hooks:
         self.calls: Counter[tuple[int, str, bool]] = Counter()
         self.in_backward = False
         self.handles = [p.register_post_accumulate_grad_hook(self.on_gradient) for p in self.names]
+        self.handles.append(model.get_input_embeddings().register_forward_hook(self.on_embedding))
         self.handles.append(model.get_output_embeddings().register_forward_pre_hook(self.on_head))
         for index, layer in enumerate(layers):
             self.handles.append(layer.register_forward_pre_hook(partial(self.on_layer, index)))
@@ -380,6 +382,10 @@ class Hooks:
             self.counter.begin(
                 f"{self.where(index)} {name} of {position(tile, tiles)} tile, {position(chunk, chunks)} chunk"
             )
+
+    def on_embedding(self, module: nn.Module, given: Any, embedded: Tensor) -> None:
+        if embedded.requires_grad:
+            embedded.register_hook(lambda grad: self.counter.begin("bottom embedding"))
 
     def on_head(self, *_: Any) -> None:
         self.counter.layer = self.num_layers

@@ -140,11 +140,16 @@ def test_prediction_against_simulation(case):
     assert comparison.problem is None
 
 
-@pytest.mark.parametrize("batch, tokens", [(26, 128), (1, 3584)], ids=["batch", "length"])
-def test_every_phase_is_extended_rightly(batch, tokens):
-    """What is extended is as if measured, in the phases that are not the peak too. Tiles of few tokens, so that three
-    of them are less than a chunk of the loss."""
-    config, method = load_config("olmoe-1b-7b", num_hidden_layers=4), reversible()
+@pytest.mark.parametrize(
+    "batch, tokens, tile",
+    # Tiles of few tokens, so that three of them are less than a chunk of the loss; tiles of so many that the
+    # embedding's gradient is more than the streams of three of them, and less than those of four.
+    [(26, 128, 256), (1, 3584, 256), (12, 2048, 2048)],
+    ids=["batch", "length", "large tiles"],
+)
+def test_every_phase_is_extended_rightly(batch, tokens, tile):
+    """What is extended is as if measured, in the phases that are not the peak too."""
+    config, method = load_config("olmoe-1b-7b", num_hidden_layers=4), reversible(tile_tokens=tile)
     extended, _ = Predictor("", config, method).phases(batch, tokens)
     measured = memory.measure(config, method, batch, tokens)
     assert {"embedding", "forward", "loss", "top", "optimizer"} < set(extended) <= set(measured)
