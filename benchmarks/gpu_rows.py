@@ -129,7 +129,7 @@ ROWS = [
         ("none", dict(seconds=12)),
         ("none_offload", dict(seconds=12)),
     ),
-    *_rows(QWEN3, ("innovation_m2", dict(tile=8192, seconds=30))),
+    *_rows(QWEN3, ("innovation_m2", dict(profile=True, seconds=35))),
     *_rows(
         Q16,
         ("hf_linear_ce", dict(profile=True, seconds=28)),
@@ -141,7 +141,7 @@ ROWS = [
         QWEN3,
         ("hf_same_kernels", dict(seconds=25)),
         ("none_offload", dict(tile=8192, seconds=25)),
-        ("innovation_m2", dict(tile=16384, seconds=25)),
+        ("innovation_m2", dict(tile=8192, seconds=30)),
     ),
     *_rows(
         Q16,
@@ -152,6 +152,7 @@ ROWS = [
     *_rows(
         Q64,
         ("innovation_m2", dict(tile=16384, seconds=40)),
+        ("innovation_m2", dict(tile=65536, seconds=40)),
         ("hf_same_kernels", dict(seconds=35)),
         ("none_offload", dict(tile=16384, seconds=35)),
     ),
@@ -168,9 +169,10 @@ ROWS = [
         ("none", dict()),
         ("none_offload", dict()),
     ),
-    *_rows(Q64, ("innovation_m2_host", dict(tile=8192, cap_gib=12, steps=2, seconds=70))),
+    *_rows(Q16, ("innovation_m2_host", dict(tile=8192, cap_gib=12, steps=2, seconds=60))),
+    *_rows(Q64, ("innovation_m2_host", dict(tile=16384, cap_gib=16, steps=2, seconds=70))),
     *_rows(QWEN3, ("innovation_m2_host", dict(tile=8192, cap_gib=24, steps=2, seconds=90))),
-    *_rows(Q64, ("none_offload_host", dict(tile=8192, cap_gib=12, steps=2, seconds=70))),
+    *_rows(Q64, ("none_offload_host", dict(tile=16384, cap_gib=16, steps=2, seconds=70))),
     *_rows(
         LONGEST,
         ("innovation_m2", dict(tile=8192, steps=2, seconds=85)),

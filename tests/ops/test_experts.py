@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import revffn
 from revffn import experts as interface
+from revffn.ops import experts as implementation
 from revffn.ops.experts import NAMES, Gate, GradientSum, expert_sort, experts, reference
 from revffn.routing import RecordRouting, ReplayRouting
 
@@ -222,17 +223,22 @@ def errors(num_tiles: int, dtype: torch.dtype) -> dict[str, float]:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_sixteen_tiles_are_as_good_as_one(dtype):
-    """One tile's product is rounded to the parameter's dtype by PyTorch, sixteen are each and their sum once more: for
-    bf16 up to a quarter is added to the error (observed 1.18 times); sums in bf16 would add more."""
+    """In bf16 nothing is rounded between tiles, so that the one rounding at the end is all the error. In float32 a
+    tile's own sums are rounded to float32 too (observed 0.69 to 1.17 times)."""
+    limit = 1.0001 if dtype == torch.bfloat16 else 1.25
     one, sixteen = errors(1, dtype), errors(16, dtype)
     for name in one:
-        assert sixteen[name] <= 1.25 * one[name] + 1e-15, (name, one[name], sixteen[name])
+        assert sixteen[name] <= limit * one[name] + 1e-15, (name, one[name], sixteen[name])
 
 
-def test_sums_in_bf16_would_be_noticed(monkeypatch):
-    monkeypatch.setattr(reference, "wide", lambda tensor: tensor)
+def test_rounding_between_tiles_would_be_noticed(monkeypatch):
+    def rounded(a: Tensor, b: Tensor, offs: Tensor, total: Tensor, begins: bool) -> None:
+        product = reference.grouped_mm_weight(a, b, offs).float()
+        total.copy_(product) if begins else total.add_(product)
+
+    monkeypatch.setattr(implementation, "add_product_to_sum", rounded)
     one, sixteen = errors(1, torch.bfloat16), errors(16, torch.bfloat16)
-    assert sixteen["gate_up"] > 1.25 * one["gate_up"] and sixteen["down"] > 1.25 * one["down"]
+    assert sixteen["gate_up"] > 1.1 * one["gate_up"] and sixteen["down"] > 1.1 * one["down"]
 
 
 def test_one_tile_with_sums_is_the_product_itself():

@@ -40,6 +40,9 @@ BREAKS = {
         "(ROWS, LANES)), ROWS, LANES)",
     ),
     "end of a sum": ("sum", "mask = at < N", "mask = at < N - 1"),
+    "end of an expert's rows": ("products", "inside = (k < end - start)[:, None]", "inside = (k < BK)[:, None]"),
+    "what was there": ("products", "if not BEGINS:", "if BEGINS:"),
+    "column of blocks": ("products", "n + BN, M, N", "n, M, N"),
     "rounding": ("sum", "round_to(total, grad_ptr.dtype.element_ty)", "total.to(grad_ptr.dtype.element_ty)"),
 }  # fmt: skip
 
@@ -89,7 +92,19 @@ def cases(reference, kernels, only: str | None = None) -> dict[str, bool]:
         assert finished.isnan().sum() == 1
         return added.nan_to_num(12345.0), finished.nan_to_num(12345.0)
 
+    def products(module):
+        begun, added = torch.full_like(start, 1000.0), start.clone()
+        module.add_product_to_sum(*pair, ends, begun, True)
+        module.add_product_to_sum(*pair, ends, added, False)
+        return begun, added
+
+    # Whole numbers: their sums are the same in every order; the interpreter's products know no bf16. Rows behind the
+    # last expert's belong to nobody.
+    pair = [torch.randint(-8, 9, (80, n)).half() for n in (40, 72)]
+    ends, start = torch.tensor([20, 20, 23, 60, 60], dtype=torch.int32), torch.randint(-9, 9, (5, 40, 72)).float()
+
     try:
+        compare("products", products)
         for number, dtype in enumerate((torch.float32, torch.bfloat16)):
             draw = lambda *shape, d=dtype: torch.randn(shape).to(d)  # noqa: E731
             x, rows, bias = draw(T, D), draw(T * K, D), draw(E, D)
@@ -143,6 +158,7 @@ def main() -> None:
         spec.loader.exec_module(module)
         # So that tiny shapes have several blocks.
         module.TILE, module.COLUMN_LANES, module.SUM_BLOCK = 64, 16, 128
+        module.PRODUCT_BLOCKS = {0: (16, 16, 16)}
         return module
 
     results = {}
@@ -168,7 +184,9 @@ def results():
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("operation", ["gather", "combine", "gate", "gate_backward", "row_sums", "row_dots", "sum"])
+@pytest.mark.parametrize(
+    "operation", ["gather", "combine", "gate", "gate_backward", "row_sums", "row_dots", "sum", "products"]
+)
 def test_kernel_gives_the_reference(results, operation):
     assert results[""][operation]
 

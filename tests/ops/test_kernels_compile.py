@@ -39,9 +39,11 @@ def check(report: dict) -> None:
 def test_every_kernel_compiles(tmp_path):
     report = compile_kernels(tmp_path, "--short")
     check(report)
-    # Rows of models' widths are read as vectors; the others read numbers by the row or lists of places.
+    # Rows of models' widths are read as vectors; the others read numbers by the row or lists of places, and
+    # `_products` copies rows to shared memory without loading them.
     narrow = {row["kernel"] for row in report["rows"] if row["load"] < 16 and "vector" not in row["case"]}
-    assert narrow <= {"_judge", "_rope", "_add_pairs", "_add_all", "_innovation_move", "_innovation_undo"}, narrow
+    streams = {"_innovation_move", "_innovation_undo"}
+    assert narrow <= {"_judge", "_rope", "_add_pairs", "_add_all", "_products"} | streams, narrow
 
 
 @pytest.mark.slow

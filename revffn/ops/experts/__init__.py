@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from ..dispatch import register
+from ..dispatch import kernel_of, probe_of, register
 from . import reference
 
 
@@ -54,6 +54,22 @@ class GradientSum:
         self.num_uses, self.seen = num_uses, 0
         self.total: Tensor | None = None
 
+    def add_product(self, a: Tensor, b: Tensor, offs: Tensor) -> Tensor | None:
+        """The same of a^T b of every expert's rows (bf16), which is not rounded before it is added."""
+        self.seen += 1
+        if self.num_uses == 1:
+            self.seen = 0
+            return grouped_mm_weight(a, b, offs)
+        begins = self.total is None
+        if begins:
+            shape = (offs.shape[0], a.shape[1], b.shape[1])
+            self.total = torch.empty(shape, dtype=torch.float32, device=a.device)
+        add_product_to_sum(a, b, offs, self.total, begins)
+        if self.seen < self.num_uses:
+            return None
+        total, self.total, self.seen = self.total, None, 0
+        return total.to(a.dtype)
+
     def add(self, grad: Tensor, dtype: torch.dtype) -> Tensor | None:
         """Take one use's gradient, which is overwritten; with the last, return their sum rounded once to `dtype`."""
         self.seen += 1
@@ -72,20 +88,10 @@ class GradientSum:
 # --- operations ------------------------------------------------------------------------------------------------------
 
 
-def _kernel(name: str) -> Any:
-    def load() -> Any:
-        from . import kernels
-
-        return getattr(kernels, name)
-
-    return load
-
-
 def _supports(*args: Any) -> bool:
     tensors = [x for x in args if isinstance(x, Tensor)]
     return all(
-        x.is_contiguous()
-        and (not x.is_floating_point() or x.dtype in (torch.float32, torch.bfloat16))
+        x.is_contiguous() and (not x.is_floating_point() or x.dtype in (torch.float32, torch.bfloat16))
         for x in tensors
     )
 
@@ -114,70 +120,72 @@ expert_sort = register(
     "expert_sort(Tensor index, int num_experts) -> (Tensor order, Tensor place, Tensor offs, Tensor expert)",
     reference.expert_sort,
     _fake_sort,
-    _kernel("expert_sort"),
+    kernel_of(__name__, "expert_sort"),
 )
 expert_gather = register(
     "expert_gather(Tensor x, Tensor place) -> Tensor",
     reference.expert_gather,
     lambda x, place: x.new_empty(place.numel(), x.shape[1]),
-    _kernel("expert_gather"),
+    kernel_of(__name__, "expert_gather"),
     _supports,
 )
 expert_gate = register(
-    "expert_gate(Tensor gate_up, Tensor? bias, Tensor? expert, Tensor weight, Tensor order, "
-    + _GATE
-    + ") -> Tensor",
+    "expert_gate(Tensor gate_up, Tensor? bias, Tensor? expert, Tensor weight, Tensor order, " + _GATE + ") -> Tensor",
     reference.expert_gate,
     lambda gate_up, *_: gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2),
-    _kernel("expert_gate"),
+    kernel_of(__name__, "expert_gate"),
     _supports,
 )
 expert_gate_backward = register(
     "expert_gate_backward(Tensor(a!) d_act, Tensor gate_up, Tensor(b!) d_gate_up, Tensor? bias, Tensor? expert, "
     "Tensor weight, Tensor order, " + _GATE + ") -> Tensor",
     reference.expert_gate_backward,
-    lambda d, gate_up, out, bias, expert, weight, *_: weight.new_empty(
-        weight.shape, dtype=_wide_dtype(d)
-    ),
-    _kernel("expert_gate_backward"),
+    lambda d, gate_up, out, bias, expert, weight, *_: weight.new_empty(weight.shape, dtype=_wide_dtype(d)),
+    kernel_of(__name__, "expert_gate_backward"),
     _supports,
 )
 expert_combine = register(
     "expert_combine(Tensor rows, Tensor place, Tensor? bias, Tensor? expert, Tensor? weight) -> Tensor",
     reference.expert_combine,
     lambda rows, place, *_: rows.new_empty(place.shape[0], rows.shape[1]),
-    _kernel("expert_combine"),
+    kernel_of(__name__, "expert_combine"),
     _supports,
 )
 expert_row_sums = register(
     "expert_row_sums(Tensor rows, Tensor? weight, Tensor? order, Tensor offs) -> Tensor",
     reference.expert_row_sums,
-    lambda rows, weight, order, offs: rows.new_empty(
-        offs.shape[0], rows.shape[1], dtype=_wide_dtype(rows)
-    ),
-    _kernel("expert_row_sums"),
+    lambda rows, weight, order, offs: rows.new_empty(offs.shape[0], rows.shape[1], dtype=_wide_dtype(rows)),
+    kernel_of(__name__, "expert_row_sums"),
     _supports,
 )
 expert_row_dots = register(
     "expert_row_dots(Tensor rows, Tensor bias, Tensor expert, Tensor order, Tensor(a!) total) -> ()",
     reference.expert_row_dots,
     lambda *_: None,
-    _kernel("expert_row_dots"),
+    kernel_of(__name__, "expert_row_dots"),
     _supports,
 )
 add_to_sum = register(
     "add_to_sum(Tensor(a!) total, Tensor grad) -> ()",
     reference.add_to_sum,
     lambda *_: None,
-    _kernel("add_to_sum"),
+    kernel_of(__name__, "add_to_sum"),
     _supports_sum,
 )
 finish_sum = register(
     "finish_sum(Tensor(a!) total, Tensor(b!) grad) -> ()",
     reference.finish_sum,
     lambda *_: None,
-    _kernel("finish_sum"),
+    kernel_of(__name__, "finish_sum"),
     _supports_sum,
+)
+add_product_to_sum = register(
+    "add_product_to_sum(Tensor a, Tensor b, Tensor offs, Tensor(a!) total, bool begins) -> ()",
+    reference.add_product_to_sum,
+    lambda *_: None,
+    kernel_of(__name__, "add_product_to_sum"),
+    _supports,
+    probe=probe_of(__name__, "add_product_to_sum"),
 )
 _looped_mm = register(
     "grouped_mm(Tensor x, Tensor weight, Tensor offs) -> Tensor",
@@ -239,9 +247,7 @@ class Experts(Function):
         product = grouped_mm(expert_gather(x, place), up_matrix, offs)
         act = expert_gate(product, gate_up_bias, expert, weight, order, *gate.arguments())
         rows = grouped_mm(act, down_matrix, offs)
-        ctx.save_for_backward(
-            x, weight, gate_up, down, gate_up_bias, down_bias, product, order, place, offs, expert
-        )
+        ctx.save_for_backward(x, weight, gate_up, down, gate_up_bias, down_bias, product, order, place, offs, expert)
         ctx.gate, ctx.transposed, ctx.sums = gate, transposed, sums
         return expert_combine(rows, place, down_bias, expert, None if down_bias is None else weight)
 
@@ -259,9 +265,14 @@ class Experts(Function):
             its = None if ctx.sums is None else ctx.sums.get(name)
             found[name] = gradient.to(dtype) if its is None else its.add(gradient, dtype)
 
-        def weight_gradient(inputs: Tensor, outputs: Tensor) -> Tensor:
+        def give_product(name: str, inputs: Tensor, outputs: Tensor, dtype: torch.dtype) -> None:
+            """`give` of a matrix's gradient."""
             pair = (inputs, outputs) if ctx.transposed else (outputs, inputs)
-            return grouped_mm_weight(*pair, offs)
+            its = None if ctx.sums is None else ctx.sums.get(name)
+            if its is None or not _has_product(inputs, inputs.shape[1], outputs.shape[1]):
+                give(name, grouped_mm_weight(*pair, offs), dtype)
+            else:
+                found[name] = its.add_product(*pair, offs)
 
         grad_rows = expert_gather(grad.contiguous(), place)
         act = grouped_mm(grad_rows, down.transpose(1, 2) if ctx.transposed else down, offs)
@@ -281,7 +292,7 @@ class Experts(Function):
                     down_bias.dtype,
                 )
         if needed["down_proj"]:
-            give("down_proj", weight_gradient(act, grad_rows), down.dtype)
+            give_product("down_proj", act, grad_rows, down.dtype)
         del grad_rows, act
         if gate_up_bias is not None and needed["gate_up_proj_bias"]:
             give(
@@ -291,13 +302,11 @@ class Experts(Function):
             )
         if needed["gate_up_proj"]:
             rows = expert_gather(x, place)
-            give("gate_up_proj", weight_gradient(rows, grad_product), gate_up.dtype)
+            give_product("gate_up_proj", rows, grad_product, gate_up.dtype)
             del rows
         grad_x = None
         if needed["x"]:
-            rows = grouped_mm(
-                grad_product, gate_up.transpose(1, 2) if ctx.transposed else gate_up, offs
-            )
+            rows = grouped_mm(grad_product, gate_up.transpose(1, 2) if ctx.transposed else gate_up, offs)
             del grad_product
             grad_x = expert_combine(rows, place, None, None, None)
         grad_weight = grad_weight.to(weight.dtype) if needed["weight"] else None

@@ -1,8 +1,9 @@
 """Triton kernels of the experts' operations; `reference.py` defines what they compute.
 
-No products, no atomics, no tuning: every launch is fixed by shapes and dtypes, and every output has one writer. Row
-offsets are int64: S * 2 I passes 2^31 at sizes in use. `exp` and divisions may differ from PyTorch's in the last bit;
-all other arithmetic is float32 without fused multiply-add, so it is the reference's bit for bit.
+No atomics, no tuning: every launch is fixed by shapes and dtypes, and every output has one writer. Row offsets are
+int64: S * 2 I passes 2^31 at sizes in use. `exp` and divisions may differ from PyTorch's in the last bit, and products
+add in an order of their own; all other arithmetic is float32 without fused multiply-add, so it is the reference's bit
+for bit. The products are PyTorch's but where a gradient is added up over tiles.
 """
 
 # T = tokens, K = experts per token, S = T * K rows sorted by expert, E = experts,
@@ -22,6 +23,13 @@ KINDS = {"silu": 0, "clamped": 1, "gelu": 2, "gelu_tanh": 3}
 LAUNCH = dict(num_warps=4, enable_fp_fusion=False)
 TILE = 1024
 """Elements of a program's tile: eight or more for each of its threads, so that no element has two of them."""
+
+
+def most_shared_memory(device: torch.device) -> int:
+    """Bytes that one program may have."""
+    if triton.knobs.runtime.interpret:
+        return 0
+    return triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
 
 
 # --- arrangement -----------------------------------------------------------------------------------------------------
@@ -272,9 +280,7 @@ def _row_sums(
         rows = (start + tl.arange(0, LANES)).to(tl.int64)
         inside = rows < end
         mask = (cols < C)[:, None] & inside[None, :]
-        x = tl.load(rows_ptr + rows[None, :] * C + cols[:, None], mask=mask, other=0.0).to(
-            tl.float32
-        )
+        x = tl.load(rows_ptr + rows[None, :] * C + cols[:, None], mask=mask, other=0.0).to(tl.float32)
         if WEIGHTED:
             choice = tl.load(order_ptr + rows, mask=inside, other=0)
             weight = tl.load(weight_ptr + choice, mask=inside, other=0.0).to(tl.float32)
@@ -283,16 +289,12 @@ def _row_sums(
     tl.store(out_ptr + expert * C + cols, pair_sums(total, COLS, LANES), mask=cols < C)
 
 
-def expert_row_sums(
-    rows: Tensor, weight: Tensor | None, order: Tensor | None, offs: Tensor
-) -> Tensor:
+def expert_row_sums(rows: Tensor, weight: Tensor | None, order: Tensor | None, offs: Tensor) -> Tensor:
     E, C = offs.shape[0], rows.shape[1]
     out = torch.empty(E, C, dtype=torch.float32, device=rows.device)
     cols, weighted = TILE // ROW_LANES, weight is not None
     given = (weight, order) if weighted else (rows, offs)  # not read
-    _row_sums[(E, triton.cdiv(C, cols))](
-        rows, *given, offs, out, C, weighted, cols, ROW_LANES, **LAUNCH
-    )
+    _row_sums[(E, triton.cdiv(C, cols))](rows, *given, offs, out, C, weighted, cols, ROW_LANES, **LAUNCH)
     return out
 
 
@@ -316,18 +318,67 @@ def _row_dots(
     tl.store(at, before + pair_sums(total, ROWS, LANES), mask=inside)
 
 
-def expert_row_dots(
-    rows: Tensor, bias: Tensor, expert: Tensor, order: Tensor, total: Tensor
-) -> None:
+def expert_row_dots(rows: Tensor, bias: Tensor, expert: Tensor, order: Tensor, total: Tensor) -> None:
     S, D = rows.shape
     lanes = lanes_for(D, COLUMN_LANES)
     num_rows = TILE // lanes
-    _row_dots[(triton.cdiv(S, num_rows),)](
-        rows, bias, expert, order, total, S, D, num_rows, lanes, **LAUNCH
-    )
+    _row_dots[(triton.cdiv(S, num_rows),)](rows, bias, expert, order, total, S, D, num_rows, lanes, **LAUNCH)
 
 
 # --- sums over tiles -------------------------------------------------------------------------------------------------
+
+PRODUCT_BLOCKS = {200 << 10: (128, 128, 64), 0: (128, 64, 32)}
+"""By the shared memory that there must be: rows and half the columns of one program's part of an expert's gradient,
+and tokens of one step of its sum."""
+
+
+@triton.jit
+def _add_part(total_ptr, part, m, n, M, N, BEGINS: tl.constexpr):
+    at = total_ptr + m[:, None] * N + n[None, :]
+    mask = (m < M)[:, None] & (n < N)[None, :]
+    if not BEGINS:
+        part += tl.load(at, mask=mask, other=0.0)
+    tl.store(at, part, mask=mask)
+
+
+@triton.jit
+def _products(
+    a_ptr, b_ptr, offs_ptr, total_ptr, M, N,
+    BEGINS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """One expert's BM rows and 2 BN columns a program: as two halves, so that the sum of one is in registers while
+    what it is added to is read."""
+    expert = tl.program_id(1)
+    m = tl.program_id(0) // tl.cdiv(N, 2 * BN) * BM + tl.arange(0, BM)
+    n = tl.program_id(0) % tl.cdiv(N, 2 * BN) * (2 * BN) + tl.arange(0, BN)
+    begin = tl.load(offs_ptr + expert - 1, mask=expert > 0, other=0)
+    end = tl.load(offs_ptr + expert)
+    # Distances within one expert's matrix and within BK rows are less than 2^31.
+    total_ptr += expert.to(tl.int64) * M * N
+    a_ptr += begin.to(tl.int64) * M
+    b_ptr += begin.to(tl.int64) * N
+    k = tl.arange(0, BK)
+    left = tl.zeros((BM, BN), tl.float32)
+    right = tl.zeros((BM, BN), tl.float32)
+    for start in range(begin, end, BK):
+        inside = (k < end - start)[:, None]
+        a = tl.load(a_ptr + k[:, None] * M + m[None, :], mask=inside & (m < M)[None, :], other=0.0)
+        a = tl.trans(a)
+        at = b_ptr + k[:, None] * N + n[None, :]
+        left = tl.dot(a, tl.load(at, mask=inside & (n < N)[None, :], other=0.0), left)
+        right = tl.dot(a, tl.load(at + BN, mask=inside & (n + BN < N)[None, :], other=0.0), right)
+        a_ptr += BK * M
+        b_ptr += BK * N
+    _add_part(total_ptr, left, m, n, M, N, BEGINS)
+    _add_part(total_ptr, right, m, n + BN, M, N, BEGINS)
+
+
+def add_product_to_sum(a: Tensor, b: Tensor, offs: Tensor, total: Tensor, begins: bool) -> None:
+    E, M, N = total.shape
+    BM, BN, BK = next(block for least, block in PRODUCT_BLOCKS.items() if most_shared_memory(a.device) >= least)
+    grid = (triton.cdiv(M, BM) * triton.cdiv(N, 2 * BN), E)
+    _products[grid](a, b, offs, total, M, N, begins, BM, BN, BK, num_warps=8, num_stages=3, enable_fp_fusion=False)
+
 
 SUM_BLOCK = 2048
 

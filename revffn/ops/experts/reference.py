@@ -118,9 +118,7 @@ def activation(gate: Tensor, kind: str, alpha: float) -> tuple[Tensor, Tensor]:
     raise ValueError(f"No gate of kind {kind!r}; known: silu, gelu, gelu_tanh, clamped.")
 
 
-def halves(
-    gate_up: Tensor, bias: Tensor | None, expert: Tensor | None, interleaved: bool
-) -> tuple[Tensor, Tensor]:
+def halves(gate_up: Tensor, bias: Tensor | None, expert: Tensor | None, interleaved: bool) -> tuple[Tensor, Tensor]:
     x = wide(gate_up)
     if bias is not None:
         x = x + wide(bias[expert.long()])
@@ -184,9 +182,7 @@ def expert_gate_backward(
 # --- biases ----------------------------------------------------------------------------------------------------------
 
 
-def expert_row_sums(
-    rows: Tensor, weight: Tensor | None, order: Tensor | None, offs: Tensor
-) -> Tensor:
+def expert_row_sums(rows: Tensor, weight: Tensor | None, order: Tensor | None, offs: Tensor) -> Tensor:
     """(S, C) -> (E, C), float32: the sum of each expert's rows, times their routing weights if given."""
     x = wide(rows)
     if weight is not None:
@@ -200,9 +196,7 @@ def expert_row_sums(
     return out
 
 
-def expert_row_dots(
-    rows: Tensor, bias: Tensor, expert: Tensor, order: Tensor, total: Tensor
-) -> None:
+def expert_row_dots(rows: Tensor, bias: Tensor, expert: Tensor, order: Tensor, total: Tensor) -> None:
     """total[t, k] += rows[s] . bias[expert of s], with s the row of choice (t, k); rows (S, D), total (T, K)."""
     dots = lane_sums(wide(rows) * wide(bias[expert.long()]), lanes_for(rows.shape[1], COLUMN_LANES))
     total.view(-1)[order.long()] += dots
@@ -232,6 +226,23 @@ def grouped_mm_weight(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
             torch.mm(a[start:end].T, b[start:end], out=out[e])
         start = end
     return out
+
+
+def add_product_to_sum(a: Tensor, b: Tensor, offs: Tensor, total: Tensor, begins: bool) -> None:
+    """total += a^T b of each expert's rows, products and sum in float32; `begins`: `total` holds nothing yet.
+
+    (S, M), (S, N) bf16; total (E, M, N) float32.
+    """
+    start = 0
+    for e, end in enumerate(offs.tolist()):
+        if begins:
+            total[e].zero_()
+        if end > start:
+            if a.is_cuda:
+                total[e] += torch.mm(a[start:end].T, b[start:end], out_dtype=torch.float32)
+            else:
+                total[e].addmm_(a[start:end].float().T, b[start:end].float())
+        start = end
 
 
 # --- sums over tiles -------------------------------------------------------------------------------------------------
