@@ -377,7 +377,7 @@ def add_product_to_sum(a: Tensor, b: Tensor, offs: Tensor, total: Tensor, begins
     E, M, N = total.shape
     BM, BN, BK = next(block for least, block in PRODUCT_BLOCKS.items() if most_shared_memory(a.device) >= least)
     grid = (triton.cdiv(M, BM) * triton.cdiv(N, 2 * BN), E)
-    _products[grid](a, b, offs, total, M, N, begins, BM, BN, BK, num_warps=8, num_stages=3, enable_fp_fusion=False)
+    _products[grid](a, b, offs, total, M, N, begins, BM, BN, BK, num_warps=8, num_stages=4, enable_fp_fusion=False)
 
 
 SUM_BLOCK = 2048
