@@ -21,16 +21,14 @@ class Arm:
 
 ARMS = {
     "hf": Arm(
-        method="hf_checkpointing",
-        words="transformers + checkpointing, full logits; eager optimizer",
+        method="hf_torch_adafactor",
+        words="transformers + checkpointing, full logits; torch.optim.Adafactor in backward",
         experts="grouped_mm",
-        kernels="torch",
     ),
     "hf_linear_ce": Arm(
-        method="hf_checkpointing_linear_ce",
-        words="transformers + checkpointing + linear CE; eager optimizer",
+        method="hf_torch_adafactor_linear_ce",
+        words="transformers + checkpointing + linear CE; torch.optim.Adafactor in backward",
         experts="grouped_mm",
-        kernels="torch",
     ),
     "hf_fused_optimizer": Arm(
         method="hf_checkpointing_linear_ce",

@@ -318,30 +318,16 @@ def lomo(model: nn.Module, settings: OptimizerSettings) -> Training:
     )
 
 
-def galore(model: nn.Module, settings: OptimizerSettings, experts: bool) -> Training:
-    """GaLore with one optimizer per parameter in backward, its rank and scale as in the paper.
-
-    Args:
-        experts: Project the fused experts too; False projects linear maps only, as transformers' `galore_adamw` does,
-            and gives the experts plain AdamW.
-    """
-    make = package("galore_torch", "GaLoreAdamW")
-    hidden_size = model.config.get_text_config().hidden_size
-    low_rank = {"rank": hidden_size // 4, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
-    linear = {id(m.weight) for n, m in model.named_modules() if isinstance(m, nn.Linear) and "lm_head" not in n}
-    optimizers: dict[Tensor, Any] = {}
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            projected = id(parameter) in linear or (experts and parameter.dim() == 3)
-            group = {"params": [parameter], **(low_rank if projected else {})}
-            optimizers[parameter] = make([group], lr=settings.lr, no_deprecation_warning=True)
+def one_for_each(model: nn.Module, make: Callable[[Tensor], torch.optim.Optimizer], lr: float, words: str) -> Training:
+    """An optimizer for every parameter, which steps when backward has its gradient, as PyTorch's tutorial on fusing
+    the step into backward does."""
+    optimizers = {parameter: make(parameter) for parameter in model.parameters() if parameter.requires_grad}
 
     def update(parameter: Tensor) -> None:
         optimizers[parameter].step()
         optimizers[parameter].zero_grad()
 
-    for parameter in optimizers:
-        parameter.register_post_accumulate_grad_hook(update)
+    handles = [parameter.register_post_accumulate_grad_hook(update) for parameter in optimizers]
 
     def step(batch: Batch) -> Tensor:
         loss = model(**batch, use_cache=False).loss
@@ -359,13 +345,40 @@ def galore(model: nn.Module, settings: OptimizerSettings, experts: bool) -> Trai
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
-    return Training(
-        model=model,
-        step=step,
-        state_tensors=state_tensors,
-        set_lr=set_lr,
-        optimizer="galore_adamw, in backward",
+    def stop() -> None:
+        for handle in handles:
+            handle.remove()
+        optimizers.clear()
+
+    set_lr(lr)
+    words = f"{words}, in backward"
+    return Training(model=model, step=step, state_tensors=state_tensors, set_lr=set_lr, optimizer=words, stop=stop)
+
+
+def torch_adafactor(model: nn.Module, settings: OptimizerSettings) -> Training:
+    """PyTorch's own; it rounds bf16 weights to nearest."""
+    return one_for_each(
+        model, lambda parameter: torch.optim.Adafactor([parameter]), settings.lr, "torch.optim.Adafactor"
     )
+
+
+def galore(model: nn.Module, settings: OptimizerSettings, experts: bool) -> Training:
+    """GaLore with one optimizer per parameter in backward, its rank and scale as in the paper.
+
+    Args:
+        experts: Project the fused experts too; False projects linear maps only, as transformers' `galore_adamw` does,
+            and gives the experts plain AdamW.
+    """
+    adamw = package("galore_torch", "GaLoreAdamW")
+    hidden_size = model.config.get_text_config().hidden_size
+    low_rank = {"rank": hidden_size // 4, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
+    linear = {id(m.weight) for n, m in model.named_modules() if isinstance(m, nn.Linear) and "lm_head" not in n}
+
+    def make(parameter: Tensor) -> torch.optim.Optimizer:
+        projected = id(parameter) in linear or (experts and parameter.dim() == 3)
+        return adamw([{"params": [parameter], **(low_rank if projected else {})}], no_deprecation_warning=True)
+
+    return one_for_each(model, make, settings.lr, "galore_adamw")
 
 
 def trl_defaults(model: nn.Module, settings: OptimizerSettings) -> Training:
@@ -501,6 +514,16 @@ METHODS: dict[str, BenchmarkMethod] = {
     ),
     "hf_checkpointing_offload": _transformers(" + activation checkpointing, checkpoints on the host", offload=True),
     "hf_checkpointing_linear_ce": _transformers(" + activation checkpointing + linear cross-entropy", linear_ce=True),
+    "hf_torch_adafactor": BenchmarkMethod(
+        description="transformers + activation checkpointing, torch.optim.Adafactor",
+        change=checkpointing,
+        start=torch_adafactor,
+    ),
+    "hf_torch_adafactor_linear_ce": BenchmarkMethod(
+        description="transformers + activation checkpointing + linear cross-entropy, torch.optim.Adafactor",
+        change=strongest,
+        start=torch_adafactor,
+    ),
     "trl_defaults": BenchmarkMethod(
         description="TRL SFTTrainer, its defaults", start=trl_defaults, counted_as="hf_checkpointing"
     ),

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
 
 from ..dispatch import kernel_of, probe_of, register
 from . import reference
@@ -199,6 +200,16 @@ _looped_mm_weight = register(
     lambda a, b, offs: a.new_empty(offs.shape[0], a.shape[1], b.shape[1]),
     lambda: reference.grouped_mm_weight,
 )
+
+
+@register_flop_formula(torch.ops.revffn.grouped_mm)
+def _flops(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(x) * weight[2]
+
+
+@register_flop_formula([torch.ops.revffn.grouped_mm_weight, torch.ops.revffn.add_product_to_sum])
+def _weight_flops(a: torch.Size, b: torch.Size, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(a) * b[1]
 
 
 def _has_product(a: Tensor, *sizes: int) -> bool:
