@@ -170,6 +170,31 @@ def gpu_pieces(result: dict) -> str:
     return "\n".join(lines)
 
 
+def gpu_products(result: dict) -> str:
+    """A tile's weight gradient on an H100: by a grouped product and an addition, and added inside the product."""
+    lines = [
+        "| gradient | rows | product, ms | addition, ms | both in one, ms | TFLOP/s |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in result["rows"]:
+        E, M, N = row["gradient"]
+        times = {tuple(c["rows_halfcolumns_tokens_warps_stages"]): c["ms"] for c in row["configurations"]}
+        ours = times[128, 128, 64, 8, 4]
+        lines.append(
+            f"| ({E}, {M}, {N}) | {row['rows']:,} | {row['grouped_mm_ms']:.2f} | {row['add_to_sum_ms']:.2f} | "
+            f"**{ours:.2f}** | {2e-9 * row['rows'] * M * N / ours:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def gpu_streams(result: dict) -> str:
+    """The streams' kernels on an H100, beside what moving their bytes takes."""
+    lines = ["| operation on a stream | ms | bytes at 3.0 TB/s, ms |", "|---|---:|---:|"]
+    for name, (took, floor) in result["streams"]["ms"].items():
+        lines.append(f"| {name.replace('_', ' ')} | {took:.2f} | {'–' if floor is None else f'{floor:.2f}'} |")
+    return "\n".join(lines)
+
+
 def dispatches(result: dict) -> str:
     """Operations that the host issues, before there were fused ones and now."""
     before = json.loads((RESULTS / "dispatches_before.json").read_text())
@@ -215,6 +240,8 @@ TABLES = {
         (cross_branch_start, "cross_branch_start"),
         (gpu_prototypes, "gpu_prototypes"),
         (gpu_pieces, "gpu_prototypes"),
+        (gpu_products, "gpu_products"),
+        (gpu_streams, "gpu_kernels"),
         (dispatches, "dispatches"),
     )
 }

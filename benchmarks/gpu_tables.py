@@ -49,7 +49,7 @@ def gib(num_bytes: int | None) -> str:
 
 def gpu() -> str:
     """Step time and memory, fastest first; rows without a number at the end, with the reason."""
-    heads = ("method", "tokens/s", "step, ms", "issued in, ms", "peak allocated, GiB")
+    heads = ("method", "tokens/s", "step, ms", "peak allocated, GiB")
     heads += ("reserved, GiB", "states that differ")
     tables = []
     for where, group in by_place(records()):
@@ -62,7 +62,6 @@ def gpu() -> str:
                 described(r),
                 f"{r['tokens_per_second']:,.0f}",
                 f"{r['step_time_ms']['median']:,.0f}",
-                f"{r['issue_time_ms']['median']:,.0f}",
                 gib(r["peak_allocated_bytes"]),
                 gib(r["peak_reserved_bytes"]),
                 f"{states['mismatched_states_total']} of {verified}" if verified else "",
@@ -71,9 +70,7 @@ def gpu() -> str:
         for r in group:
             if r["status"] != "ok":
                 reason = f"{r['status'].replace('_', ' ')}: {r['reason']}".replace("|", "\\|")
-                lines.append(
-                    f"| {described(r)} | {' '.join(reason.split())} |" + " |" * (len(heads) - 2)
-                )
+                lines.append(f"| {described(r)} | {' '.join(reason.split())} |" + " |" * (len(heads) - 2))
         tables.append("\n".join(lines))
     return "\n\n".join(tables) or NO_RESULTS
 

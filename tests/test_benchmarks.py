@@ -535,7 +535,7 @@ def test_tables_of_the_suite(monkeypatch, tmp_path):
     gpu_suite.write_json(tmp_path / "gpu_tiny.json", {**record, "tiny": True})
     title, _, *table = gpu_tables.gpu().splitlines()
     assert title == "**qwen1.5_16x2048, H100** (abcdefg)"
-    assert "tiles of 16,384 | 36,384 | 1,400 | 300 | 1.0 | – | 0 of 26 |" in table[2]
+    assert "tiles of 16,384 | 36,384 | 1,400 | 1.0 | – | 0 of 26 |" in table[2]
     assert "whole batch" in table[3] and "skipped: needs \\| it and more" in table[4] and len(table) == 5
     assert len({line.replace("\\|", "").count("|") for line in table}) == 1
     kernels = gpu_tables.gpu_kernels().splitlines()
