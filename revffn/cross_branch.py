@@ -8,8 +8,7 @@ stream, the paper's form, x1 is the solution of a fixed point (fixed_point.py).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,15 +17,23 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from .fixed_point import (
+    ALONE,
+    DEPTH_ALONE,
     Canaries,
     Recorder,
     arguments_of,
     choose_canaries,
+    covering,
     largest_error,
     limits,
+    low_bits,
     own_attention,
     recorded,
+    settle,
     solve,
+    usual_width,
+    width_for,
+    with_low_bits,
 )
 from .nodes import Read
 from .ops.streams import checksum, dequantize, quantize
@@ -43,23 +50,16 @@ class AdditiveStep(Function):
         update: F's result, (b, T, H).
         which: 0 for the left stream (attention), 1 for the right one (feed-forward).
         reads: Indices of the streams that F reads. If `which` is among them the inverse is a fixed point.
-        outlook: Of the fixed point.
+        inverse: Of the fixed point.
     """
 
     @staticmethod
-    def forward(ctx, target: Tensor, update: Tensor, walk, tile, k, which, reads, evaluation, outlook=None):
+    def forward(ctx, target: Tensor, update: Tensor, walk, tile, k, which, reads, evaluation, inverse=None):
         ctx.walk, ctx.tile, ctx.k, ctx.which, ctx.reads, ctx.evaluation = walk, tile, k, which, reads, evaluation
         ctx.dtype = update.dtype
         x = tile.streams[which]
-        ctx.anchored, ctx.measured = False, {}
-        kept: tuple[Tensor, ...] = ()
-        if outlook is not None:
-            ctx.anchored, ctx.measured = outlook.anchored, outlook.measured
-            if ctx.anchored:
-                kept = tuple(tile.streams)
-            elif outlook.canaries is not None:
-                rows = outlook.canaries.rows(x.shape[1])
-                kept = (rows, *(stream.reshape(-1, stream.shape[-1])[rows] for stream in tile.streams))
+        ctx.inverse = inverse
+        kept = () if inverse is None else inverse.keep(x)
         ctx.num_kept = len(kept)
         y = walk.add(update, x, walk.grids[0])
         tile.streams = [y if i == which else s for i, s in enumerate(tile.streams)]
@@ -77,18 +77,17 @@ class AdditiveStep(Function):
         kept, side = tensors[: ctx.num_kept], tensors[ctx.num_kept :]
         tile.make_current(("attention", "feed_forward")[which], evaluation)
         y = tile.streams[which]
-        walk.note_layer(k, **ctx.measured)
         name = f"{('left', 'right')[which]} input of layer {k}"
         # Checksums 0 and 1 are the two streams of the embedding; the input of a step was noted two before its output.
         number = 2 * k + which
-        if ctx.anchored:
+        if ctx.inverse is not None and ctx.inverse.anchored:
             tile.streams = list(kept)
             (update,) = evaluation.again(side, *[tile.streams[i] for i in reads])
             differs = (kept[which] + quantize(update, walk.grids[0]) != y).any()
             if walk.config.verify != "off" and is_concrete(y):
                 walk.note_verdict(f"left output of layer {k}", differs, differs & exactness(tile, differs))
             tile.exact = torch.ones_like(differs)
-            walk.note_layer(k, anchored=1, iterations=1)
+            walk.note_layer(k, anchored=1, iterations=1, **ctx.inverse.measured)
         elif which not in reads:
             (update,) = evaluation.again(side, *[tile.streams[i] for i in reads])
             tile.streams[which] = quantize(update, walk.grids[0]).neg_().add_(y)
@@ -98,9 +97,9 @@ class AdditiveStep(Function):
                 walk.note_verdict(name, differs, differs & exactness(tile, differs))
                 tile.exact = exactness(tile, differs) & ~differs
         else:
-            tile.streams[which] = solve_fixed_point(walk, tile, k, y, evaluation, side)
-            if kept:
-                note_canary_error(walk, k, tile.streams, kept[1:], kept[0])
+            tile.streams[which] = ctx.inverse.solve(y, evaluation, side, kept[0])
+            if kept[1:]:
+                note_canary_error(walk, k, tile.streams, kept[2:], kept[1])
             if walk.config.verify != "off" and is_concrete(y):
                 differs = checksum(tile.streams[which]) != tile.checksums[number]
                 walk.note_verdict(name, differs, torch.zeros_like(differs))
@@ -131,74 +130,113 @@ def note_canary_error(walk: Walk, k: int, rebuilt: list[Tensor], true: tuple[Ten
         )
 
 
-def solve_fixed_point(
-    walk: Walk, tile: Tile, k: int, y: Tensor, evaluation: Evaluation, side: Sequence[Tensor]
-) -> Tensor:
-    """The left stream before the attention of layer k. The evaluation that showed that it is a solution is the one
-    whose tensors backward uses."""
-    config, other = walk.config, tile.streams[1]
-    limit = limits(y, config.tolerance, walk.dtype, config.fraction_bits)
-    found = solve(
-        lambda x: evaluation.again(side, x, other)[0], y, walk.grids[0], limit, config.num_iterations, is_concrete(y)
-    )
-    walk.note_layer(k, iterations=found.iterations, unconverged=found.unconverged)
-    return found.x
-
-
-@dataclass
-class Outlook:
-    """What forward knows of the inverse of a layer's attention."""
-
-    anchored: bool
-    """Its input is kept."""
-    canaries: Canaries | None = None
-    """The tokens that backward checks."""
-    measured: dict[str, float] = field(default_factory=dict)
-    """For `Walk.note_layer`."""
-
-
-@torch.no_grad()
-def look_ahead(
-    layer: nn.Module, walk: Walk, tile: Tile, kwargs: dict[str, Any], update: Tensor, recorder: Recorder | None
-) -> Outlook:
-    """Solve for the canaries' left stream as backward will, and keep the layer's input if that fails.
+class LeftInverse:
+    """How one tile's left stream comes back from a layer's attention.
 
     Args:
-        kwargs: What the attention was called with.
-        update: What it gave, (b, T, H).
-        recorder: Its keys and values; without one all tokens are solved for, with whole attentions.
+        kwargs_handle: Of what the attention is called with; see `Walk.stash`.
+        recorder: Where the attention of forward is recorded; None if it cannot be.
     """
-    config, k, grid, report = walk.config, layer.layer_index, walk.grids[0], walk.report
-    if k in (config.anchor_layers or ()) or report.keeps(k):
-        return Outlook(True)
-    left, right = tile.streams
-    canaries = choose_canaries(left, config.num_canaries)
-    # Random numbers of the attention are drawn anew for other queries.
-    if canaries is None or not is_concrete(left) or uses_rng(layer):
-        return Outlook(False, canaries)
-    if recorder is None:
-        x, update = left, update.detach()
-        other = dequantize(right, grid, walk.dtype)
 
-        def attend(x: Tensor) -> Tensor:
-            return cross_attention(layer, dequantize(x, grid, walk.dtype), other, kwargs)
-    else:
-        x, update = canaries.of(left), canaries.of(update.detach())
+    def __init__(self, layer: nn.Module, walk: Walk, tile: Tile, kwargs_handle: Any):
+        self.layer, self.walk, self.tile, self.kwargs_handle = layer, walk, tile, kwargs_handle
+        self.k, self.grid = layer.layer_index, walk.grids[0]
+        self.anchored = self.k in (walk.config.anchor_layers or ()) or walk.report.keeps(self.k)
+        """The layer's input is kept."""
+        self.width = usual_width(walk.dtype)
+        """Low bits of the left stream that are kept where the input is not."""
+        self.canaries: Canaries | None = None
+        self.measured: dict[str, float] = {}
+        """In forward, for `Walk.note_layer`."""
+
+    def recorder(self) -> Recorder | None:
+        """None where few queries cannot be asked: random numbers would be drawn anew for them."""
+        function = None if uses_rng(self.layer) else own_attention(self.layer.self_attn)
+        return None if function is None else Recorder(function)
+
+    def limit(self, y: Tensor) -> Tensor | float:
+        return limits(y, self.walk.config.tolerance, self.walk.dtype, self.walk.config.fraction_bits)
+
+    def few_queries(self, recorder: Recorder, canaries: Canaries) -> Callable[[Tensor], Tensor]:
+        """The attention of some tokens, of their left stream (S, P, H), with the keys and values recorded."""
         recorder.canaries = canaries
-        given = arguments_of(kwargs, canaries)
+        given = arguments_of(self.walk.fetch(self.kwargs_handle, self.tile), canaries)
 
         def attend(x: Tensor) -> Tensor:
-            with recorded(layer.self_attn, recorder):
-                return attention_of_queries(layer, dequantize(x, grid, walk.dtype), given)
+            with torch.no_grad(), recorded(self.layer.self_attn, recorder):
+                return attention_of_queries(self.layer, dequantize(x, self.grid, self.walk.dtype), given)
 
-    y = quantize(update, grid).add_(x)
-    limit = limits(y, config.tolerance, walk.dtype, config.fraction_bits)
-    found = solve(attend, y, grid, limit, config.num_iterations)
-    error, unconverged = float(largest_error(found.x, x)), float(found.unconverged)
-    measured = {"contraction": float(found.contraction), "error_in_forward": error}
-    anchored = not (error <= config.max_drift / 2 and unconverged <= config.max_unconverged)
-    report.note_anchor(k, anchored)
-    return Outlook(anchored, canaries, measured)
+        return attend
+
+    @torch.no_grad()
+    def look_ahead(self, update: Tensor, recorder: Recorder | None) -> None:
+        """Forward: solve for the canaries as backward will.
+
+        Args:
+            update: What the attention gave, (b, T, H).
+            recorder: Its keys and values. Without them nothing is asked, and backward alone sees what it meets.
+        """
+        left = self.tile.streams[0]
+        self.canaries = choose_canaries(left, self.walk.config.num_canaries)
+        if self.anchored or self.canaries is None or recorder is None or not is_concrete(left):
+            return
+        x = self.canaries.of(left)
+        y = quantize(self.canaries.of(update.detach()), self.grid).add_(x)
+        attend = self.few_queries(recorder, self.canaries)
+        found = solve(attend, y, self.grid, self.limit(y), self.walk.config.num_iterations)
+        width = width_for(int((found.x - x).abs().amax()))
+        self.anchored, self.width = width is None, width or self.width
+        self.walk.report.note_anchor(self.k, self.anchored)
+        self.measured["contraction"] = float(found.contraction)
+        self.measured["error_in_forward"] = float(largest_error(found.x, x))
+
+    def keep(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Forward: what backward will need, of the left stream x (b, T, H)."""
+        streams = self.tile.streams
+        if self.anchored:
+            return tuple(streams)
+        if self.canaries is None:
+            return (low_bits(x, self.width),)
+        rows, self.canaries = self.canaries.rows(x.shape[1]), None
+        return (low_bits(x, self.width), rows, *(stream.reshape(-1, stream.shape[-1])[rows] for stream in streams))
+
+    def solve(self, y: Tensor, evaluation: Evaluation, side: Sequence[Tensor], kept: Tensor) -> Tensor:
+        """Backward: the left stream, of which `kept` are the low bits; the last evaluation is on it."""
+        other, most = self.tile.streams[1], self.walk.config.num_iterations
+
+        def attend(x: Tensor) -> Tensor:
+            return evaluation.again(side, x, other)[0]
+
+        # Twice what the canaries had: other tokens may be slower.
+        found = solve(attend, y, self.grid, self.limit(y), 2 * most, is_concrete(y))
+        x = with_low_bits(found.x, kept, self.width)
+
+        def wrong() -> Tensor:
+            return (quantize(attend(x), self.grid).add_(x) != y).any(-1)
+
+        left_over = wrong()
+        if is_concrete(y) and 0 < int(left_over.sum()) <= left_over.numel() // 8:
+            recorder = self.recorder()
+            if recorder is not None:
+                with recorded(self.layer.self_attn, recorder):
+                    attend(x)
+                those = covering(left_over)
+                few = self.few_queries(recorder, those)
+                target = those.of(y)
+                again = solve(few, target, self.grid, 1.0, ALONE, depth=DEPTH_ALONE).x
+                again = settle(few, again, target, self.grid, ALONE)
+                at_all = torch.zeros_like(x)
+                those.put(at_all, again)
+                x = torch.where(left_over[..., None], with_low_bits(at_all, kept, self.width), x)
+                left_over = wrong()
+        self.walk.note_layer(
+            self.k,
+            iterations=found.iterations,
+            unconverged=left_over.double().mean(),
+            kept_bits=self.width,
+            **self.measured,
+        )
+        return x
 
 
 def cross_branch_step(
@@ -226,16 +264,14 @@ def cross_branch_step(
 
     k, rng = layer.layer_index, uses_rng(layer)
     reads = (0, 1) if walk.config.query_stream == "left" else (1,)
-    implicit = len(reads) == 2
-    attend = Evaluation(attend_left if implicit else attend_right, left.device, rng)
-    function = own_attention(layer.self_attn) if implicit else None
-    recorder = None if function is None else Recorder(function)
+    inverse = LeftInverse(layer, walk, tile, kwargs_handle) if len(reads) == 2 else None
+    attend = Evaluation(attend_right if inverse is None else attend_left, left.device, rng)
+    recorder = None if inverse is None or inverse.anchored else inverse.recorder()
     with recorded(layer.self_attn, recorder):
         (update,) = attend.first(tuple((left, right)[i] for i in reads), tuple(tile.streams[i] for i in reads))
-    outlook = None
-    if implicit:
-        outlook = look_ahead(layer, walk, tile, walk.fetch(kwargs_handle, tile), update, recorder)
-    left = AdditiveStep.apply(left, update, walk, tile, k, 0, reads, attend, outlook)
+    if inverse is not None:
+        inverse.look_ahead(update, recorder)
+    left = AdditiveStep.apply(left, update, walk, tile, k, 0, reads, attend, inverse)
     feed_evaluation = Evaluation(feed, left.device, rng)
     (update,) = feed_evaluation.first((left,), (tile.streams[0],))
     right = AdditiveStep.apply(right, update, walk, tile, k, 1, (0,), feed_evaluation)

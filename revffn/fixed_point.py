@@ -1,10 +1,15 @@
 """cross_branch with queries from the left (arXiv 2512.20920): x + F(x, other) = y is solved for x in backward, and
 forward asks beforehand whether it can be.
 
-Keys and values come from the other stream, which backward knows, so every token is a problem of its own. Some of them,
-the *canaries*, are solved in forward already, where the true x is at hand: a few queries against the keys and values
-that the layer has just made. A layer whose canaries do not come back keeps its input in this very step, before there
-is any gradient. Backward checks the same tokens again, for there drift of the layers above comes in.
+Keys and values come from the other stream, which backward knows, so every token is a problem of its own. An iteration
+ends near x, not at it, and what is left would grow from layer to layer on the way down; so forward keeps the low bits
+of x, and what the iteration finds is moved to the nearest number that ends with them. That is x itself, bit for bit,
+where the iteration came near enough.
+
+Whether it does is asked in forward, where x is at hand: some tokens, the *canaries*, are solved there already, a few
+queries against the keys and values that the layer has just made. They say how many bits are kept, and a layer whose
+canaries do not come back keeps its whole input, in this very step, before there is any gradient. Backward checks the
+same tokens again.
 """
 
 # B = sequences of a tile, T = tokens, H = width of a stream, S = sequences with canaries, P = canaries in each
@@ -21,12 +26,18 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .ops.streams import Grid, quantize
+from .ops.streams import Grid, pack_bits, quantize, unpack_bits
 
 LOOK_AGAIN = 16
 """Walks after which a layer that had to keep its input is asked again."""
-DEPTH = 2
-"""Differences that an accelerated iteration takes into account."""
+DEPTH, DEPTH_ALONE = 5, 16
+"""Differences that an accelerated iteration takes into account: of all tokens, and of a few that it left over."""
+ALONE = 200
+"""Evaluations for those few, at most."""
+WIDTHS = (4, 8, 16)
+"""Numbers of low bits that may be kept of each element."""
+MARGIN = 4
+"""How many times worse than the canaries other tokens may come back."""
 
 
 # --- the iteration ---------------------------------------------------------------------------------------------------
@@ -59,14 +70,16 @@ def solve(
     limit: Tensor | float,
     most: int,
     look: bool = True,
+    depth: int = DEPTH,
 ) -> Solution:
     """Solve x + F(x) = y on the grid, token by token, started at x = y.
 
     Anderson's acceleration (type II; Walker and Ni, Anderson Acceleration for Fixed-Point Iterations, SIAM J. Numer.
-    Anal. 2011) with `DEPTH` differences for each token; a token that has converged takes plain steps only. An
+    Anal. 2011) with `depth` differences for each token; a token that has converged takes plain steps only. An
     iteration that repeats its argument has found an exact solution.
 
     Args:
+        depth: Differences to accelerate with.
         function: F; int32 (..., H) -> floating point.
         y: (..., H), int32.
         limit: See `limits`.
@@ -86,14 +99,19 @@ def solve(
             contraction = (step.norm(dim=-1) / first.clamp_min(1.0)).pow(1 / (iteration - 1)).amax()
         if iteration == most or (look and bool(converged.all())):
             break
-        x, past = (
-            torch.where(converged[..., None], following, accelerated(following, step, past)),
-            [
-                *past[1 - DEPTH :],
-                (following, step),
-            ],
-        )
+        x = torch.where(converged[..., None], following, accelerated(following, step, past))
+        past = [*past, (following, step)][-depth:]
     return Solution(following, iteration, (~converged).double().mean(), contraction)
+
+
+def settle(function: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, grid: Grid, most: int) -> Tensor:
+    """Plain iterations from x near a solution, until one repeats its argument: where a step hardly shrinks, one of a
+    unit may still be many units from the end."""
+    for _ in range(most):
+        before, x = x, quantize(function(x), grid).neg_().add_(y)
+        if torch.equal(x, before):
+            break
+    return x
 
 
 def accelerated(following: Tensor, step: Tensor, past: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -110,6 +128,33 @@ def accelerated(following: Tensor, step: Tensor, past: list[tuple[Tensor, Tensor
     return following - change.clamp(-(2.0**30), 2.0**30).round().to(torch.int32)
 
 
+# --- low bits --------------------------------------------------------------------------------------------------------
+
+
+def usual_width(dtype: torch.dtype) -> int:
+    """Where nothing was asked."""
+    return WIDTHS[0] if dtype.itemsize > 2 else WIDTHS[1]
+
+
+def width_for(error: int) -> int | None:
+    """Low bits that make good an error of so many grid units, with a margin; None if there are not enough."""
+    return next((width for width in WIDTHS if MARGIN * error <= 1 << (width - 1)), None)
+
+
+def low_bits(x: Tensor, width: int) -> Tensor:
+    """The low bits of int32, packed: width / 8 bytes an element."""
+    if width == 4:
+        return pack_bits((x & 15).to(torch.uint8), 4)
+    return x.to(torch.uint8 if width == 8 else torch.int16)
+
+
+def with_low_bits(x: Tensor, kept: Tensor, width: int) -> Tensor:
+    """The number nearest to x that ends with the bits of `low_bits`."""
+    bits = unpack_bits(kept, 4, x.shape) if width == 4 else kept
+    half = 1 << (width - 1)
+    return (bits.to(torch.int32) - x + half).bitwise_and_(2 * half - 1).sub_(half).add_(x)
+
+
 # --- canaries --------------------------------------------------------------------------------------------------------
 
 
@@ -123,12 +168,21 @@ class Canaries:
     """(P,) of T."""
 
     def of(self, stream: Tensor) -> Tensor:
-        """(B, T, H) -> (S, P, H)."""
+        """(B, T, ...) -> (S, P, ...)."""
         return stream[self.sequences[:, None], self.positions]
+
+    def put(self, stream: Tensor, values: Tensor) -> None:
+        """The inverse of `of`."""
+        stream[self.sequences[:, None], self.positions] = values
 
     def rows(self, num_tokens: int) -> Tensor:
         """(S P,) of B T."""
         return (self.sequences[:, None] * num_tokens + self.positions).flatten()
+
+
+def covering(tokens: Tensor) -> Canaries:
+    """All that `tokens` (B, T) bool says, and where sequences differ, more."""
+    return Canaries(tokens.any(1).nonzero().flatten(), tokens.any(0).nonzero().flatten())
 
 
 def choose_canaries(stream: Tensor, count: int) -> Canaries | None:
@@ -242,9 +296,3 @@ def recorded(attn: nn.Module, recorder: Recorder | None) -> Iterator[None]:
         yield
     finally:
         attn.config._attn_implementation, _recorder = name, None
-
-
-__all__ = [
-    "LOOK_AGAIN", "Canaries", "Recorder", "Solution", "arguments_of", "choose_canaries", "largest_error", "limits",
-    "own_attention", "recorded", "solve",
-]  # fmt: skip

@@ -20,7 +20,7 @@ from helpers import (
 )
 
 import revffn
-from revffn import cross_branch
+from revffn import cross_branch, fixed_point
 from revffn.fixed_point import LOOK_AGAIN
 
 # --- detection -------------------------------------------------------------------------------------------------------
@@ -306,12 +306,13 @@ def expanding(model, layer: int = 2, factor: float = 100.0):
 
 @pytest.fixture
 def nothing_asked(monkeypatch):
-    """Forward does not look whether layers can be inverted."""
+    """Forward does not look whether layers can be inverted, and keeps no low bits."""
 
-    def believe(layer, walk, tile, kwargs, update, recorder):
-        return cross_branch.Outlook(False, cross_branch.choose_canaries(update, walk.config.num_canaries))
+    def believe(inverse, update, recorder):
+        inverse.canaries = fixed_point.choose_canaries(update, inverse.walk.config.num_canaries)
 
-    monkeypatch.setattr(cross_branch, "look_ahead", believe)
+    monkeypatch.setattr(cross_branch.LeftInverse, "look_ahead", believe)
+    monkeypatch.setattr(cross_branch, "with_low_bits", lambda x, kept, width: x)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -357,38 +358,61 @@ def test_a_kept_layer_is_asked_again():
     assert report.as_dict()["anchor_layers"] == [2]
 
 
-def test_canaries_in_forward_are_the_tokens_of_backward():
-    """A few queries against recorded keys give what the whole attention gives, to rounding."""
-    from revffn import fixed_point
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "gpt_oss", "deepseek_v2"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_few_queries_are_attended_as_in_the_whole(model_type, padded, monkeypatch):
+    """Against recorded keys and values, to rounding; with grouped heads, sinks and windows, and latent attention."""
+    model = coupled(model_type, coupling="cross_branch", num_canaries=6)
+    original, seen = cross_branch.LeftInverse.look_ahead, []
 
-    model, inputs = coupled(coupling="cross_branch", num_canaries=6), tiny_batch(3, 11, padded=True)
-    found = []
-    original = cross_branch.solve
-
-    def solve(function, y, grid, limit, most, look=True):
-        if y.shape[1] == 2:  # in forward: two tokens of each of three sequences
-            found.append(function(y))
-        return original(function, y, grid, limit, most, look)
-
-    whole = []
-
-    def ask(layer, walk, tile, kwargs, update, recorder):
+    def look_ahead(inverse, update, recorder):
         canaries = fixed_point.choose_canaries(update, 6)
-        outlook = original_look(layer, walk, tile, kwargs, update, recorder)
-        left = tile.streams[0] + cross_branch.quantize(update.detach(), walk.grids[0])
-        read = [cross_branch.dequantize(s, walk.grids[0], walk.dtype) for s in (left, tile.streams[1])]
-        with torch.no_grad():
-            whole.append(canaries.of(cross_branch.cross_attention(layer, *read, kwargs)))
-        return outlook
+        few = inverse.few_queries(recorder, canaries)(canaries.of(inverse.tile.streams[0]))
+        seen.append((few, canaries.of(update.detach())))
+        original(inverse, update, recorder)
 
-    original_look = cross_branch.look_ahead
+    monkeypatch.setattr(cross_branch.LeftInverse, "look_ahead", look_ahead)
+    model(**tiny_batch(3, 11, padded=padded))
+    assert len(seen) == 4 and seen[0][0].shape[:2] == (3, 2)
+    for few, whole in seen:
+        torch.testing.assert_close(few, whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fixed_point_is_exact(dtype):
+    """Bit for bit, by its low bits; without them it only comes near."""
+    model, inputs = coupled(dtype=dtype, coupling="cross_branch"), tiny_batch(padded=True)
+    with captured_states() as states:
+        run(model, inputs)
+    states.assert_exact()
+    report = revffn.reversible_report(model)
+    assert report["anchor_layers"] == [] and report["mismatched_states"] == 0
+    assert all(layer["canary_error"] == layer["unconverged"] == 0 for layer in report["layers"].values())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cross_branch, "solve", solve)
-        patch.setattr(cross_branch, "look_ahead", ask)
-        model(**inputs)
-    assert len(found) == len(whole) == 4
-    for few, all_tokens in zip(found, whole, strict=True):
-        torch.testing.assert_close(few, all_tokens, rtol=1e-5, atol=1e-6)
+        patch.setattr(cross_branch, "with_low_bits", lambda x, kept, width: x)
+        model.config.revffn["verify"] = "report"
+        run(model, inputs)
+    assert revffn.reversible_report(model)["mismatched_states"] > 0
+
+
+def test_tokens_left_over_are_solved_for_alone(monkeypatch):
+    """Where the iteration over all tokens gives up on a few."""
+    model, inputs = coupled(coupling="cross_branch", num_canaries=4), tiny_batch(2, 16)
+    solve, alone = cross_branch.solve, []
+
+    def spoiled(function, y, grid, limit, most, look=True, depth=fixed_point.DEPTH):
+        found = solve(function, y, grid, limit, most, look, depth)
+        if depth != fixed_point.DEPTH:
+            alone.append(y.shape)
+        elif y.shape[:2] == (2, 16):  # in backward
+            found.x[1, 3:5] += 10_000
+        return found
+
+    monkeypatch.setattr(cross_branch, "solve", spoiled)
+    with captured_states() as states:
+        run(model, inputs)
+    states.assert_exact()
+    assert [shape[:2] for shape in alone] == [(1, 2)] * 4
 
 
 @pytest.mark.usefixtures("nothing_asked")
