@@ -41,7 +41,11 @@ def label(result: dict) -> str:
     method = settings["method"]
     if method == "reversible":
         method = settings["coupling"]
-        method += f", m = {settings['side_bits']}" if method == "innovation" else " (layer inputs stored)"
+        method += {
+            "innovation": f", m = {settings['side_bits']}",
+            "cross_branch": ", queries from the left (the paper's)",
+            "none": " (layer inputs stored)",
+        }[method]
         method += ", weights in host memory" if settings.get("weights") == "host" else ""
     else:
         method = {"checkpointing": "transformers + activation checkpointing", "plain": "transformers"}[method]

@@ -296,6 +296,10 @@ def test_gradient_checkpointing_is_ignored_with_a_warning(caplog):
 # --- the fixed point -------------------------------------------------------------------------------------------------
 
 
+FINE = dict(coupling="cross_branch", calibrate=False, fraction_bits=22, overrides=dict(gain=1.0, embedding_gain=10.0))
+"""A grid so fine that no number of low bits makes a large error good."""
+
+
 def expanding(model, layer: int = 2, factor: float = 100.0):
     """Sharp attention in one layer: its queries matter too much for the iteration."""
     with torch.no_grad():
@@ -319,7 +323,7 @@ def nothing_asked(monkeypatch):
 @pytest.mark.parametrize("padded", [False, True])
 def test_layer_that_does_not_contract_keeps_its_input_in_the_same_step(padded, implementation):
     """So its state is exact; the others are solved for."""
-    model = expanding(coupled(coupling="cross_branch", overrides=dict(gain=1.0, embedding_gain=10.0)))
+    model = expanding(coupled(**FINE))
     model.config._attn_implementation = implementation
     with captured_states() as states:
         run(model, tiny_batch(padded=padded))
@@ -333,8 +337,19 @@ def test_layer_that_does_not_contract_keeps_its_input_in_the_same_step(padded, i
         assert 0 < found["contraction"] < 0.5 and found["unconverged"] == 0
 
 
-def test_layer_that_does_not_contract_would_have_been_noticed(nothing_asked):
+def test_layer_that_does_not_contract_may_keep_more_bits():
+    """On a coarser grid sixteen of them hold all that its error can be."""
     model = expanding(coupled(coupling="cross_branch", overrides=dict(gain=1.0, embedding_gain=10.0)))
+    with captured_states() as states:
+        run(model, tiny_batch())
+    states.assert_exact()
+    report = revffn.reversible_report(model)
+    assert report["anchor_layers"] == [] and report["layers"][2]["error_in_forward"] > 0.025
+    assert [report["layers"][k]["kept_bits"] for k in range(4)] == [4, 4, 16, 4]
+
+
+def test_layer_that_does_not_contract_would_have_been_noticed(nothing_asked):
+    model = expanding(coupled(**FINE))
     loss = loss_of(model, tiny_batch())
     with pytest.raises(revffn.StateMismatchError, match=r"input of layer 2.*anchor_layers"):
         loss.backward()
@@ -345,7 +360,7 @@ def test_layer_that_does_not_contract_would_have_been_noticed(nothing_asked):
 
 def test_a_kept_layer_is_asked_again():
     """Not in every step, and released when it contracts."""
-    model, inputs = coupled(coupling="cross_branch", overrides=dict(gain=1.0, embedding_gain=10.0)), tiny_batch()
+    model, inputs = coupled(**FINE), tiny_batch()
     report = model.model.reversible_report
     expanding(model)
     run(model, inputs)
