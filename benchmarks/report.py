@@ -18,7 +18,9 @@ import quality_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/experiments.md", "docs/memory.md", "docs/serving.md")
+DOCUMENTS = (
+    "README.md", "docs/benchmarks.md", "docs/experiments.md", "docs/memory.md", "docs/paper.md", "docs/serving.md",
+)  # fmt: skip
 NO_RESULTS = quality_tables.NO_RESULTS
 TERMS_OF = "qwen1.5-moe-a2.7b 16x2048 innovation m=2 adafactor stochastic"
 PARTS = (
