@@ -195,6 +195,42 @@ def gpu_streams(result: dict) -> str:
     return "\n".join(lines)
 
 
+def paper_run(result: dict) -> str:
+    """The CPU recipe of the paper's system, by stage."""
+    lines = [
+        "| stage | steps | loss, first and last three | most anchors | most iterations | states that differ |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for stage in (1, 2):
+        steps = [step for step in result["metrics"] if step.get("stage") == stage and "loss" in step]
+        first, last = (sum(s["loss"] for s in part) / 3 for part in (steps[:3], steps[-3:]))
+        cells = (stage, len(steps), f"{first:.2f}, {last:.2f}", max(s["num_anchors"] for s in steps))
+        cells += (max(s["iterations_at_most"] for s in steps), sum(s["mismatched_states"] for s in steps))
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def paper_layers(result: dict) -> str:
+    """How the layers of its last step were inverted."""
+    layers = {int(k): layer for k, layer in result["run"]["reversible_report"]["layers"].items()}
+    lines = [
+        "| layers | kept | iterations | an iteration shrinks a step to | error in forward before the kept bits |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    groups = ((0, 0), (1, 1), (2, 2), (3, 9), (10, 19), (20, 29))
+    for first, last in groups:
+        some = [layers[k] for k in range(first, last + 1)]
+        kept = sorted({"the input" if x.get("anchored") else f"{x['kept_bits']:.0f} bits" for x in some})
+        spans = []
+        for name in ("iterations", "contraction", "error_in_forward"):
+            found = [x[name] for x in some if name in x and not (name == "iterations" and x.get("anchored"))]
+            low, high = (f"{f(found):.2g}" if found else "–" for f in (min, max))
+            spans.append(low if low == high else f"{low} to {high}")
+        where = str(first) if first == last else f"{first} to {last}"
+        lines.append(f"| {where} | {', '.join(kept)} | {' | '.join(spans)} |")
+    return "\n".join(lines)
+
+
 def dispatches(result: dict) -> str:
     """Operations that the host issues, before there were fused ones and now."""
     before = json.loads((RESULTS / "dispatches_before.json").read_text())
@@ -242,6 +278,8 @@ TABLES = {
         (gpu_pieces, "gpu_prototypes"),
         (gpu_products, "gpu_products"),
         (gpu_streams, "gpu_kernels"),
+        (paper_run, "paper_cpu"),
+        (paper_layers, "paper_cpu"),
         (dispatches, "dispatches"),
     )
 }

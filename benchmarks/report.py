@@ -18,7 +18,9 @@ import quality_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/experiments.md", "docs/memory.md", "docs/serving.md")
+DOCUMENTS = (
+    "README.md", "docs/benchmarks.md", "docs/experiments.md", "docs/memory.md", "docs/paper.md", "docs/serving.md",
+)  # fmt: skip
 NO_RESULTS = quality_tables.NO_RESULTS
 TERMS_OF = "qwen1.5-moe-a2.7b 16x2048 innovation m=2 adafactor stochastic"
 PARTS = (
@@ -41,7 +43,11 @@ def label(result: dict) -> str:
     method = settings["method"]
     if method == "reversible":
         method = settings["coupling"]
-        method += f", m = {settings['side_bits']}" if method == "innovation" else " (layer inputs stored)"
+        method += {
+            "innovation": f", m = {settings['side_bits']}",
+            "cross_branch": ", queries from the left (the paper's)",
+            "none": " (layer inputs stored)",
+        }[method]
         method += ", weights in host memory" if settings.get("weights") == "host" else ""
     else:
         method = {"checkpointing": "transformers + activation checkpointing", "plain": "transformers"}[method]

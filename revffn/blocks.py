@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .cross_branch import cross_branch_step
 from .dense import RunsInWalk, is_plain, norm_kind
 from .nodes import Enter, Finish, Leave, Read, Start, read_normed
 from .ops.streams import Grid, quantize
 from .recompute import Evaluation
 from .reversible import Tile, Walk
-from .steps import Release, StoredStep, cross_branch_step, innovation_step
+from .steps import Release, StoredStep, innovation_step
 from .sublayers import (
     CrossBranchCoupling,
     GradientSum,

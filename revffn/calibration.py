@@ -25,6 +25,8 @@ from .sublayers import attention, feed_forward, full_cross_attention
 RIDGE = 0.1
 # A finer grid than this says more than the float32 values it is rounded from.
 MAX_FRACTION_BITS = 24
+# Binary digits that cross_branch's grid has of a typical value, with queries from the left: bf16 models, others.
+LEFT_DIGITS = (8, 13)
 # Of the map in front of the final norm, on which no further layer builds.
 EXIT_RIDGE = 0.01
 
@@ -132,9 +134,14 @@ def fit_predictors(
     run_plain(model, batches, see)
     check_seen(num_rows, largest)
     typical = min(float((squares / num_rows).sqrt().median()) for squares in energy.values())
+    grids = choose_grids(config, largest, typical)
+    if config.coupling == "cross_branch" and config.query_stream == "left":
+        # A grid much finer than what the model computes with would only have more low bits to keep.
+        kept = LEFT_DIGITS[model.dtype.itemsize > 2] + math.ceil(-math.log2(max(typical, 1e-6)))
+        grids["fraction_bits"] = max(0, min(grids["fraction_bits"], kept))
     solutions = {index: solve(moments.pop(index), config.predictor_rank) for index in coupled}
     return {
-        "grids": choose_grids(config, largest, typical),
+        "grids": grids,
         "largest_hidden_state": float(largest.max()),
         "num_tokens": num_rows,
         "explained": {str(index): round(solution[-1], 4) for index, solution in solutions.items()},

@@ -45,21 +45,24 @@ class ReversibleConfig:
     of them, and `convert(calibration=...)` fits them and the adapters. False: the streams are the halves of the hidden
     state, and the adapters start as the halves of the identity. None: True with calibration and queries from the
     right; with queries from the left the fixed point of a fitted layer does not converge (docs/experiments.md)."""
-    num_iterations: int = 10
-    """Cross-branch, left: most attention evaluations per inversion."""
+    num_iterations: int = 16
+    """Cross-branch, left: most attention evaluations per inversion; it stops when every token has converged."""
     tolerance: float | None = None
     """Cross-branch, left: a token has converged when no element moves by more than this, in units of the stream.
     None: by more than the rounding of the model's dtype, relative to the token's largest element; 0: an exact fixed
         point."""
     num_canaries: int = 64
-    """Cross-branch, left: tokens per layer whose true left stream is kept, to report the real reconstruction error."""
+    """Cross-branch, left: tokens per layer that are solved for in forward already, and whose true streams are kept so
+    that backward sees its error. 0: nothing is asked in forward."""
     anchor_layers: list[int] | None = None
-    """Cross-branch, left: layers whose input streams are stored instead of solved for."""
+    """Cross-branch, left: layers whose input streams are always stored instead of solved for. Others are where forward
+    finds that they have to be."""
     max_unconverged: float = 0.01
-    """Cross-branch, left: a layer with a larger share of unconverged tokens becomes an anchor layer from the next
-    step."""
+    """Cross-branch, left: a layer with a larger share of unconverged tokens stores its input, in this step if forward
+    sees it at the canaries, else in the next ones."""
     max_drift: float = 0.05
-    """Cross-branch, left: largest canary error, relative to the stream's root mean square, before `verify` acts."""
+    """Cross-branch, left: largest canary error, relative to the stream's root mean square, before `verify` acts. At
+    half of it a layer stores its input."""
     fraction_bits: int = 14
     """Binary digits after the point of the int32 streams; of the first state where `grid_growth` is not 0. 14 holds
     magnitudes up to 131,072. `convert(calibration=...)` sets it from the hidden states seen."""

@@ -378,8 +378,10 @@ def reversible_report(model: PreTrainedModel) -> dict[str, Any]:
     Returns:
         `walks` (so far), `verified_states`, `mismatched_states`, `mismatched` (names) of the last walk,
         `mismatched_states_total`; `largest_grid_value` and `saturated` (within a factor two of int32's end);
-        `layers`: for cross_branch, per layer, the `iterations` and share of `unconverged` tokens of the fixed point
-        and the `canary_error` relative to the stream's root mean square; `anchor_layers`.
+        `anchor_layers`: for cross_branch with queries from the left, the layers that keep their input; `layers`: per
+        layer, how the fixed point was solved: `iterations`, `contraction` (by how much one shrinks a token's step),
+        the share of `unconverged` tokens, `kept_bits` of each element, the `canary_error` and, in forward and before
+        the kept bits, the `error_in_forward`, both relative to the stream's root mean square; `anchored`.
     """
     return model.model.reversible_report.as_dict()
 

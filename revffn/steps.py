@@ -1,4 +1,4 @@
-"""One layer's move of the streams, as autograd nodes: innovation, cross_branch, and `none`.
+"""One layer's move of the streams, as autograd nodes: innovation, and `none` (cross_branch: cross_branch.py).
 
 Each `*_step` function runs a layer's sublayers on one tile in forward, moves the tile's streams (pure functions of
 ops/streams), and leaves nodes behind whose backward evaluates the sublayers again, inverts the move, and states the
@@ -9,7 +9,6 @@ coupling's gradient.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -18,11 +17,11 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .nodes import Read, read_normed
-from .ops.streams import add_update, checksum, gradients, move, quantize, undo
+from .nodes import read_normed
+from .ops.streams import add_update, gradients, move, undo
 from .recompute import Evaluation, carrier_like
 from .reversible import Tile, Walk, is_concrete
-from .sublayers import GradientSum, attention, cross_attention, feed_forward, half_feed_forward, uses_rng
+from .sublayers import GradientSum, attention, feed_forward, uses_rng
 
 
 class InnovationMove:
@@ -273,160 +272,6 @@ def innovation_step(
         updated = FeedStep.apply(through if len(chunks) == 1 else updated, mlp, move, index, evaluation)
     following = InnovationStep.apply(kept_past, updated, move, attend_evaluation)
     return now, following
-
-
-class AdditiveStep(Function):
-    """y = x + F(.) on one stream of one tile, for `cross_branch`.
-
-    Args of forward:
-        target: Carrier of the stream that is added to.
-        update: F's result, (b, T, H).
-        which: 0 for the left stream (attention), 1 for the right one (feed-forward).
-        reads: Indices of the streams that F reads. If `which` is among them the inverse is a fixed point.
-    """
-
-    @staticmethod
-    def forward(ctx, target: Tensor, update: Tensor, walk, tile, k, which, reads, evaluation):
-        ctx.walk, ctx.tile, ctx.k, ctx.which, ctx.reads, ctx.evaluation = walk, tile, k, which, reads, evaluation
-        ctx.dtype = update.dtype
-        x = tile.streams[which]
-        implicit = which in reads
-        ctx.anchored = implicit and (k in walk.report.anchors or k in (walk.config.anchor_layers or ()))
-        canaries = canary_rows(x, walk.config.num_canaries) if implicit and not ctx.anchored else None
-        kept: tuple[Tensor, ...] = ()
-        if ctx.anchored:
-            kept = tuple(tile.streams)
-        elif canaries is not None:
-            kept = (canaries, *(stream.reshape(-1, stream.shape[-1])[canaries] for stream in tile.streams))
-        ctx.num_kept = len(kept)
-        y = walk.add(update, x, walk.grids[0])
-        tile.streams = [y if i == which else s for i, s in enumerate(tile.streams)]
-        tile.position = 2 * k + which + 1
-        walk.remember(tile, y)
-        ctx.save_for_backward(*kept, *evaluation.side_tensors())
-        return carrier_like(target.shape, target.device, target.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        walk, tile, k, which, reads, evaluation = ctx.walk, ctx.tile, ctx.k, ctx.which, ctx.reads, ctx.evaluation
-        walk.expect(tile, 2 * k + which)
-        tensors = ctx.saved_tensors
-        kept, side = tensors[: ctx.num_kept], tensors[ctx.num_kept :]
-        tile.make_current(("attention", "feed_forward")[which], evaluation)
-        y = tile.streams[which]
-        name = f"{('left', 'right')[which]} input of layer {k}"
-        # Checksums 0 and 1 are the two streams of the embedding; the input of a step was noted two before its output.
-        number = 2 * k + which
-        if ctx.anchored:
-            tile.streams = list(kept)
-            (update,) = evaluation.again(side, *[tile.streams[i] for i in reads])
-            differs = (kept[which] + quantize(update, walk.grids[0]) != y).any()
-            if walk.config.verify != "off" and is_concrete(y):
-                walk.note_verdict(f"left output of layer {k}", differs, differs & exactness(tile, differs))
-            tile.exact = torch.ones_like(differs)
-            walk.note_layer(k, anchored=1, iterations=1)
-        elif which not in reads:
-            (update,) = evaluation.again(side, *[tile.streams[i] for i in reads])
-            tile.streams[which] = quantize(update, walk.grids[0]).neg_().add_(y)
-            if walk.config.verify != "off" and is_concrete(y):
-                differs = checksum(tile.streams[which]) != tile.checksums[number]
-                # What an exact state makes inexact is no drift: something changed.
-                walk.note_verdict(name, differs, differs & exactness(tile, differs))
-                tile.exact = exactness(tile, differs) & ~differs
-        else:
-            tile.streams[which] = solve_fixed_point(walk, tile, k, y, evaluation, side)
-            if kept:
-                note_canary_error(walk, k, tile.streams, kept[1:], kept[0])
-            if walk.config.verify != "off" and is_concrete(y):
-                differs = checksum(tile.streams[which]) != tile.checksums[number]
-                walk.note_verdict(name, differs, torch.zeros_like(differs))
-                tile.exact = exactness(tile, differs) & ~differs
-        tile.position = 2 * k + which
-        return grad, grad.to(ctx.dtype), *(None,) * 6
-
-
-def canary_rows(stream: Tensor, count: int) -> Tensor | None:
-    """`count` token positions spread evenly over the tile (indices into B * T)."""
-    num_tokens = stream.shape[0] * stream.shape[1]
-    count = min(count, num_tokens)
-    return torch.linspace(0, num_tokens - 1, count, device=stream.device).long() if count else None
-
-
-def exactness(tile: Tile, like: Tensor) -> Tensor:
-    return torch.ones_like(like) if tile.exact is None else tile.exact
-
-
-def note_canary_error(walk: Walk, k: int, rebuilt: list[Tensor], true: tuple[Tensor, ...], rows: Tensor) -> None:
-    """The largest error of both streams at the canary tokens, relative to the streams' root mean square there."""
-    errors = []
-    for stream, values in zip(rebuilt, true, strict=True):
-        error = (stream.reshape(-1, stream.shape[-1])[rows].double() - values.double()).abs().amax()
-        errors.append(error / values.double().square().mean().sqrt().clamp_min(1.0))
-    walk.note_layer(k, canary_error=torch.stack(errors).amax())
-
-
-def solve_fixed_point(
-    walk: Walk, tile: Tile, k: int, y: Tensor, evaluation: Evaluation, side: Sequence[Tensor]
-) -> Tensor:
-    """Solve x + F(x, other) = y for the left stream, on the grid, started at y.
-
-    K and V come from the right stream, which is known, so every token is a problem of its own. On the grid an
-    iteration that repeats its argument has found an exact solution, and the evaluation that showed it is the one
-    whose tensors backward uses.
-    """
-    config = walk.config
-    if config.tolerance is None:
-        # The rounding of what is read: an iteration that moves by less goes round in circles there.
-        limit = (y.abs().amax(-1) * torch.finfo(walk.dtype).eps).clamp_min(2.0)
-    else:
-        limit = config.tolerance * 2.0**config.fraction_bits
-    x, other = y, tile.streams[1]
-    iterations = 0
-    for _ in range(config.num_iterations):
-        (update,) = evaluation.again(side, x, other)
-        iterations += 1
-        following = quantize(update, walk.grids[0]).neg_().add_(y)
-        moved = (following - x).abs().amax(-1)
-        x = following
-        if is_concrete(moved) and bool((moved <= limit).all()):
-            break
-    walk.note_layer(k, iterations=iterations, unconverged=(moved > limit).double().mean())
-    return x
-
-
-def cross_branch_step(
-    layer: nn.Module,
-    walk: Walk,
-    tile: Tile,
-    kwargs_handle: Any,
-    sums: dict[str, GradientSum] | None,
-    left: Tensor,
-    right: Tensor,
-) -> tuple[Tensor, Tensor]:
-    grid, dtype = walk.grids[0], walk.dtype  # the same for all states
-
-    def attend_left(c1: Tensor, c2: Tensor, s1: Tensor, s2: Tensor) -> tuple[Tensor]:
-        x2 = Read.apply(c2, s2, grid, dtype)
-        x1 = Read.apply(c1, s1, grid, dtype)
-        return (cross_attention(layer, x1, x2, walk.fetch(kwargs_handle, tile)),)
-
-    def attend_right(c2: Tensor, s2: Tensor) -> tuple[Tensor]:
-        x2 = Read.apply(c2, s2, grid, dtype)
-        return (cross_attention(layer, x2, x2, walk.fetch(kwargs_handle, tile)),)
-
-    def feed(c1: Tensor, s1: Tensor) -> tuple[Tensor]:
-        return (half_feed_forward(layer, Read.apply(c1, s1, grid, dtype), sums),)
-
-    k, rng = layer.layer_index, uses_rng(layer)
-    reads = (0, 1) if walk.config.query_stream == "left" else (1,)
-    attend = Evaluation(attend_left if len(reads) == 2 else attend_right, left.device, rng)
-    (update,) = attend.first(tuple((left, right)[i] for i in reads), tuple(tile.streams[i] for i in reads))
-    left = AdditiveStep.apply(left, update, walk, tile, k, 0, reads, attend)
-    feed_evaluation = Evaluation(feed, left.device, rng)
-    (update,) = feed_evaluation.first((left,), (tile.streams[0],))
-    right = AdditiveStep.apply(right, update, walk, tile, k, 1, (0,), feed_evaluation)
-    return left, right
 
 
 class StoredStep(Function):

@@ -244,6 +244,12 @@ def full_cross_attention(layer: nn.Module, x_query: Tensor, x_key_value: Tensor,
         return first_tensor(attn(hidden_states=key_value, **kwargs))
 
 
+def attention_of_queries(layer: nn.Module, x_query: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """`cross_attention` where keys and values come from elsewhere: (B, T, H) -> (B, T, H)."""
+    query = layer.input_layernorm(layer.coupling.query_up(x_query))
+    return layer.coupling.attention_down(first_tensor(layer.self_attn(hidden_states=query, **kwargs)))
+
+
 def half_feed_forward(layer: nn.Module, y1: Tensor, sums: dict[str, GradientSum] | None = None) -> Tensor:
     """P_down MoE(N(P_up y1)): (B, T, H) -> (B, T, H)."""
     adapters = layer.coupling

@@ -162,7 +162,21 @@ class RevFFNTrainer(SFTTrainer):
                 report = reversible_report(self.model)
                 names = ("verified_states", "mismatched_states", "mismatched_states_total", "saturated")
                 logs |= {name: report[name] for name in names}
+                logs |= fixed_point(report)
         super().log(logs, start_time)
+
+
+def fixed_point(report: dict[str, Any]) -> dict[str, float]:
+    """For metrics.jsonl: how the layers of the last step were inverted (cross_branch, queries from the left)."""
+    solved = [layer for layer in report["layers"].values() if "kept_bits" in layer]
+    if not solved and not report["anchor_layers"]:
+        return {}
+    worst = {name: max((layer.get(name, 0.0) for layer in solved), default=0.0) for name in FIXED_POINT}
+    return {"num_anchors": len(report["anchor_layers"]), **{f"{name}_at_most": value for name, value in worst.items()}}
+
+
+FIXED_POINT = ("iterations", "contraction", "unconverged", "canary_error", "kept_bits")
+"""Of `reversible_report`, by layer."""
 
 
 class RunCallback(TrainerCallback):

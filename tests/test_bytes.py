@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
 import revffn
+from revffn import cross_branch
 
 D, K, CHECKSUM, SIGN = 32, 2, 8, 4  # of the tiny model; bytes
 LEFT = dict(coupling="cross_branch", query_stream="left", max_drift=1e9)
@@ -52,11 +53,8 @@ def per_layer(settings: dict, batch: int, tokens: int) -> int:
     if settings["coupling"] == "innovation":
         side_bits = packed(batch * tokens * D, settings.get("side_bits", 2))
         return side_bits + routing + CHECKSUM + SIGN * batch * settings.get("random_sign", True)
-    canaries = 0
-    if settings["query_stream"] == "left":
-        rows = min(settings["num_canaries"], batch * tokens)
-        canaries = settings.get("canary_streams", 1) * rows * D // 2 * 4
-    return routing + 2 * CHECKSUM + canaries
+    low_bits = batch * tokens * D // 2 if settings["query_stream"] == "left" else 0  # eight of each element
+    return routing + 2 * CHECKSUM + low_bits
 
 
 CASES = {
@@ -64,7 +62,7 @@ CASES = {
     "innovation, fixed sign": dict(coupling="innovation", random_sign=False),
     "innovation, low-rank predictor": dict(coupling="innovation", predictor_rank=4),
     "cross_branch, right": RIGHT,
-    "cross_branch, left": dict(num_canaries=4, **LEFT),
+    "cross_branch, left": dict(num_canaries=0, **LEFT),
     "none": dict(coupling="none"),
 }
 
@@ -76,12 +74,7 @@ def test_bytes_per_layer(case, shape):
     settings = CASES[case]
     two, four, eight = (bytes_saved(num_layers, *shape, **settings) for num_layers in (2, 4, 8))
     growth = per_layer(settings, *shape)
-    if case == "cross_branch, left":
-        # Rows of the canaries may be kept once per layer as indices (8 bytes each).
-        assert (four - two) / 2 == (eight - four) / 4
-        assert 0 <= (four - two) / 2 - growth <= 4 * (8 + 4 * D // 2)
-    else:
-        assert (four - two, eight - four) == (2 * growth, 4 * growth)
+    assert (four - two, eight - four) == (2 * growth, 4 * growth)
 
 
 def test_stream_maps_keep_the_embedding():
@@ -92,12 +85,14 @@ def test_stream_maps_keep_the_embedding():
         assert maps - without == 2 * 16 * D * 2
 
 
-def test_canaries_do_not_grow_with_the_sequence():
-    short, long = (
-        bytes_saved(4, 1, tokens, num_canaries=4, **LEFT) - bytes_saved(2, 1, tokens, num_canaries=4, **LEFT)
-        for tokens in (16, 96)
-    )
-    assert long - short == 2 * (96 - 16) * K
+@pytest.mark.parametrize("width", [4, 8, 16])
+def test_canaries_and_low_bits(width, monkeypatch):
+    """Of 4 canaries the places and both streams, however long the sequence; of every token `width` bits an element."""
+    monkeypatch.setattr(cross_branch, "width_for", lambda error: width)
+    for tokens in (16, 96):
+        two, four = (bytes_saved(n, 1, tokens, num_canaries=4, **LEFT) for n in (2, 4))
+        canaries = 4 * (8 + 2 * D // 2 * 4)
+        assert four - two == 2 * (canaries + tokens * (K + D // 2 * width // 8) + 2 * CHECKSUM)
 
 
 @pytest.mark.parametrize("settings", [dict(coupling="innovation"), RIGHT], ids=["innovation", "cross_right"])
@@ -120,7 +115,9 @@ def test_an_anchor_keeps_both_streams():
     without, anchored = (
         bytes_saved(4, *shape, coupling="cross_branch", num_canaries=0, anchor_layers=layers) for layers in (None, [2])
     )
-    assert anchored - without in (0, 2 * 16 * D // 2 * 4, 2 * 16 * D * 4)  # what is alive elsewhere counts once
+    low_bits = 2 * 16 * D // 2
+    # What is alive elsewhere counts once.
+    assert anchored + low_bits - without in (0, 2 * 16 * D // 2 * 4, 2 * 16 * D * 4)
     assert anchored > without
 
 

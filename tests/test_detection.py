@@ -20,7 +20,8 @@ from helpers import (
 )
 
 import revffn
-from revffn import steps
+from revffn import cross_branch, fixed_point
+from revffn.fixed_point import LOOK_AGAIN
 
 # --- detection -------------------------------------------------------------------------------------------------------
 
@@ -295,31 +296,148 @@ def test_gradient_checkpointing_is_ignored_with_a_warning(caplog):
 # --- the fixed point -------------------------------------------------------------------------------------------------
 
 
-def test_layer_that_does_not_contract_becomes_an_anchor():
-    """Its drift is reported, the next step stores its input, and is exact."""
-    model = coupled(coupling="cross_branch", num_iterations=4, verify="report", tolerance=1e-4)
-    inputs = tiny_batch()
-    with torch.no_grad():  # sharp attention: the queries matter too much
-        model.model.layers[2].self_attn.q_proj.weight.mul_(30)
-        model.model.layers[2].self_attn.k_proj.weight.mul_(30)
-    run(model, inputs)
+FINE = dict(coupling="cross_branch", calibrate=False, fraction_bits=22, overrides=dict(gain=1.0, embedding_gain=10.0))
+"""A grid so fine that no number of low bits makes a large error good."""
+
+
+def expanding(model, layer: int = 2, factor: float = 100.0):
+    """Sharp attention in one layer: its queries matter too much for the iteration."""
+    with torch.no_grad():
+        for projection in ("q_proj", "k_proj"):
+            getattr(model.model.layers[layer].self_attn, projection).weight.mul_(factor)
+    return model
+
+
+@pytest.fixture
+def nothing_asked(monkeypatch):
+    """Forward does not look whether layers can be inverted, and keeps no low bits."""
+
+    def believe(inverse, update, recorder):
+        inverse.canaries = fixed_point.choose_canaries(update, inverse.walk.config.num_canaries)
+
+    monkeypatch.setattr(cross_branch.LeftInverse, "look_ahead", believe)
+    monkeypatch.setattr(cross_branch, "with_low_bits", lambda x, kept, width: x)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_layer_that_does_not_contract_keeps_its_input_in_the_same_step(padded, implementation):
+    """So its state is exact; the others are solved for."""
+    model = expanding(coupled(**FINE))
+    model.config._attn_implementation = implementation
+    with captured_states() as states:
+        run(model, tiny_batch(padded=padded))
     report = revffn.reversible_report(model)
-    assert 2 in report["anchor_layers"]
-    assert report["layers"][2]["unconverged"] > 0.01 and report["layers"][2]["canary_error"] > 1e-3
+    assert report["anchor_layers"] == [2] and report["layers"][2]["anchored"] == 1
+    assert report["layers"][2]["error_in_forward"] > 0.025
+    assert [same for (_, position), same in states.rebuilt.items() if position == 4] == [True]
+    for k in (0, 1, 3):
+        found = report["layers"][k]
+        assert "anchored" not in found and found["canary_error"] < 1e-4 and found["error_in_forward"] < 1e-4
+        assert 0 < found["contraction"] < 0.5 and found["unconverged"] == 0
+
+
+def test_layer_that_does_not_contract_may_keep_more_bits():
+    """On a coarser grid sixteen of them hold all that its error can be."""
+    model = expanding(coupled(coupling="cross_branch", overrides=dict(gain=1.0, embedding_gain=10.0)))
+    with captured_states() as states:
+        run(model, tiny_batch())
+    states.assert_exact()
+    report = revffn.reversible_report(model)
+    assert report["anchor_layers"] == [] and report["layers"][2]["error_in_forward"] > 0.025
+    assert [report["layers"][k]["kept_bits"] for k in range(4)] == [4, 4, 16, 4]
+
+
+def test_layer_that_does_not_contract_would_have_been_noticed(nothing_asked):
+    model = expanding(coupled(**FINE))
+    loss = loss_of(model, tiny_batch())
+    with pytest.raises(revffn.StateMismatchError, match=r"input of layer 2.*anchor_layers"):
+        loss.backward()
+    # Before anything was differentiated there: an optimizer in backward would have stepped.
+    assert model.model.layers[2].self_attn.q_proj.weight.grad is None
+    assert model.model.layers[3].self_attn.q_proj.weight.grad is not None
+
+
+def test_a_kept_layer_is_asked_again():
+    """Not in every step, and released when it contracts."""
+    model, inputs = coupled(**FINE), tiny_batch()
+    report = model.model.reversible_report
+    expanding(model)
+    run(model, inputs)
+    expanding(model, factor=1 / 100)
+    for walk in range(2, LOOK_AGAIN + 2):
+        run(model, inputs)
+        assert (report.as_dict()["anchor_layers"] == [2]) == (walk <= LOOK_AGAIN), walk
+    expanding(model)
+    run(model, inputs)
+    assert report.as_dict()["anchor_layers"] == [2]
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "gpt_oss", "deepseek_v2"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_few_queries_are_attended_as_in_the_whole(model_type, padded, monkeypatch):
+    """Against recorded keys and values, to rounding; with grouped heads, sinks and windows, and latent attention."""
+    model = coupled(model_type, coupling="cross_branch", num_canaries=6)
+    original, seen = cross_branch.LeftInverse.look_ahead, []
+
+    def look_ahead(inverse, update, recorder):
+        canaries = fixed_point.choose_canaries(update, 6)
+        few = inverse.few_queries(recorder, canaries)(canaries.of(inverse.tile.streams[0]))
+        seen.append((few, canaries.of(update.detach())))
+        original(inverse, update, recorder)
+
+    monkeypatch.setattr(cross_branch.LeftInverse, "look_ahead", look_ahead)
+    model(**tiny_batch(3, 11, padded=padded))
+    assert len(seen) == 4 and seen[0][0].shape[:2] == (3, 2)
+    for few, whole in seen:
+        torch.testing.assert_close(few, whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fixed_point_is_exact(dtype):
+    """Bit for bit, by its low bits; without them it only comes near."""
+    model, inputs = coupled(dtype=dtype, coupling="cross_branch"), tiny_batch(padded=True)
     with captured_states() as states:
         run(model, inputs)
+    states.assert_exact()
     report = revffn.reversible_report(model)
-    assert report["layers"][2]["anchored"] == 1
-    anchored = [same for (_, position), same in states.rebuilt.items() if position == 4]
-    assert anchored == [True]
+    assert report["anchor_layers"] == [] and report["mismatched_states"] == 0
+    assert all(layer["canary_error"] == layer["unconverged"] == 0 for layer in report["layers"].values())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cross_branch, "with_low_bits", lambda x, kept, width: x)
+        model.config.revffn["verify"] = "report"
+        run(model, inputs)
+    assert revffn.reversible_report(model)["mismatched_states"] > 0
 
 
+def test_tokens_left_over_are_solved_for_alone(monkeypatch):
+    """Where the iteration over all tokens gives up on a few."""
+    model, inputs = coupled(coupling="cross_branch", num_canaries=4), tiny_batch(2, 16)
+    solve, alone = cross_branch.solve, []
+
+    def spoiled(function, y, grid, limit, most, look=True, depth=fixed_point.DEPTH):
+        found = solve(function, y, grid, limit, most, look, depth)
+        if depth != fixed_point.DEPTH:
+            alone.append(y.shape)
+        elif y.shape[:2] == (2, 16):  # in backward
+            found.x[1, 3:5] += 10_000
+        return found
+
+    monkeypatch.setattr(cross_branch, "solve", spoiled)
+    with captured_states() as states:
+        run(model, inputs)
+    states.assert_exact()
+    assert [shape[:2] for shape in alone] == [(1, 2)] * 4
+
+
+@pytest.mark.usefixtures("nothing_asked")
 def test_drift_raises():
     model = coupled(coupling="cross_branch", num_iterations=1, max_drift=1e-6)
     with pytest.raises(revffn.StateMismatchError, match=r"layer \d.*anchor_layers"):
         loss_of(model, tiny_batch()).backward()
 
 
+@pytest.mark.usefixtures("nothing_asked")
 def test_drift_of_any_forward_raises():
     """Two forwards, one backward: the first has nothing to drift (T = 1), the second does."""
     model = coupled(coupling="cross_branch", num_iterations=2, max_drift=1e-6)
@@ -335,6 +453,7 @@ def test_drift_of_any_forward_raises():
         (long + short).backward()
 
 
+@pytest.mark.usefixtures("nothing_asked")
 def test_drift_of_a_failed_backward_is_forgotten():
     """A walk that ended in an exception must not be held against the next one."""
     model, inputs = coupled(coupling="cross_branch", num_iterations=2, max_drift=1.0), tiny_batch()
@@ -361,11 +480,12 @@ def test_drift_of_a_failed_backward_is_forgotten():
     assert again == errors
 
 
+@pytest.mark.usefixtures("nothing_asked")
 def test_canary_error_is_the_true_error():
     """With a canary on every token the reported error is the largest error there is."""
     model = coupled(coupling="cross_branch", num_iterations=2, num_canaries=10_000, verify="report")
     truth, errors = {}, {}
-    original = steps.note_canary_error
+    original = cross_branch.note_canary_error
 
     def note(walk, k, rebuilt, true, rows):
         errors[k] = max(
@@ -375,7 +495,7 @@ def test_canary_error_is_the_true_error():
         return original(walk, k, rebuilt, true, rows)
 
     with captured_states() as states, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(steps, "note_canary_error", note)
+        patch.setattr(cross_branch, "note_canary_error", note)
         torch.manual_seed(5)
         loss = model(**tiny_batch()).loss
         truth.update(

@@ -317,3 +317,15 @@ def test_an_expert_without_tokens(coupling):
     _, grads = run(model, inputs)
     experts = grads["model.layers.0.mlp.experts.gate_up_proj"]
     assert (experts.flatten(1).abs().amax(1) == 0).any() and (experts.flatten(1).abs().amax(1) > 0).any()
+
+
+def test_an_expanding_layer_is_kept_and_gradients_are_right():
+    """cross_branch left: forward sees a layer that was made to expand and keeps its input in this very step (the grid
+    is so fine that low bits would not do)."""
+    fine = dict(calibrate=False, fraction_bits=22)
+    model = coupled(overrides=dict(gain=1.0, embedding_gain=10.0), coupling="cross_branch", **fine)
+    with torch.no_grad():
+        model.model.layers[2].self_attn.q_proj.weight.mul_(100)
+        model.model.layers[2].self_attn.k_proj.weight.mul_(100)
+    report = three_way(model, tiny_batch(padded=True))
+    assert report["anchor_layers"] == [2]

@@ -21,7 +21,7 @@ from helpers import (
     tiny_batch,
 )
 
-from revffn import steps
+from revffn import cross_branch, steps
 from revffn.architectures import routers
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -79,9 +79,9 @@ def test_three_way_sees_a_wrong_gradient(settings, dtype, monkeypatch):
     """In the engine alone: forward and every rebuilt state stay what they were."""
     model, inputs = coupled(dtype=dtype, **settings), tiny_batch()
     three_way(model, inputs)
-    name = "feed_forward" if not settings else "half_feed_forward"
-    original = getattr(steps, name)
-    monkeypatch.setattr(steps, name, lambda *args: Scaled.apply(original(*args)))
+    module, name = (cross_branch, "half_feed_forward") if settings else (steps, "feed_forward")
+    original = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args: Scaled.apply(original(*args)))
     with pytest.raises(AssertionError, match="excess"):
         three_way(model, inputs)
 

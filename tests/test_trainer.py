@@ -6,9 +6,11 @@ Run: pytest tests/test_trainer.py
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from datasets import Dataset
 from helpers import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -431,3 +433,37 @@ def test_step_bytes_sees_what_a_layer_keeps_and_touches_nothing(tokenizer):
     # Checkpointing keeps one input of 32 tokens x 32 channels in float32 per layer.
     assert measure(6, True) - measure(4, True) == 2 * 32 * 32 * 4
     assert measure(6, False) - measure(4, False) > 10 * 2 * 32 * 32 * 4
+
+
+CPU_RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*_cpu.yaml"))
+
+
+@pytest.mark.parametrize("recipe", CPU_RECIPES, ids=lambda file: file.stem)
+def test_shipped_cpu_recipes_run(recipe, model_folder, data_file, tmp_path):
+    """Start to saved model on a tiny model and a few lines, with nothing changed but paths and the number of steps."""
+    words = yaml.safe_load(recipe.read_text())
+    stages = {name: "2" for name in ("stage1_steps", "num_steps") if words["training"].get(name)}
+    folder = run(
+        recipe, "--model.path", str(model_folder("qwen2_moe")), "--data.path", str(data_file()),
+        "--data.num_heldout", "8", "--data.num_examples", "48", "--training.output_dir", str(tmp_path / "run"),
+        *(word for name, steps in stages.items() for word in (f"--training.{name}", steps)),
+        "--evaluation.max_new_tokens", "4",
+    )  # fmt: skip
+    assert len([line for line in metrics(folder) if "loss" in line]) == 2 * len(stages)
+    assert AutoModelForCausalLM.from_pretrained(folder / "model").config.model_type == "revffn_qwen2_moe"
+    report = json.loads((folder / "run.json").read_text())["reversible_report"]
+    assert report["mismatched_states"] == 0 and report["verified_states"] > 0
+
+
+def test_the_papers_system_falls_and_is_exact(recipe_file):
+    """Two stages, queries from the left: every rebuilt state of every step is forward's, and metrics say how."""
+    recipe = recipe_file("optimizer:\n  learning_rate: 3e-3\n")
+    folder = run(
+        recipe, "--reversible.coupling", "cross_branch", "--training.stage1_steps", "6", "--training.num_steps", "6"
+    )
+    steps = [line for line in metrics(folder) if "loss" in line]
+    assert len(steps) == 12 and all(step["mismatched_states"] == 0 for step in steps)
+    assert all(step["canary_error_at_most"] == step["unconverged_at_most"] == 0 for step in steps)
+    assert all(step["num_anchors"] <= 2 and 1 < step["iterations_at_most"] <= 32 for step in steps)
+    losses = json.loads((folder / "run.json").read_text())["heldout"]
+    assert losses["after"]["loss"] < losses["after_stage1"]["loss"] < losses["converted"]["loss"]
