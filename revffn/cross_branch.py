@@ -135,7 +135,6 @@ class LeftInverse:
 
     Args:
         kwargs_handle: Of what the attention is called with; see `Walk.stash`.
-        recorder: Where the attention of forward is recorded; None if it cannot be.
     """
 
     def __init__(self, layer: nn.Module, walk: Walk, tile: Tile, kwargs_handle: Any):
@@ -150,7 +149,8 @@ class LeftInverse:
         """In forward, for `Walk.note_layer`."""
 
     def recorder(self) -> Recorder | None:
-        """None where few queries cannot be asked: random numbers would be drawn anew for them."""
+        """None where few queries cannot be asked: random numbers would be drawn anew for them, and flash attention
+        takes no mask for them."""
         function = None if uses_rng(self.layer) else own_attention(self.layer.self_attn)
         return None if function is None else Recorder(function)
 

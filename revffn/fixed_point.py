@@ -79,14 +79,16 @@ def solve(
     iteration that repeats its argument has found an exact solution.
 
     Args:
-        depth: Differences to accelerate with.
         function: F; int32 (..., H) -> floating point.
         y: (..., H), int32.
         limit: See `limits`.
         most: Evaluations of F at most.
-        look: Whether values can be read (not of fake tensors): stop when all tokens have converged.
+        look: Whether values can be read (not of fake tensors), to stop when all tokens have converged. If not, there
+            are as many evaluations as it takes until further ones need no further memory.
+        depth: Differences to accelerate with.
     """
     x, past = y, []
+    most = most if look else min(most, depth + 2)
     contraction = torch.zeros((), device=y.device)
     for iteration in range(1, most + 1):
         following = quantize(function(x), grid).neg_().add_(y)
@@ -132,8 +134,8 @@ def accelerated(following: Tensor, step: Tensor, past: list[tuple[Tensor, Tensor
 
 
 def usual_width(dtype: torch.dtype) -> int:
-    """Where nothing was asked."""
-    return WIDTHS[0] if dtype.itemsize > 2 else WIDTHS[1]
+    """Where nothing was asked: what layers of a real model need (the rounding of bf16 is many units of the grid)."""
+    return WIDTHS[0] if dtype.itemsize > 2 else WIDTHS[-1]
 
 
 def width_for(error: int) -> int | None:

@@ -53,7 +53,7 @@ def per_layer(settings: dict, batch: int, tokens: int) -> int:
     if settings["coupling"] == "innovation":
         side_bits = packed(batch * tokens * D, settings.get("side_bits", 2))
         return side_bits + routing + CHECKSUM + SIGN * batch * settings.get("random_sign", True)
-    low_bits = batch * tokens * D // 2 if settings["query_stream"] == "left" else 0  # eight of each element
+    low_bits = 2 * batch * tokens * D // 2 if settings["query_stream"] == "left" else 0  # sixteen of each element
     return routing + 2 * CHECKSUM + low_bits
 
 
@@ -115,7 +115,7 @@ def test_an_anchor_keeps_both_streams():
     without, anchored = (
         bytes_saved(4, *shape, coupling="cross_branch", num_canaries=0, anchor_layers=layers) for layers in (None, [2])
     )
-    low_bits = 2 * 16 * D // 2
+    low_bits = 2 * 2 * 16 * D // 2
     # What is alive elsewhere counts once.
     assert anchored + low_bits - without in (0, 2 * 16 * D // 2 * 4, 2 * 16 * D * 4)
     assert anchored > without

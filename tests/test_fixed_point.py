@@ -61,10 +61,11 @@ def test_what_does_not_contract_is_said():
     assert width_for(int((found.x - x).abs().max())) is None
 
 
-def test_not_looking_takes_all_iterations():
+@pytest.mark.parametrize("most, evaluations", [(9, 4), (3, 3)])
+def test_not_looking_fills_the_memory(most, evaluations):
     function, _, y, calls = linear(0.1)
-    solve(function, y, GRID, 2.0, 9, look=False)
-    assert len(calls) == 9
+    solve(function, y, GRID, 2.0, most, look=False, depth=2)
+    assert len(calls) == evaluations
 
 
 @pytest.mark.parametrize("width", WIDTHS)
