@@ -285,7 +285,9 @@ def attach(model: PreTrainedModel, config: ReversibleConfig) -> None:
     assert type(model.model.norm) is classes["norm"].__bases__[1], type(model.model.norm)
     model.model.norm.__class__ = classes["norm"]
     for part in (model, model.model):
-        _CAN_RECORD_REGISTRY[part] = type(part)._can_record_outputs
+        # 5.17 has a plain dictionary by class, which would keep a model alive; later versions a weak one by model.
+        key = str(type(part)) if type(_CAN_RECORD_REGISTRY) is dict else part
+        _CAN_RECORD_REGISTRY[key] = type(part)._can_record_outputs
     for index, layer in enumerate(model.model.layers):
         layer.__class__ = classes["layer"]
         layer.layer_index, layer.query_modules = index, row.query_modules
