@@ -18,8 +18,6 @@ from torch import Tensor
 
 from ..sums import pairs
 
-ROW_BLOCK = 1 << 16
-"""Elements that a CPU works on at once."""
 COLUMN_LANES = 256
 """Sums along a row: the gradient of a routing weight."""
 ROW_LANES = 16
@@ -127,13 +125,6 @@ def halves(gate_up: Tensor, bias: Tensor | None, expert: Tensor | None, interlea
     return (x[:, ::2], x[:, 1::2]) if interleaved else x.chunk(2, dim=-1)
 
 
-def row_blocks(rows: Tensor) -> list[slice]:
-    """On a CPU some rows at a time, whose intermediate results stay in its cache; elsewhere all at once."""
-    S = rows.shape[0]
-    size = max(1, ROW_BLOCK // rows.shape[1]) if rows.device.type == "cpu" else S
-    return [slice(start, start + size) for start in range(0, S, max(size, 1))]
-
-
 def row_weights(weight: Tensor, order: Tensor) -> Tensor:
     return wide(weight.reshape(-1)[order.long()])[:, None]
 
@@ -147,14 +138,11 @@ def expert_gate(
     `clamped` (gpt-oss): gate at most `limit`, up within `limit` on both sides, activation(gate) = gate *
     sigmoid(alpha * gate), times (up + 1).
     """
-    out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
-    for rows in row_blocks(gate_up):
-        gate, up = halves(gate_up[rows], bias, None if expert is None else expert[rows], interleaved)
-        if kind == "clamped":
-            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit) + 1.0
-        act, _ = activation(gate, kind, alpha)
-        out[rows] = act * up * row_weights(weight, order[rows])
-    return out
+    gate, up = halves(gate_up, bias, expert, interleaved)
+    if kind == "clamped":
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit) + 1.0
+    act, _ = activation(gate, kind, alpha)
+    return (act * up * row_weights(weight, order)).to(gate_up.dtype)
 
 
 def expert_gate_backward(
@@ -171,25 +159,23 @@ def expert_gate_backward(
     Returns:
         The gradient of the routing weights (T, K), float32.
     """
-    d_weight = torch.empty(weight.numel(), dtype=wide(d_act).dtype, device=d_act.device)
-    for rows in row_blocks(gate_up):
-        gate_in, up_in = halves(gate_up[rows], bias, None if expert is None else expert[rows], interleaved)
-        gate, up = gate_in, up_in
-        if kind == "clamped":
-            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit) + 1.0
-        value, slope = activation(gate, kind, alpha)
-        act, d, w = value * up, wide(d_act[rows]), row_weights(weight, order[rows])
-        d_weight[order[rows].long()] = lane_sums(d * act, lanes_for(act.shape[1], COLUMN_LANES))
-        d = d * w
-        d_gate, d_up = d * up * slope, d * value
-        if kind == "clamped":
-            d_gate = torch.where(gate_in > limit, 0.0, d_gate)
-            d_up = torch.where((up_in > limit) | (up_in < -limit), 0.0, d_up)
-        d_act[rows] = act * w
-        out = d_gate_up[rows]
-        to = (out[:, ::2], out[:, 1::2]) if interleaved else out.chunk(2, dim=-1)
-        to[0].copy_(d_gate)
-        to[1].copy_(d_up)
+    gate_in, up_in = halves(gate_up, bias, expert, interleaved)
+    gate, up = gate_in, up_in
+    if kind == "clamped":
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit) + 1.0
+    value, slope = activation(gate, kind, alpha)
+    act, d, w = value * up, wide(d_act), row_weights(weight, order)
+    d_weight = torch.empty(weight.numel(), dtype=act.dtype, device=act.device)
+    d_weight[order.long()] = lane_sums(d * act, lanes_for(act.shape[1], COLUMN_LANES))
+    d = d * w
+    d_gate, d_up = d * up * slope, d * value
+    if kind == "clamped":
+        d_gate = torch.where(gate_in > limit, 0.0, d_gate)
+        d_up = torch.where((up_in > limit) | (up_in < -limit), 0.0, d_up)
+    d_act.copy_(act * w)
+    to = (d_gate_up[:, ::2], d_gate_up[:, 1::2]) if interleaved else d_gate_up.chunk(2, dim=-1)
+    to[0].copy_(d_gate)
+    to[1].copy_(d_up)
     return d_weight.view(weight.shape)
 
 
