@@ -60,6 +60,11 @@ ARMS = {
         words="ours, cross_branch, queries from the right",
         experts="own",
     ),
+    "cross_branch_left": Arm(
+        method="ours_cross_branch_left_tiles",
+        words="ours, cross_branch, queries from the left (the paper's)",
+        experts="own",
+    ),
     "innovation_m2_torch": Arm(
         method="ours_innovation_tiles",
         words="ours, innovation, m = 2; eager",
@@ -146,6 +151,7 @@ ROWS = [
         ("innovation_m2", dict(tile=8192)),
         ("innovation_m1", dict(seconds=12)),
         ("cross_branch_right", dict(tile=16384)),
+        ("cross_branch_left", dict(tile=16384, profile=True, seconds=40)),
     ),
     *_rows(
         Q64,
