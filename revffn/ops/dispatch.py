@@ -96,9 +96,14 @@ def kernel_of(package: str, name: str) -> Callable[[], Callable[..., Any]]:
     return lambda: getattr(importlib.import_module(f"{package}.kernels"), name)
 
 
-def probe_of(package: str, name: str) -> Callable[[torch.device], tuple[Any, ...]]:
-    """Finds the small arguments for a kernel in an operation folder."""
-    return lambda device: importlib.import_module(f"{package}.probe").arguments(device)[name]
+def probe_of(package: str, name: str) -> Callable[[torch.device], list[tuple[Any, ...]]]:
+    """Finds the small arguments for a kernel in an operation folder, named `name` or `name` and another word."""
+
+    def probe(device: torch.device) -> list[tuple[Any, ...]]:
+        arguments = importlib.import_module(f"{package}.probe").arguments(device)
+        return [given for key, given in arguments.items() if key.split()[0] == name]
+
+    return probe
 
 
 def ask(own: Callable[..., Any], reference: Callable[..., Any], arguments: tuple[Any, ...], exact: bool) -> None:
@@ -138,7 +143,7 @@ def register(
     kernel: Callable[[], Callable[..., Any]],
     supports: Callable[..., bool] | None = None,
     early_writes: tuple[int, ...] = (),
-    probe: Callable[[torch.device], tuple[Any, ...]] | None = None,
+    probe: Callable[[torch.device], list[tuple[Any, ...]]] | None = None,
     exact: bool = True,
 ) -> Any:
     """Define one operation of the `revffn` namespace.
@@ -153,8 +158,8 @@ def register(
             shapes, dtypes and numbers only, so that forward and recomputation decide alike.
         early_writes: Places of the arguments that the kernel may write before its last launch. At the first use they
             are copied, so that the reference can start from them should a later launch fail.
-        probe: Makes small arguments on a device, which the kernel and the reference are asked about at the first use
-            on a GPU.
+        probe: Makes lists of small arguments on a device, which the kernel and the reference are asked about at the
+            first use on a GPU.
         exact: Whether their answers must be the same bits, or may differ by a rounding.
 
     Returns:
@@ -170,7 +175,8 @@ def register(
             own = kernel()
             device = next(a for a in args if isinstance(a, torch.Tensor)).device
             if probe is not None and device.type in PROBED:
-                ask(own, reference, probe(device), exact)
+                for given in probe(device):
+                    ask(own, reference, given, exact)
             result = own(*args, **kwargs)
         except Exception as error:
             _fall_back(name, error)

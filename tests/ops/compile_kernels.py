@@ -220,7 +220,8 @@ def stream_cases(model: str, dtype: torch.dtype, shift: int) -> Iterator[tuple[s
 
 
 def dense_cases(model: str, dtype: torch.dtype, shift: int) -> Iterator[tuple[str, Callable[[], Any]]]:
-    from revffn.ops.dense import MOST_CHANNELS, kernels
+    from revffn.ops.dense import kernels
+    from revffn.ops.dense.reference import TILE_CHANNELS
 
     T, head = TOKENS.get(model, 4096), {"gpt_oss": 64, "ragged": 6}.get(model, 128)
     new = partial(make, shift=shift)
@@ -230,7 +231,8 @@ def dense_cases(model: str, dtype: torch.dtype, shift: int) -> Iterator[tuple[st
         for back in (False, True):
             yield "rope", partial(kernels.rope, x.transpose(1, 2), cos, cos, back)
             yield "rope", partial(kernels.rope, x.view(2, heads, T, head), cos, cos, back)
-        for D, rows in ((head, x), (MOST_CHANNELS, new(T, MOST_CHANNELS, dtype=dtype))):
+        for rows in (x, *(new(T, wide, dtype=dtype) for wide in (TILE_CHANNELS, MODELS[model]["D"]))):
+            D = rows.shape[-1]
             weight, rstd = new(D, dtype=dtype), new(*rows.shape[:-1], dtype=F32)
             for first in (False, True):
                 yield "norm", partial(kernels.norm, rows, weight, 1e-6, first)

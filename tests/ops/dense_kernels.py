@@ -58,5 +58,6 @@ if __name__ == "__main__":
     for dtype in (torch.bfloat16, torch.float32):
         compare_rope(2, 3, 3, 24, dtype)
         compare_norm((1, 19, 2, 24), dtype)
+        compare_norm((1, 19, 600), dtype)  # more channels than a tile of rows may have
         compare_swiglu((3, 50), dtype)
     print("all equal")

@@ -64,11 +64,12 @@ def test_silu_mul(dtype):
 
 
 @DTYPES
-def test_rms_norm_is_llamas(dtype):
-    x, weight = torch.randn(2, 9, 3, 24, dtype=dtype), torch.rand(24, dtype=dtype) + 0.5
+@pytest.mark.parametrize("D", [24, 600])
+def test_rms_norm_is_llamas(dtype, D):
+    x, weight = torch.randn(2, 9, 3, D, dtype=dtype), torch.rand(D, dtype=dtype) + 0.5
 
     def exact(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        module = LlamaRMSNorm(24, 1e-6).double()
+        module = LlamaRMSNorm(D, 1e-6).double()
         del module._parameters["weight"]
         module.weight = weight
         return module(x)

@@ -1,4 +1,4 @@
-"""A layer's dense parts in one operation each: rotary embedding, SwiGLU, RMSNorm of queries and keys.
+"""A layer's dense parts in one operation each: rotary embedding, SwiGLU, RMSNorm.
 
     rotate(q, k, cos, sin)            both turned; keeps only the tables for backward
     silu_mul(gate, up)                silu(gate) * up
@@ -21,8 +21,8 @@ from . import reference
 
 __all__ = ["rms_norm", "rotate", "silu_mul"]
 
-MOST_CHANNELS = 512
-"""A program of the norm's gradient holds 16 whole rows: wider ones would not fit its registers."""
+MOST_CHANNELS = 16384
+"""A program of a norm holds a whole row."""
 FLOATS = (torch.bfloat16, torch.float32)
 
 

@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..streams.reference import ROWS_PER_PARTIAL, sum_partials
-from ..triton_parts import pair_sums, round_to
+from ..triton_parts import pair_sums, round_to, row_sum
+from .reference import TILE_CHANNELS
 
 LAUNCH = dict(num_warps=4, enable_fp_fusion=False)
 FLAT = 1024
@@ -144,6 +145,34 @@ def _norm_backward(
         tl.store(partial_ptr + block * D + cols, total, mask=cols < D)
 
 
+@triton.jit
+def _wide_norm_backward(
+    grad_ptr, x_ptr, weight_ptr, rstd_ptr, out_ptr, partial_ptr, inverse, N, D, ROUNDS_FIRST: tl.constexpr,
+    NEED_WEIGHT: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """The same, row after row: ROWS rows of so many channels would not fit in registers."""
+    block = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, LANES)
+    mask = cols < D
+    kind = out_ptr.dtype.element_ty
+    weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    total = tl.zeros((LANES,), tl.float32)
+    for i in range(ROWS):
+        row = block * ROWS + i
+        if row < N:
+            place = row * D + cols
+            rstd = tl.load(rstd_ptr + row)
+            x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32) * rstd
+            dy = tl.load(grad_ptr + place, mask=mask, other=0.0).to(tl.float32)
+            dn = dy * weight
+            mean = row_sum(dn * x, LANES) * inverse
+            tl.store(out_ptr + place, round_to((dn - x * mean) * rstd, kind), mask=mask)
+            if NEED_WEIGHT:
+                total += dy * (round_to(x, kind).to(tl.float32) if ROUNDS_FIRST else x)
+    if NEED_WEIGHT:
+        tl.store(partial_ptr + block * D + cols, total, mask=mask)
+
+
 def warps(elements: int) -> int:
     """For a program that holds a tile of this size: at most 16 elements a thread, where 512 threads are enough."""
     return min(max(elements // 512, 4), 16)
@@ -169,8 +198,9 @@ def norm_backward(
     N, lanes, out = x.numel() // D, max(triton.next_power_of_2(D), 2), torch.empty_like(x)
     blocks = triton.cdiv(N, rows)
     partials = rstd.new_empty(blocks if need_weight else 0, D)
-    _norm_backward[(blocks,)](
+    kernel, held = (_wide_norm_backward, lanes) if D > TILE_CHANNELS else (_norm_backward, rows * lanes)
+    kernel[(blocks,)](
         grad, x, weight, rstd, out, partials, 1 / D, N, D, rounds_first, need_weight, rows, lanes,
-        num_warps=warps(rows * lanes), enable_fp_fusion=False,
+        num_warps=warps(held), enable_fp_fusion=False,
     )  # fmt: skip
     return out, sum_partials(partials).to(weight.dtype) if need_weight else weight.new_empty(0)

@@ -20,10 +20,16 @@ def arguments(device: torch.device) -> dict[str, tuple[Any, ...]]:
     q, table = floats(2, 5, 3, 24).transpose(1, 2), (floats(1, 5, 24), floats(1, 5, 24))
     x, weight = floats(2, 9, 24), floats(24)
     rstd = reference.norm(x, weight, 1e-6, True)[1]
+    wide = reference.TILE_CHANNELS + 40
+    rows, scale = floats(19, wide), floats(wide)
     return {
         "rope": (q, *table, False),
         "swiglu": (floats(3, 50), floats(3, 50)),
         "swiglu_backward": (floats(3, 50), floats(3, 50), floats(3, 50)),
         "norm": (x, weight, 1e-6, True),
+        "norm wide": (rows, scale, 1e-6, True),
         "norm_backward": (floats(2, 9, 24), x, weight, rstd, True, True),
-    }
+        "norm_backward wide": (
+            floats(19, wide), rows, scale, reference.norm(rows, scale, 1e-6, True)[1], True, True,
+        ),
+    }  # fmt: skip

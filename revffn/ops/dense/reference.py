@@ -1,4 +1,4 @@
-"""A layer's dense parts in plain PyTorch: rotary embedding, SwiGLU, RMSNorm of queries and keys.
+"""A layer's dense parts in plain PyTorch: rotary embedding, SwiGLU, RMSNorm.
 
 Everything inside one operation is float32 (float64 for float64 tensors) and is rounded once to the model's dtype;
 RMSNorm also where Llama's does, before the weight.
@@ -12,6 +12,10 @@ from torch import Tensor
 from ..experts.reference import sigmoid, wide
 from ..streams.reference import ROWS_PER_PARTIAL, sum_partials, tree_sum
 from ..sums import pairs
+
+TILE_CHANNELS = 512
+"""Up to so many channels, the gradient of a norm's weight adds ROWS_PER_PARTIAL rows by neighbours; one after another
+beyond."""
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
@@ -64,5 +68,11 @@ def norm_backward(
         return found, weight.new_empty(0)
     products = (dy * (wide(values.to(x.dtype)) if rounds_first else values)).reshape(-1, D)
     products = torch.nn.functional.pad(products, (0, 0, 0, -products.shape[0] % ROWS_PER_PARTIAL))
-    partials = pairs(products.view(-1, ROWS_PER_PARTIAL, D), 1)
+    products = products.view(-1, ROWS_PER_PARTIAL, D)
+    if D <= TILE_CHANNELS:
+        partials = pairs(products, 1)
+    else:
+        partials = products[:, 0].clone()
+        for i in range(1, ROWS_PER_PARTIAL):
+            partials += products[:, i]
     return found, sum_partials(partials).to(weight.dtype)
