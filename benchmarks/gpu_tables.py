@@ -69,7 +69,9 @@ def gpu() -> str:
             lines.append(f"| {' | '.join(cells)} |")
         for r in group:
             if r["status"] != "ok":
-                reason = f"{r['status'].replace('_', ' ')}: {r['reason']}".replace("|", "\\|")
+                reason = r["status"].replace("_", " ")
+                if r["status"] != "out_of_memory":  # what PyTorch says of that is long, and in the record
+                    reason += f": {r['reason']}".replace("|", "\\|")
                 lines.append(f"| {described(r)} | {' '.join(reason.split())} |" + " |" * (len(heads) - 2))
         tables.append("\n".join(lines))
     return "\n\n".join(tables) or NO_RESULTS
@@ -95,4 +97,43 @@ def gpu_kernels() -> str:
     return "\n\n".join(tables) or NO_RESULTS
 
 
-TABLES = {"gpu": gpu, "gpu_kernels": gpu_kernels}
+COLUMNS = {
+    "transformers as it comes": "hf_linear_ce",
+    "transformers, the same kernels": "hf_same_kernels",
+    "ours, innovation": "innovation_m2",
+    "ours, weights in host memory": "innovation_m2_host",
+}
+"""Of the overview: an arm, whose fastest row counts."""
+
+
+def gpu_overview() -> str:
+    """Tokens a second and peak memory, a row a workload."""
+    groups: dict[str, dict[str, dict]] = {}
+    devices = set()
+    for record in records():
+        if record["status"] == "skipped" or record["row"]["batch"]:
+            continue
+        arms, arm = groups.setdefault(record["row"]["workload"], {}), record["row"]["arm"]
+        if arm not in arms or speed(record) > speed(arms[arm]):
+            arms[arm] = record
+        devices.add(record.get("device", {}).get("name", "device not recorded"))
+    lines = [f"| {', '.join(sorted(devices))} | {' | '.join(COLUMNS)} |", "|---" + "|---:" * len(COLUMNS) + "|"]
+    for workload, arms in groups.items():
+        cells = []
+        for arm in COLUMNS.values():
+            found = arms.get(arm)
+            if found is None:
+                cells.append("")
+            elif found["status"] == "ok":
+                cells.append(f"{found['tokens_per_second']:,.0f}, {gib(found['peak_allocated_bytes'])} GiB")
+            else:
+                cells.append(found["status"].replace("_", " "))
+        lines.append(f"| {workload} | {' | '.join(cells)} |")
+    return "\n".join(lines) if groups else NO_RESULTS
+
+
+def speed(record: dict) -> float:
+    return record.get("tokens_per_second", 0.0)
+
+
+TABLES = {"gpu": gpu, "gpu_kernels": gpu_kernels, "gpu_overview": gpu_overview}
