@@ -1,0 +1,203 @@
+"""What the documents tell a reader to type works: every command is parsed by the program it calls, those of a first
+session run on a tiny model, and the README's Python runs.
+
+Run: pytest tests/test_documents.py
+     pytest tests/test_documents.py -m slow      the plans and small benchmarks as they stand there
+"""
+
+import argparse
+import functools
+import json
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import tiny_model
+
+from revffn.__main__ import main
+from revffn.upcycle import upcycle_command
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [
+    file
+    for pattern in ("*.md", "docs/*.md", "recipes/*.md", "benchmarks/*.md", "data/*/*.md")
+    for file in sorted(ROOT.glob(pattern))
+    if file.name != "CHANGELOG.md"
+]
+PLACEHOLDERS = {"RECIPE": "recipes/qwen1.5-moe-a2.7b_40gb.yaml"}
+"""What a reader puts in place of a word in capitals, where a parser looks at it."""
+
+
+def commands() -> dict[str, list[str]]:
+    """By where it stands: the words of every line of code, and of code in a sentence, that calls a program of ours."""
+    found = {}
+    for file in DOCUMENTS:
+        for number, line in enumerate(file.read_text().splitlines(), 1):
+            indented = re.findall(r"^    ((?:revffn|python|make|pip) .*)", line)
+            inline = re.findall(r"`((?:revffn (?:train|plan|export|upcycle|evaluate)|make|pip install) [^`]+)`", line)
+            for i, text in enumerate(indented + inline):
+                words = [PLACEHOLDERS.get(word, word) for word in shlex.split(text, comments=True)]
+                part = i >= len(indented) and words[1] == "plan" and "--model" not in words  # of a command
+                if not part and not any(mark in text for mark in ("...", "…", "NAME.yaml")):
+                    found[f"{file.relative_to(ROOT)}:{number}" + "'" * i] = words
+    return found
+
+
+COMMANDS = commands()
+
+
+def of(*programs: str) -> list:
+    return [pytest.param(words, id=where) for where, words in COMMANDS.items() if words[0] in programs]
+
+
+def test_there_are_commands():
+    programs = {words[0] for words in COMMANDS.values()}
+    assert programs == {"revffn", "python", "make", "pip"} and len(COMMANDS) > 50
+
+
+class Parsed(Exception):
+    """The words were taken; nothing is to be done."""
+
+
+def stop(*args, **kwargs):
+    raise Parsed(args)
+
+
+@pytest.mark.parametrize("words", of("revffn"))
+def test_commands_are_taken(words, monkeypatch):
+    """By the command line's own parsing, up to the function that does the work."""
+    for place in (
+        "revffn.trainer.train",
+        "revffn.plan_command.plan_command",
+        "revffn.evaluate.evaluate_command",
+        "revffn.evaluate.compare_command",
+    ):
+        monkeypatch.setattr(place, stop)
+    monkeypatch.setattr("revffn.upcycle.upcycle_command", functools.wraps(upcycle_command)(stop))
+    monkeypatch.chdir(ROOT)
+    if words[1] == "export":
+        assert len(words) in (2, 4)  # in a sentence it stands alone
+    elif "--help" in words:
+        with pytest.raises(SystemExit) as ended:
+            main(words[1:])
+        assert ended.value.code == 0
+    else:
+        with pytest.raises(Parsed):
+            status = main(words[1:])
+            raise AssertionError(f"refused with status {status}")
+
+
+@pytest.mark.parametrize("words", of("python"))
+def test_benchmarks_take_their_words(words, monkeypatch):
+    script = ROOT / words[1]
+    assert script.is_file(), f"there is no {words[1]}"
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_args(self, *args, **kwargs):
+        raise Parsed(parse(self, *args, **kwargs))
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    monkeypatch.setattr(sys, "argv", [str(script), *words[2:]])
+    monkeypatch.setattr(sys, "path", [str(script.parent), *sys.path])
+    with pytest.raises(Parsed):
+        runpy.run_path(str(script), run_name="__main__")
+
+
+@pytest.mark.parametrize("words", of("make"))
+def test_make_has_the_target(words):
+    assert re.search(rf"^{re.escape(words[1])}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("words", of("pip"))
+def test_extras_exist(words):
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for named in re.findall(r"\.\[([\w,]+)\]", " ".join(words)):
+        assert set(named.split(",")) <= set(extras)
+
+
+# --- run -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkout(tmp_path, model_folder, data_file, monkeypatch):
+    """A folder like the repository, where a tiny model has the place of the upcycled one."""
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    shutil.copytree(model_folder("qwen2_moe"), tmp_path / "runs" / "smollm2-moe")
+    data_file()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+SHORTER = {
+    "train": (
+        "--data.path data.jsonl --data.num_examples 48 --data.num_heldout 8 --evaluation.max_new_tokens 4 "
+        "--training.num_steps 2"
+    ).split()
+}
+
+
+def test_a_first_session(checkout):
+    """README's own train and export, word for word but for the length of the run."""
+    session = [words for where, words in COMMANDS.items() if where.startswith("README.md")]
+    train, export = (next(w for w in session if w[:2] == ["revffn", name]) for name in ("train", "export"))
+    assert main(train[1:] + SHORTER["train"]) == 0
+    assert main(export[1:]) == 0
+    assert json.loads((checkout / export[-1] / "config.json").read_text())["model_type"] == "qwen2_moe"
+
+
+def test_the_papers_session(checkout):
+    """Those of docs/paper.md that need no model of full size."""
+    session = [w for where, w in COMMANDS.items() if where.startswith("docs/paper.md") and "qwen1.5" not in str(w)]
+    trained = [w for w in session if w[1] == "train"]
+    assert trained
+    words = trained[0][1:] + SHORTER["train"] + ["--training.stage1_steps", "2", "--training.output_dir", "runs/paper"]
+    assert main(words) == 0
+    assert (checkout / "runs" / "paper" / "model" / "config.json").is_file()
+
+
+def test_the_readmes_python(tokenizer, tmp_path, monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    asked = []
+
+    def from_pretrained(name, **kwargs):
+        asked.append(name)
+        special = dict(vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=None, eos_token_id=2)
+        return tiny_model("qwen2_moe", **special).to(getattr(torch, kwargs["dtype"]))
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", from_pretrained)
+    monkeypatch.chdir(tmp_path)
+    words = "red green blue one two tree house river".split()
+    names = dict(
+        tokenizer=tokenizer,
+        some_lists_of_texts=[[" ".join(words * 8)] * 4] * 2,
+        ids=tokenizer([" ".join(words)] * 2, return_tensors="pt").input_ids,
+    )
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    assert asked == ["Qwen/Qwen1.5-MoE-A2.7B"]
+    assert all(p.grad is None for p in names["model"].parameters())
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+QUICK = ("dispatches.py", "simulate.py", "report.py", "gpu_suite.py --list", "planner.py --list")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", of("revffn", "python"))
+def test_plans_and_small_benchmarks_run(words, tmp_path):
+    """As they stand there: what needs no trained model and no GPU."""
+    plan = words[:2] == ["revffn", "plan"] and "--model" in words
+    if not plan and not any(f"benchmarks/{text}" in " ".join(words) for text in QUICK):
+        pytest.skip("needs a model, a GPU or hours")
+    program = [sys.executable, "-m", "revffn"] if words[0] == "revffn" else [sys.executable, str(ROOT / words[1])]
+    given = program + (words[1:] if words[0] == "revffn" else words[2:])
+    done = subprocess.run(given, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
