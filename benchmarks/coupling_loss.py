@@ -34,9 +34,9 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import revffn
-from revffn import calibration
+from revffn.couplings import calibration
 from revffn.data import batches
-from revffn.evaluation import coupled, heldout_loss
+from revffn.training.heldout import coupled, heldout_loss
 
 WORKLOAD = quality.WORKLOADS["dolly"]
 HELDOUT_ROWS = 32

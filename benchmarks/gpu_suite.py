@@ -65,7 +65,7 @@ def choose_experts(arm: Arm) -> str | None:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     with contextlib.suppress(ImportError):
-        import revffn.experts  # noqa: F401  (registers it)
+        import revffn.engine.experts  # noqa: F401  (registers it)
     if arm.experts == "own":
         return "revffn" if "revffn" in ALL_EXPERTS_FUNCTIONS else None
     if arm.experts is not None and arm.experts not in ALL_EXPERTS_FUNCTIONS:

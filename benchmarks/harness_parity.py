@@ -144,7 +144,7 @@ def revffn_side(
 ) -> dict[str, dict[str, Any]]:
     """The same of `revffn evaluate`."""
     if model is None:
-        from revffn import harness
+        from revffn.evaluation import harness
 
         paths = {"mmlu_path": str(data / "mmlu"), "gsm8k_path": str(data / "gsm8k")}
         parts = {task: harness.load_task(task, paths, subjects) for task in tasks}
@@ -194,7 +194,7 @@ def differences(harness: dict[str, dict[str, Any]], revffn: dict[str, dict[str, 
 def save_smollm2(folder: Path, dtype: str) -> None:
     import torch
 
-    from revffn.upcycle import load_dense
+    from revffn.models.upcycle import load_dense
 
     model, tokenizer = load_dense()
     model.to(getattr(torch, dtype)).save_pretrained(folder)

@@ -29,9 +29,9 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 from transformers.activations import ACT2FN
 
 from revffn import HostWeights, ReversibleConfig, convert
-from revffn.losses import use_linear_cross_entropy
+from revffn.memory.simulation import Method
+from revffn.models.losses import use_linear_cross_entropy
 from revffn.optim import OptimizerInBackward, parameter_groups
-from revffn.simulation import Method
 
 Batch = dict[str, Tensor]
 SILU = type(ACT2FN["silu"])

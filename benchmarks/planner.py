@@ -19,9 +19,9 @@ import torch
 from simulate import provenance
 
 from revffn import ReversibleConfig
-from revffn.memory import gib, load_config
-from revffn.planner import ACCEPTED_ERROR, plan
-from revffn.simulation import Method, simulate_step
+from revffn.memory.plan import ACCEPTED_ERROR, plan
+from revffn.memory.predict import gib, load_config
+from revffn.memory.simulation import Method, simulate_step
 
 FILE = Path(__file__).resolve().parent / "results" / "planner_grid.json"
 QWEN, QWEN3, OLMOE = "qwen1.5-moe-a2.7b", "qwen3-30b-a3b", "olmoe-1b-7b"

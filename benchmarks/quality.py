@@ -43,12 +43,12 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import revffn
-from revffn.architectures import router_parameters
 from revffn.config import GRID_SETTINGS
 from revffn.data import IGNORED, batches, load_conversations, tokenize_all
-from revffn.evaluation import coupled, mode, step_bytes
+from revffn.models.architectures import router_parameters
 from revffn.optim import OptimizerInBackward, parameter_groups
 from revffn.recipe import DataConfig
+from revffn.training.heldout import coupled, mode, step_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "quality"

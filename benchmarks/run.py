@@ -41,14 +41,14 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from workloads import WORKLOADS, Workload
 
 from revffn import is_reversible, reversible_report
-from revffn.memory import gib
-from revffn.simulation import LiveBytes, as_on_a_gpu, no_garbage_collection, run_step, sorter
+from revffn.memory.predict import gib
+from revffn.memory.simulation import LiveBytes, as_on_a_gpu, no_garbage_collection, run_step, sorter
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = (
-    "tests/test_reversible.py",
-    "tests/test_optim.py",
-    "tests/test_losses.py",
+    "tests/engine/test_reversible.py",
+    "tests/optim/test_optim.py",
+    "tests/models/test_losses.py",
     "tests/ops/test_streams.py",
     "tests/ops/test_experts.py",
     "tests/ops/test_update.py",

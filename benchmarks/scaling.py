@@ -24,9 +24,9 @@ from simulate import provenance
 from workloads import Workload
 
 from revffn.config import ReversibleConfig
-from revffn.memory import gib, load_config
-from revffn.planner import plan
-from revffn.simulation import Method
+from revffn.memory.plan import plan
+from revffn.memory.predict import gib, load_config
+from revffn.memory.simulation import Method
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "qwen1.5-moe-a2.7b"

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 
 from revffn import ReversibleConfig
-from revffn.memory import gib, load_config
-from revffn.simulation import METHODS, Method, simulate_step
+from revffn.memory.predict import gib, load_config
+from revffn.memory.simulation import METHODS, Method, simulate_step
 
 ROOT = Path(__file__).resolve().parent.parent
 

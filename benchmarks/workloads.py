@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from revffn.memory import load_config
+from revffn.memory.predict import load_config
 
 
 @dataclass(kw_only=True, frozen=True)

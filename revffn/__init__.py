@@ -1,9 +1,9 @@
 """revffn: fine-tune all parameters of a Mixture-of-Experts language model on one GPU, with reversible blocks."""
 
 from .config import ReversibleConfig
-from .conversion import convert, coupling_parameters, export, is_reversible, reversible_report
-from .host_weights import HostWeights
-from .recompute import StateMismatchError
+from .engine.host_weights import HostWeights
+from .engine.recompute import StateMismatchError
+from .models.conversion import convert, coupling_parameters, export, is_reversible, reversible_report
 
 __version__ = "0.1.0.dev0"
 

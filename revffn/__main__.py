@@ -28,7 +28,7 @@ def train(words: list[str]) -> None:
     # After the recipe, because the imports take seconds.
     from . import StateMismatchError
     from .optim import NonFiniteGradientError
-    from .trainer import train
+    from .training.trainer import train
 
     try:
         train(config, Path(words[0]))
@@ -39,7 +39,7 @@ def train(words: list[str]) -> None:
 def upcycle(words: list[str]) -> None:
     """Make a small Mixture-of-Experts model from a dense one: revffn upcycle --output FOLDER [--key value ...]"""
     from . import recipe
-    from .upcycle import upcycle_command
+    from .models.upcycle import upcycle_command
 
     @functools.wraps(upcycle_command)
     def collect(**arguments):
@@ -69,7 +69,7 @@ def export(words: list[str]) -> None:
 
     import revffn
 
-    from .serving import fit_for_servers
+    from .models.serving import fit_for_servers
 
     try:
         # A rehearsal without weights: what export refuses, it refuses before they are read.
@@ -119,7 +119,7 @@ def plan(words: list[str]) -> None:
         given += ["--alternatives", "False"] if word == "--no-alternatives" else [word]
     given = with_values(given, ("--alternatives", "--check", "--json"))
     config = recipe.from_words(recipe.PlanConfig, given, "revffn plan")
-    from .plan_command import plan_command
+    from .memory.command import plan_command
 
     try:
         problem = plan_command(config)
@@ -144,15 +144,15 @@ def evaluate(words: list[str]) -> None:
     from . import recipe
 
     if words[:1] == ["--compare"]:
-        from .evaluate import compare_command
+        from .evaluation.command import compare_command
 
         return compare_command(words[1:])
     if words and not words[0].startswith("-"):
         words = ["--model", *words]
     words = with_values(words, ("--chat_template", "--chat-template"))
     config = recipe.from_words(recipe.EvaluateConfig, words, "revffn evaluate MODEL")
-    from .evaluate import evaluate_command
-    from .mt_bench import JudgeError
+    from .evaluation.command import evaluate_command
+    from .evaluation.mt_bench import JudgeError
 
     try:
         evaluate_command(config)

@@ -221,7 +221,7 @@ class DataConfig:
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
-    """The optimizer of revffn/optim.py, with a linear warm-up."""
+    """The optimizer of revffn/optim/in_backward.py, with a linear warm-up."""
 
     name: Literal["adafactor", "adamw", "adamw8bit", "sgd"] = "adafactor"
     """adafactor: second moments as row and column means, per expert. adamw: two moments in float32. adamw8bit: the
@@ -250,7 +250,7 @@ class OptimizerConfig:
     """How the learning rate goes on after the warm-up."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 does not clip. In backward the norm of all gradients is not known yet,
-    and the last step's stands in for it; see revffn/optim.py."""
+    and the last step's stands in for it; see revffn/optim/in_backward.py."""
 
     def __post_init__(self):
         _at_least(self, learning_rate=0, stage1_learning_rate=0, weight_decay=0, max_grad_norm=0)

@@ -22,11 +22,11 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import revffn
-from revffn.architectures import ARCHITECTURES
+from revffn.engine.routing import RecordRouting, ReplayRouting
+from revffn.engine.sublayers import attention, cross_attention, feed_forward, half_feed_forward
+from revffn.engine.walk import Tile
+from revffn.models.architectures import ARCHITECTURES
 from revffn.optim import OptimizerInBackward
-from revffn.reversible import Tile
-from revffn.routing import RecordRouting, ReplayRouting
-from revffn.sublayers import attention, cross_attention, feed_forward, half_feed_forward
 
 # Worst error of ours beyond plain autograd's, relative to the largest gradient of the parameter.
 # (dtype, tolerance, observed, device, date)

@@ -224,7 +224,7 @@ def test_a_gpu_workload_without_a_gpu_is_refused(capsys, monkeypatch):
 
 @pytest.mark.parametrize("commit", [None, "abc"])
 def test_nothing_is_recorded_from_a_dirty_tree(recordable, no_counting, capsys, monkeypatch, tmp_path, commit):
-    dirty = {"commit": commit, "dirty": commit and True, "changed": ["revffn/optim.py"] if commit else []}
+    dirty = {"commit": commit, "dirty": commit and True, "changed": ["revffn/optim/in_backward.py"] if commit else []}
     monkeypatch.setattr(run, "provenance", lambda: {"git": dirty})
     call = ["--method", "hf_plain", "--workload", "cpu_float32", "--tiny", "--out", str(tmp_path)]
     assert "--allow-dirty" in refused(capsys, *call)
@@ -502,7 +502,7 @@ def test_results_rest_on_the_kernels_too():
     """A kernel that changed makes the tests' stamp void, like any other module."""
     files = {str(file.relative_to(run.ROOT)) for file in run.tested_files()}
     assert {f"revffn/ops/{folder}/kernels.py" for folder in ("dense", "experts", "streams", "update")} <= files
-    assert {"revffn/recompute.py", "tests/helpers.py", *run.TESTS} <= files
+    assert {"revffn/engine/recompute.py", "tests/helpers.py", *run.TESTS} <= files
 
 
 @pytest.mark.slow

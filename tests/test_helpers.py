@@ -21,8 +21,8 @@ from helpers import (
     tiny_batch,
 )
 
-from revffn import cross_branch, steps
-from revffn.architectures import routers
+from revffn.couplings import cross_branch, steps
+from revffn.models.architectures import routers
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 

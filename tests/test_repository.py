@@ -3,6 +3,7 @@
 Run: pytest tests/test_repository.py
 """
 
+import ast
 import re
 import subprocess
 import sys
@@ -18,29 +19,59 @@ DOCUMENTS = [
 ]
 
 
+def tree() -> str:
+    return re.search(r"```text\nrevffn/\n(.*?)\n```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+
+
+def order_of_folders() -> list[str]:
+    """As the README's tree has them; modules at the top without their suffix."""
+    return re.findall(r"^  (\w+)(?:\.py|/) ", tree(), re.MULTILINE)
+
+
+def order_of_modules(folder: Path) -> list[str]:
+    """As the folder's docstring has them."""
+    text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()), clean=False) or ""
+    return re.findall(r"^ *(\w+)(?:\.py|/) ", text, re.MULTILINE)
+
+
+FOLDERS = sorted(file.parent for file in (ROOT / "revffn").glob("*/__init__.py"))
+
+
 def test_the_tree_in_the_readme_is_the_package():
-    tree = re.search(r"```text\nrevffn/\n(.*?)\n```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
-    named = re.findall(r"^  (\w+\.py) ", tree, re.MULTILINE)
-    there = {file.name for file in (ROOT / "revffn").glob("*.py")} - {"__init__.py"}
-    assert set(named) == there and len(named) == len(there)
-    folders = re.findall(r"^  (\w+)/ ", tree, re.MULTILINE)
-    assert set(folders) == {file.name for file in (ROOT / "revffn").iterdir() if file.is_dir()} - {"__pycache__"}
-    docs = re.findall(r"\w+\.md", tree)
+    there = {file.stem for file in (ROOT / "revffn").glob("*.py")} - {"__init__"} | {file.name for file in FOLDERS}
+    assert sorted(order_of_folders()) == sorted(there)
+    docs = re.findall(r"\w+\.md", tree())
     assert set(docs) == {file.name for file in (ROOT / "docs").glob("*.md")}
 
 
+@pytest.mark.parametrize("folder", [f for f in FOLDERS if f.name != "ops"], ids=lambda folder: folder.name)
+def test_a_folder_lists_its_modules(folder):
+    there = {f.stem for f in folder.iterdir() if f.name not in ("__init__.py", "__pycache__")}
+    assert sorted(order_of_modules(folder)) == sorted(there)
+
+
 def test_modules_import_only_from_those_above_them():
-    """In the order of the README's tree. What a function imports when it is called does not count."""
-    tree = re.search(r"```text\nrevffn/\n(.*?)\n```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
-    order = re.findall(r"^  (\w+)(?:\.py|/) ", tree, re.MULTILINE)
-    for place, name in enumerate(order):
-        folder = ROOT / "revffn" / name
-        for file in sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]:
-            # A dot for every folder up to the package.
-            dots = r"\." * len(file.relative_to(ROOT / "revffn").parts)
-            imported = re.findall(rf"^from {dots}(\w+)[\w.]* import", file.read_text(), re.MULTILINE)
-            below = [other for other in imported if order.index(other) >= place]
-            assert not below, f"{file} imports {below}, which the README lists below it"
+    """Folders in the order of the README's tree, the modules of a folder in that of its docstring. What a function
+    imports when it is called does not count."""
+    order = order_of_folders()
+    for file in sorted((ROOT / "revffn").rglob("*.py")):
+        inside = file.relative_to(ROOT / "revffn").parts
+        if inside == ("__init__.py",):
+            continue
+        place = order.index(inside[0].removesuffix(".py"))
+        mine = order_of_modules(ROOT / "revffn" / inside[0]) if len(inside) > 1 and inside[0] != "ops" else []
+        for node in ast.parse(file.read_text()).body:
+            if not isinstance(node, ast.ImportFrom) or not node.level:
+                continue
+            # The folder that the dots lead to, then the names.
+            path = [*inside[: len(inside) - node.level], *(node.module or "").split(".")]
+            names = [*filter(None, path)] or [alias.name for alias in node.names]
+            if names[0] != inside[0]:
+                assert order.index(names[0]) < place, f"{file} imports {names}, which the README lists below it"
+            elif mine and file.name != "__init__.py":
+                other = names[1] if len(names) > 1 else node.names[0].name
+                if other != inside[1].removesuffix(".py"):
+                    assert mine.index(other) < mine.index(inside[1].removesuffix(".py")), f"{file} imports {other}"
 
 
 @pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))

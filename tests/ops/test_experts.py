@@ -17,10 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import revffn
-from revffn import experts as interface
+from revffn.engine import experts as interface
+from revffn.engine.routing import RecordRouting, ReplayRouting
 from revffn.ops import experts as implementation
 from revffn.ops.experts import NAMES, Gate, GradientSum, expert_sort, experts, reference
-from revffn.routing import RecordRouting, ReplayRouting
 
 SPARSE = ["qwen2_moe", "qwen3_moe", "olmoe", "mixtral", "deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss"]
 GATES = {

@@ -1,6 +1,6 @@
 """The optimizer's operations in PyTorch: noise, orders of summation, and bits that neither chunks nor shards change.
 
-tests/test_update_rules.py holds the rules against float64 and torch.optim; test_update_kernels.py holds the kernels
+tests/optim/test_update_rules.py holds the rules against float64 and torch.optim; test_update_kernels.py the kernels
 against what is here.
 
 Run: pytest tests/ops/test_update.py (adamw8bit needs torchao)

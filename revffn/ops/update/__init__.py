@@ -9,7 +9,7 @@
 `reference.py` defines all results bit for bit, orders of summation and the noise of stochastic rounding included, and
 runs where there is no Triton; `kernels.py` gives the same bits in few launches (adamw8bit too), reading bf16 gradients
 and weights with at most 10 bytes of traffic per parameter for adafactor, of which one more read of the gradient comes
-from the L2 cache. `optim.py` says what the rules are and which papers they come from.
+from the L2 cache. `optim/in_backward.py` says what the rules are and which papers they come from.
 
 Parameters, gradients and states of the parameter's shape have any number of dimensions: below two one matrix of one
 column, above three all leading ones together are S matrices (S, R, C). bf16 and float32 parameters are computed in

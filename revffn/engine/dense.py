@@ -1,0 +1,180 @@
+"""A layer's own dense parts as fused operations (ops/dense) while a walk runs them on a device with kernels.
+
+Norms, gated feed-forwards and the rotary embedding are a family's own code. Each is asked once, on a few random
+numbers, whether it is the function that the fused operation computes; where it is not, where a module has a `forward`
+of its own, and outside walks, the family's code runs. Forward and recomputation decide alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ..ops import dispatch
+from ..ops.dense import MOST_CHANNELS, rms_norm, rotate, silu_mul
+from ..ops.dense.reference import rope
+
+_FUSED: ContextVar[bool] = ContextVar("revffn_fused_dense", default=False)
+
+
+@contextlib.contextmanager
+def fused_parts(device_type: str) -> Iterator[None]:
+    """While open, dense parts run as fused operations, if those have kernels on this kind of device."""
+    before = _FUSED.set(dispatch.implementation(device_type) == "triton")
+    try:
+        yield
+    finally:
+        _FUSED.reset(before)
+
+
+# --- what a family's code computes -----------------------------------------------------------------------------------
+
+
+def _asked(question: Callable[..., Any]) -> Callable[..., Any]:
+    """Answers once per argument; None where the family's code does not take the question."""
+
+    @functools.cache
+    def ask(*args: Any) -> Any:
+        with unset_fake_temporarily(), torch.no_grad(), _disable_current_modes():
+            try:
+                return question(*args, torch.Generator("cpu").manual_seed(0))
+            except Exception:
+                return None
+
+    return ask
+
+
+@_asked
+def rounds_before_weight(forward: Callable[..., Tensor], numbers: torch.Generator) -> bool | None:
+    """Whether `forward` is Llama's RMSNorm (True), that of gpt-oss (False), or neither (None)."""
+    x = torch.randn(64, 32, generator=numbers, device="cpu").to(torch.bfloat16)
+    weight = torch.rand(32, generator=numbers, device="cpu").add(0.5).to(torch.bfloat16)
+    found = forward(SimpleNamespace(weight=weight, variance_epsilon=1e-3, eps=1e-3), x)
+    normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-3)
+    first, last = normed.to(x.dtype) * weight, (normed * weight).to(x.dtype)
+    same = [(found == expected).double().mean().item() for expected in (first, last)]
+    return None if found.shape != x.shape or max(same) < 0.99 else same[0] >= same[1]
+
+
+@_asked
+def is_gated(forward: Callable[..., Tensor], numbers: torch.Generator) -> bool:
+    """Whether `forward` is down_proj(act_fn(gate_proj(x)) * up_proj(x))."""
+    x = torch.randn(8, 6, generator=numbers, device="cpu")
+    parts = SimpleNamespace(gate_proj=lambda x: x[:, :3], up_proj=lambda x: x[:, 3:], down_proj=torch.neg)
+    parts.act_fn, parts.config = F.silu, SimpleNamespace(pretraining_tp=1)
+    return torch.allclose(forward(parts, x), -F.silu(x[:, :3]) * x[:, 3:])
+
+
+@_asked
+def turns_halves(function: Callable[..., Any], numbers: torch.Generator) -> bool:
+    """Whether `function` is Llama's `apply_rotary_pos_emb`."""
+    q, k = (torch.randn(2, heads, 5, 8, generator=numbers, device="cpu") for heads in (4, 2))
+    cos, sin = (torch.randn(1, 5, 8, generator=numbers, device="cpu") for _ in range(2))
+    found = function(q, k, cos, sin)
+    return all(torch.allclose(a, rope(x, cos, sin, False), atol=1e-5) for a, x in zip(found, (q, k), strict=True))
+
+
+class RunsInWalk:
+    """Marks classes of this library that stand in front of a family's class."""
+
+
+def own_forward(module: nn.Module) -> Callable[..., Any]:
+    """The forward that the family wrote."""
+    return next(c for c in type(module).__mro__ if not issubclass(c, RunsInWalk)).forward
+
+
+def norm_kind(norm: nn.Module) -> tuple[float, bool] | None:
+    """(eps, whether it rounds before it multiplies by the weight) of a module that is an RMSNorm; None for any
+    other."""
+    weight = getattr(norm, "weight", None)
+    if weight is None or isinstance(weight, DTensor) or "forward" in norm.__dict__:
+        return None
+    rounds_first = rounds_before_weight(own_forward(norm))
+    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    return None if rounds_first is None or eps is None else (float(eps), rounds_first)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether calling a module is calling its forward."""
+    return not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
+# --- in their place --------------------------------------------------------------------------------------------------
+
+
+class FusedNorm(RunsInWalk, nn.Module):
+    """Mixed in front of a family's RMSNorm."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        fits = hidden_states.shape[-1] <= MOST_CHANNELS and not args and not kwargs
+        kind = norm_kind(self) if _FUSED.get() and fits else None
+        if kind is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        return rms_norm(hidden_states.contiguous(), self.weight, *kind)
+
+
+class FusedMLP(RunsInWalk, nn.Module):
+    """Mixed in front of a family's gated feed-forward."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        silu = type(getattr(self, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
+        if not (_FUSED.get() and silu and is_gated(own_forward(self))) or args or kwargs:
+            return super().forward(x, *args, **kwargs)
+        return self.down_proj(silu_mul(self.gate_proj(x), self.up_proj(x)))
+
+
+def fused_classes(modeling: ModuleType) -> dict[type, type]:
+    """Every class of a family's modeling module that may be an RMSNorm or a gated feed-forward, and its subclass."""
+    found = {}
+    for name, cls in vars(modeling).items():
+        if not (isinstance(cls, type) and issubclass(cls, nn.Module) and cls.__module__ == modeling.__name__):
+            continue
+        code = getattr(inspect.unwrap(cls.forward), "__code__", None)
+        if name.endswith("RMSNorm"):
+            found[cls] = type(f"RevFFN{name}", (FusedNorm, cls), {})
+        elif code is not None and {"gate_proj", "up_proj", "down_proj", "act_fn"} <= set(code.co_names):
+            found[cls] = type(f"RevFFN{name}", (FusedMLP, cls), {})
+    return found
+
+
+def fuse_parts(layer: nn.Module, modeling: ModuleType, classes: dict[type, type]) -> None:
+    """Give a layer's dense parts their fused classes, and its family's rotary embedding a wrapper that turns by the
+    fused operation within walks."""
+    for module in layer.modules():
+        if type(module) in classes:
+            module.__class__ = classes[type(module)]
+    function = getattr(modeling, "apply_rotary_pos_emb", None)
+    if function is not None and not hasattr(function, "in_walks"):
+        modeling.apply_rotary_pos_emb = turning(function)
+
+
+def turning(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+        fits = (
+            _FUSED.get()
+            and not args
+            and not kwargs
+            and q.dim() == 4
+            and cos.dim() == 3
+            and cos.shape[-1] == q.shape[-1]
+            and q.dtype == k.dtype == cos.dtype
+            and not cos.requires_grad
+            and turns_halves(function)
+        )
+        return rotate(q, k, cos, sin) if fits else function(q, k, cos, sin, *args, **kwargs)
+
+    apply_rotary_pos_emb.in_walks = True
+    return apply_rotary_pos_emb

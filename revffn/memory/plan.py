@@ -1,0 +1,459 @@
+"""Planner: will a run fit, what else would, and what do the other ways of training take.
+
+`plan` predicts one way to train (predict.py) and, if asked, the alternatives; `choose_tile` finds the largest tile
+that fits; `what_would_fit` names changes that bring a run under a limit; `check` runs the whole step on fake tensors and
+puts the outcome beside the prediction.
+
+The alternatives are those of plain transformers: full logits, all gradients held until backward has ended, the
+same update rule; and checkpointing once more with this library's loss and optimizer in backward. Three are derived
+instead of measured: fewer checkpoints (every n layers), and stored inputs moved to host memory, of which the device is
+left with two layers' (the one in use and the one on its way).
+"""
+
+# B = batch, T = tokens, L = decoder layers
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from ..config import ReversibleConfig
+from ..engine.host_weights import layer_states
+from ..models.architectures import ARCHITECTURES
+from .predict import RESERVE_BYTES, Phases, Plan, Predictor, gib, measure, shallow
+from .simulation import PARTS, Method, RealOptimizer, build, simulate_step
+
+OUTSIDE_LAYERS = ("embedding", "forward", "loss", "top", "top after lm_head.weight", "optimizer")
+"""Phases in which backward is not among the decoder layers."""
+ACCEPTED_ERROR = 0.03
+"""Of a predicted peak against the simulated one."""
+SMALLEST_TILE = 256
+"""Tokens of the smallest tile that `choose_tile` takes."""
+USUAL_TILE = 2048
+"""Tokens of a tile where more are no faster (a CPU) or are not the question: fewer take hardly less."""
+TILE_SLACK = 0.2
+"""By how much more than its share of a tile's tokens a working set may shrink."""
+LAYERS_ON_DEVICE = 2
+"""Of stored inputs in host memory: that of the layer in use, and one on its way."""
+
+
+# --- the ways --------------------------------------------------------------------------------------------------------
+
+
+def to_host(hf_config: PreTrainedConfig, method: Method, phases: Phases, batch: int, tokens: int):
+    """Stored layer inputs go to host memory, all but those of the layers being worked on."""
+    each = batch * tokens * hf_config.hidden_size * method.dtype.itemsize
+    moved = max(0, hf_config.num_hidden_layers - LAYERS_ON_DEVICE) * each
+    moved_phases = {}
+    for name, parts in phases.items():
+        stored = parts["stored_activations"]
+        moved_phases[name] = parts | {"stored_activations": max(stored - moved, min(stored, each))}
+    return moved_phases, moved
+
+
+def every_n_layers(n: int, hf_config: PreTrainedConfig, plain: Method, phases: Phases, batch: int, tokens: int):
+    """Checkpoints of every n-th layer input: fewer of them, and n layers' activations while a group is walked back."""
+    L = hf_config.num_hidden_layers
+    each = batch * tokens * hf_config.hidden_size * plain.dtype.itemsize
+    shallow_config, shallow_method = shallow(hf_config, plain)
+    stored_of_depth = []
+    for num_layers in (shallow_config.num_hidden_layers - 1, shallow_config.num_hidden_layers):
+        config = copy.deepcopy(shallow_config)
+        config.num_hidden_layers = num_layers
+        stored_of_depth.append(measure(config, shallow_method, batch, tokens)["loss"]["stored_activations"])
+    one_layer = stored_of_depth[1] - stored_of_depth[0]
+    fewer = (L - math.ceil(L / n)) * each
+    out = {}
+    for name, parts in phases.items():
+        group = 0 if name in OUTSIDE_LAYERS else (n - 1) * one_layer
+        stored = max(parts["stored_activations"] - fewer, min(parts["stored_activations"], each))
+        out[name] = parts | {"stored_activations": stored, "working_set": parts["working_set"] + group}
+    return out, 0
+
+
+def label_of(method: Method) -> str:
+    if method.name != "reversible":
+        return method.name
+    settings = method.reversible
+    details = {
+        "innovation": f" m={settings.side_bits}",
+        "cross_branch": f" {settings.query_stream}",
+        "none": ", inputs in host memory" if settings.offload_inputs else ", inputs stored",
+    }
+    where = ", weights on the host" * (method.weights == "host")
+    return f"{settings.coupling}{details[settings.coupling]}, {method.optimizer}{where}"
+
+
+def predictor(hf_config: PreTrainedConfig, method: Method, label: str | None = None) -> Predictor:
+    """Of a method as it stands, offloading included."""
+    label = label or label_of(method)
+    settings = method.reversible
+    if settings is None or settings.coupling != "none" or not settings.offload_inputs:
+        return Predictor(label, hf_config, method)
+    # On a CPU, where the steps are measured, host memory is the only one.
+    on_device = replace(method, reversible=replace(settings, offload_inputs=False))
+    return Predictor(label, hf_config, on_device, partial(to_host, hf_config, on_device))
+
+
+def alternatives(hf_config: PreTrainedConfig, method: Method) -> Iterator[Predictor]:
+    """Other ways to train the same model: this library's without rebuilding, and plain transformers."""
+    common = dict(optimizer=method.optimizer, rounding=method.rounding, dtype=method.dtype)
+    if hf_config.model_type in ARCHITECTURES:
+        tile_tokens = method.reversible.tile_tokens if method.reversible else 2048
+        for offload in (False, True):
+            settings = ReversibleConfig(coupling="none", tile_tokens=tile_tokens, offload_inputs=offload)
+            yield predictor(hf_config, Method(reversible=settings, **common))
+    usual = dict(optimizer_in_backward=False, linear_cross_entropy=False, **common)
+    plain, checkpointing = Method(name="plain", **usual), Method(name="checkpointing", **usual)
+    lora = replace(checkpointing, optimizer="adamw", rounding="nearest", lora_rank=16)
+    n = round(math.sqrt(hf_config.num_hidden_layers))
+    in_groups = partial(every_n_layers, n, hf_config, plain)
+    offloaded = partial(to_host, hf_config, checkpointing)
+    yield Predictor("checkpointing", hf_config, checkpointing)
+    yield Predictor("checkpointing, with our loss and optimizer", hf_config, Method(name="checkpointing", **common))
+    yield Predictor(f"checkpointing every {n} layers", hf_config, checkpointing, in_groups)
+    yield Predictor("checkpointing in host memory", hf_config, checkpointing, offloaded)
+    yield Predictor("plain transformers", hf_config, plain)
+    yield Predictor("LoRA, checkpointing, adamw", hf_config, lora)
+
+
+# --- the questions ---------------------------------------------------------------------------------------------------
+
+
+def plan(
+    hf_config: PreTrainedConfig,
+    batch: int,
+    tokens: int,
+    method: Method | None = None,
+    *,
+    gpu_bytes: int | None = None,
+    with_alternatives: bool = True,
+    tile_at_most: int | None = None,
+) -> Plan:
+    """Predict the memory of training, from a config alone.
+
+    Args:
+        hf_config: The model's.
+        batch, tokens: B sequences of T tokens each per step.
+        method: How; the default is this library's.
+        gpu_bytes: Memory of the device; the largest batch and the longest sequence that fit it are then looked for.
+        with_alternatives: Plan the other ways too.
+        tile_at_most: Tokens of a tile when the largest batch and the longest sequence are looked for; None has the
+            method's.
+
+    Raises:
+        ValueError: B or T below 1, or a model that the method does not know.
+    """
+    method = method or Method()
+    require(hf_config, batch, tokens, method)
+
+    def ways_of(method: Method) -> list[Predictor]:
+        return [predictor(hf_config, method), *(alternatives(hf_config, method) if with_alternatives else ())]
+
+    ways = ways_of(method)
+    at_most = ways
+    if tile_at_most is not None and method.reversible is not None:
+        at_most = ways_of(tiled(method, min(tile_at_most, method.reversible.tile_tokens or tile_at_most)))
+    plans = []
+    for way, bound in zip(ways, at_most, strict=True):
+        plans.append(way.plan(batch, tokens))
+        if gpu_bytes is not None:
+            budget = gpu_bytes - RESERVE_BYTES
+            plans[-1].largest_batch = bound.largest_batch(tokens, budget)
+            plans[-1].longest_sequence = bound.longest_sequence(budget)
+    plans[0].alternatives = plans[1:]
+    return plans[0]
+
+
+@dataclass(frozen=True)
+class TileChoice:
+    """What `tile_tokens: auto` came to."""
+
+    tile_tokens: int | None
+    reason: str
+
+    def __str__(self) -> str:
+        size = "the whole batch" if self.tile_tokens is None else f"{self.tile_tokens:,} tokens"
+        return f"Tiles: {size} ({self.reason})"
+
+
+def choose_tile(
+    hf_config: PreTrainedConfig,
+    batch: int,
+    tokens: int,
+    method: Method,
+    *,
+    limit_bytes: int,
+    reserve_bytes: int = RESERVE_BYTES,
+    largest: int | None = None,
+) -> TileChoice:
+    """The largest tile whose step fits: the whole batch, or a power of two of tokens that is less.
+
+    A smaller tile has a smaller working set; but where there is more than one, gradients of experts are added up
+    beside each tile's share, so that for small batches the whole one takes least. Sizes that would be too large even
+    with their share of the working set are passed over without a measurement. Where none fits: the usual tile, or the
+    one of those measured that takes less.
+
+    Args:
+        hf_config, batch, tokens, method: As in `plan`; the tile that `method` has is not looked at.
+        limit_bytes: Memory of the device.
+        reserve_bytes: Of it, outside tensors.
+        largest: Tokens of the largest tile to try, instead of the whole batch.
+
+    Raises:
+        ValueError: See `plan`.
+    """
+    require(hf_config, batch, tokens, method)
+    budget = limit_bytes - reserve_bytes
+    sizes: list[int | None] = [largest]
+    size = 2 ** ((largest or batch * tokens) - 1).bit_length() // 2
+    while size >= SMALLEST_TILE:
+        sizes.append(size)
+        size //= 2
+    if predictor(hf_config, method).least() > budget:
+        usual = USUAL_TILE if USUAL_TILE in sizes else largest
+        return TileChoice(usual, "weights and optimizer state alone do not fit")
+    peaks: dict[int | None, int] = {}
+    peak = working_set = 0
+    tile = 1
+    for size in sizes:
+        share = at_once(size, batch, tokens) / tile
+        if peaks and peak - (1 + TILE_SLACK) * (1 - share) * working_set > budget:
+            continue
+        answer = predictor(hf_config, tiled(method, size)).plan(batch, tokens)
+        peaks[size] = peak = answer.peak_bytes
+        working_set, tile = answer.parts["working_set"], at_once(size, batch, tokens)
+        if peak <= budget:
+            which = "fits" if size is None else "the largest that fits"
+            if size is not None and size == largest:
+                which = "fits; larger ones are no faster on a CPU"
+            return TileChoice(size, f"{which}: {gib(peak + reserve_bytes)} of {gib(limit_bytes)}")
+    if USUAL_TILE in sizes and USUAL_TILE not in peaks:
+        peaks[USUAL_TILE] = predictor(hf_config, tiled(method, USUAL_TILE)).peak(batch, tokens)
+    least = min(peaks, key=peaks.__getitem__)
+    return TileChoice(least, f"none fits: {gib(peaks[least] + reserve_bytes)}, and {gib(limit_bytes)} there are")
+
+
+def at_once(tile_tokens: int | None, batch: int, tokens: int) -> int:
+    """Tokens that are in a tile: whole sequences, or a part of one."""
+    if tile_tokens is None or tile_tokens < tokens:
+        return tile_tokens or batch * tokens
+    return min(batch, tile_tokens // tokens) * tokens
+
+
+def tiled(method: Method, tile_tokens: int | None) -> Method:
+    """A method with tiles of that size; one that has none is as it was."""
+    if method.reversible is None:
+        return method
+    return replace(method, reversible=replace(method.reversible, tile_tokens=tile_tokens))
+
+
+def require(hf_config: PreTrainedConfig, batch: int, tokens: int, method: Method) -> None:
+    if batch < 1 or tokens < 1:
+        raise ValueError(f"batch and tokens must be at least 1, got {batch} and {tokens}.")
+    if method.name == "reversible" and hf_config.model_type not in ARCHITECTURES:
+        raise ValueError(
+            f"No reversible layout for model_type={hf_config.model_type!r}. Known: "
+            f"{', '.join(sorted(ARCHITECTURES))}. docs/adding_an_architecture.md shows how to add one."
+        )
+
+
+@dataclass(frozen=True)
+class Change:
+    """Something that makes a run fit."""
+
+    settings: dict[str, Any]
+    """New values by the name of the setting: batch, tokens, tile_tokens, side_bits, optimizer, rounding, coupling,
+    weights."""
+    text: str
+    """The same for people."""
+    total_bytes: int
+    """Device memory after the change, with the reserve."""
+
+    def __str__(self) -> str:
+        return f"{self.text} ({gib(self.total_bytes)})"
+
+
+def what_would_fit(
+    hf_config: PreTrainedConfig, batch: int, tokens: int, method: Method | None = None, *, gpu_bytes: int
+) -> list[Change]:
+    """Changes that bring a run under `gpu_bytes`, each alone; together with others only where none does alone.
+
+    Args:
+        hf_config, batch, tokens, method: As in `plan`.
+        gpu_bytes: Memory of the device.
+
+    Returns:
+        The list, empty if nothing helps (the weights themselves do not fit) or the run fits as it is.
+
+    Raises:
+        ValueError: See `plan`.
+    """
+    method = method or Method()
+    require(hf_config, batch, tokens, method)
+    budget = gpu_bytes - RESERVE_BYTES
+
+    def attempt(changed: Method, settings: dict[str, Any], words: str) -> list[Change]:
+        """The change alone; with a smaller batch or a shorter sequence where that is not enough."""
+        way = predictor(hf_config, changed)
+        # Weights and optimizer state take a second to count, a step several to measure.
+        if way.least() > budget:
+            return []
+        if words and (peak := way.peak(batch, tokens)) <= budget:
+            return [Change(settings, words, peak + RESERVE_BYTES)]
+        words = f"{words} and " if words else ""
+        if batch > 1 and (fewer := way.largest_batch(tokens, budget)):
+            total = way.peak(fewer, tokens) + RESERVE_BYTES
+            return [Change(settings | {"batch": fewer}, f"{words}batch {fewer} instead of {batch}", total)]
+        length = way.longest_sequence(budget)
+        if not 0 < length < tokens:
+            return []
+        total, text = way.peak(1, length) + RESERVE_BYTES, f"{words}one sequence of {length} tokens"
+        return [Change(settings | {"batch": 1, "tokens": length}, text, total)]
+
+    asked = predictor(hf_config, method)
+    if asked.least() <= budget and asked.peak(batch, tokens) <= budget:
+        return []
+    changes = attempt(method, {}, "")
+    together, all_words = {}, {}
+    for settings, words in single_changes(method):
+        # One change of a setting is enough.
+        if any(change.settings.keys() == settings.keys() for change in changes):
+            continue
+        found = attempt(changed_method(method, settings), settings, words)
+        # With a smaller batch too, a change is no news beside the smaller batch alone.
+        changes += [change for change in found if change.settings == settings or not changes]
+        together |= settings
+        all_words |= dict.fromkeys(settings, words)
+    if not changes and len(all_words) > 1:
+        changes = attempt(changed_method(method, together), together, ", ".join(all_words.values()))
+    return changes
+
+
+def changed_method(method: Method, settings: dict[str, Any]) -> Method:
+    """A method with new values, those of its `ReversibleConfig` included; `batch` and `tokens` are none of it."""
+    outer = {name: settings[name] for name in ("optimizer", "rounding", "weights") if name in settings}
+    inner = {name: value for name, value in settings.items() if name not in (*outer, "batch", "tokens")}
+    if inner:
+        outer["reversible"] = replace(method.reversible, **inner)
+    return replace(method, **outer)
+
+
+def single_changes(method: Method) -> Iterator[tuple[dict[str, Any], str]]:
+    """Settings that take less than the method's, and the words for them."""
+    if method.optimizer in ("adamw", "adamw8bit"):
+        yield {"optimizer": "adafactor"}, f"optimizer adafactor instead of {method.optimizer}"
+    if method.rounding == "master" and method.dtype == torch.bfloat16:
+        yield {"rounding": "stochastic"}, "rounding stochastic instead of master"
+    reversible = method.reversible
+    if reversible is None:
+        return
+    if reversible.coupling == "none":
+        yield {"coupling": "innovation"}, "coupling innovation instead of none"
+    if reversible.coupling == "innovation" and reversible.side_bits not in (0, 1):
+        yield {"side_bits": 1}, f"side_bits 1 instead of {reversible.side_bits} (a worse held-out loss)"
+    if method.weights == "device" and method.optimizer_in_backward:
+        yield {"weights": "host"}, "weights in host memory"
+    before = reversible.tile_tokens
+    for tile_tokens in (1024, 512, 256):
+        if before is None or tile_tokens <= before // 2:
+            yield {"tile_tokens": tile_tokens}, f"tile_tokens {tile_tokens} instead of {before or 'the whole batch'}"
+
+
+# --- weights in host memory: what is copied -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What a step with weights in host memory copies, and from how many tokens on that hides behind computing."""
+
+    to_device_bytes: int
+    to_host_bytes: int
+    break_even_tokens: int
+    """Per step."""
+
+
+def traffic(hf_config: PreTrainedConfig, method: Method, link_bytes_per_s: float, flops_per_s: float) -> Traffic:
+    """From the model's sizes and two rates of the machine, which are the caller's.
+
+    Forward copies every layer in and computes 2 operations per active weight and token, backward copies weights and
+    states in and what was trained out again, through one slot one after the other, and computes 6. Attention's scores
+    are left out: they only make computing longer.
+    """
+    with torch.device("meta"):
+        model = build(hf_config, method)
+    parameters = list(model.model.layers.parameters())
+    config = hf_config.get_text_config()
+    top_k = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", None) or 1
+    active = sum(p.numel() * min(1.0, top_k / p.shape[0]) if p.dim() == 3 else p.numel() for p in parameters)
+    weights = sum(p.nbytes for p in parameters)
+    trained = sum(p.nbytes for p in parameters if p.requires_grad)
+    states = sum(
+        values[name].nbytes for values, name in layer_states(RealOptimizer(model, method).optimizer, parameters)
+    )
+    forward = weights / link_bytes_per_s * flops_per_s / (2 * active)
+    backward = (weights + trained + 2 * states) / link_bytes_per_s * flops_per_s / (6 * active)
+    return Traffic(2 * weights + states, trained + states, math.ceil(max(forward, backward)))
+
+
+# --- predicted against simulated -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One prediction and the full simulated step beside it."""
+
+    predicted: dict[str, int]
+    simulated: dict[str, int]
+    seconds: float
+    """That the simulation took."""
+
+    @property
+    def relative_error(self) -> float:
+        """Of the peak; positive if too much was predicted."""
+        return sum(self.predicted.values()) / sum(self.simulated.values()) - 1
+
+    @property
+    def problem(self) -> str | None:
+        """What is wrong, if the peaks differ by more than `ACCEPTED_ERROR`."""
+        if abs(self.relative_error) <= ACCEPTED_ERROR:
+            return None
+        return (
+            f"the predicted peak is off by {self.relative_error:+.1%}, accepted is {ACCEPTED_ERROR:.0%}. Trust the "
+            "simulated one, and report this with the command that shows it."
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        both = {"predicted": self.predicted, "simulated": self.simulated}
+        return both | {"relative_error": self.relative_error, "seconds": self.seconds}
+
+    def table(self) -> str:
+        """Part by part. A peak that is flat may be found in another moment of the step: then single parts differ."""
+        lines = [f"{'':<24}{'predicted':>12}{'simulated':>12}{'error':>9}"]
+        rows = [(name.replace("_", " "), self.predicted[name], self.simulated[name]) for name in PARTS]
+        rows.append(("peak", sum(self.predicted.values()), sum(self.simulated.values())))
+        for name, predicted, simulated in rows:
+            error = f"{predicted / simulated - 1:+.2%}" if simulated else "" if not predicted else "new"
+            lines.append(f"{name:<24}{gib(predicted):>12}{gib(simulated):>12}{error:>9}")
+        return "\n".join(lines)
+
+
+def check(hf_config: PreTrainedConfig, batch: int, tokens: int, method: Method, answer: Plan) -> Comparison:
+    """Run the whole step on fake tensors, at full depth, batch and length: a minute or several.
+
+    Raises:
+        ValueError: The method offloads, which a simulation on a CPU cannot tell from not doing so.
+    """
+    if method.reversible is not None and method.reversible.offload_inputs:
+        raise ValueError(
+            "A step that offloads cannot be simulated: fake tensors know one memory. Leave offloading out."
+        )
+    simulated = simulate_step(hf_config, batch, tokens, method)
+    return Comparison(answer.parts, simulated["parts"], simulated["seconds"])

@@ -1,0 +1,520 @@
+"""What a training step takes: the bytes of a run, part by part, before it is started and without its weights.
+
+Parameters, gradients and optimizer state are counted on the model built on the meta device: exactly. What the code
+makes on top is measured: a model of full width and a few layers runs one step on fake tensors (`simulation.py`), and
+every phase of that step is extended to the real depth, batch and length,
+
+    peak = max over phases [ weights + optimizer + gradients alive + sum over layers of what they keep + the phase's
+    own tensors ]
+
+which is linear in each of them within a phase (attention that makes its scores is quadratic in the length, and
+treated so). Two or three small steps of a few seconds each do, whatever the size. docs/memory.md goes through the
+terms, benchmarks/planner.py compares with full simulated steps.
+
+Not counted are bytes outside tensors; `RESERVE_BYTES` stands for them. `plan.py` asks the questions.
+"""
+
+# B = batch, T = tokens, L = decoder layers
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from itertools import chain
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from ..engine.host_weights import NUM_SLOTS, blocks, layer_states, num_bytes, pinned_bytes
+from ..models import losses
+from ..models.losses import chunk_size
+from ..optim import OptimizerInBackward
+from .simulation import PARTS, LiveBytes, Method, RealOptimizer, build, run_step
+
+CONFIGS = Path(__file__).parents[1] / "models" / "configs"
+RESERVE_BYTES = 2**30
+"""On a GPU: CUDA context and loaded kernels (about half a GiB), workspaces of the matrix libraries, what the
+allocator rounds up."""
+HOST_BYTES = 4 * 2**30
+"""In host memory: Python with torch and the CUDA libraries, and the part of a weight file being read."""
+SMALL_STEP_TOKENS = 8192
+"""A step of at most so many tokens is measured as it is; larger ones are extended from two of about that size."""
+
+Phases = dict[str, dict[str, int]]
+
+
+def gib(num_bytes: float) -> str:
+    """Bytes for people."""
+    return f"{num_bytes / 2**30:.2f} GiB"
+
+
+def parse_bytes(text: str) -> int:
+    """`24GiB`, `80 GB`, `24` (GiB) -> bytes.
+
+    Raises:
+        ValueError: Something else.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(GiB|GB|G|MiB|MB|)\s*", text, re.IGNORECASE)
+    if match is None or not float(match[1]):
+        raise ValueError(f"{text!r} is not an amount of memory. Write it like 24GiB or 80GB.")
+    unit = {"gib": 2**30, "g": 2**30, "": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6}[match[2].lower()]
+    return int(float(match[1]) * unit)
+
+
+def known_models() -> list[str]:
+    """Names that need no network."""
+    return sorted(file.stem for file in CONFIGS.glob("*.json"))
+
+
+def load_config(name: str, **overrides: Any) -> PreTrainedConfig:
+    """A model's config: of a folder, of a known name (with or without its organisation), else from the Hub.
+
+    Raises:
+        ValueError: None of these.
+    """
+    file = CONFIGS / f"{name.rstrip('/').split('/')[-1].lower()}.json"
+    if file.is_file() and not Path(name).is_dir():
+        values = json.loads(file.read_text()) | overrides
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+    try:
+        return AutoConfig.from_pretrained(name, **overrides)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"No config for model {name!r}: it is not a folder with a config.json, nor to be had from the Hub. Known "
+            f"without either: {', '.join(known_models())}."
+        ) from error
+
+
+# --- exact: what is counted on the meta device -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Sizes that follow from the model alone."""
+
+    num_parameters: int
+    num_trainable: int
+    weight_bytes: int
+    """Parameters and buffers, on the device."""
+    trainable_bytes: int
+    optimizer_bytes: int
+    """On the device."""
+    host_bytes: int
+    """Of weights and states in host memory, as pinned memory is handed out: in powers of two."""
+    makes_scores: bool
+    """The attention makes its scores (attention sinks have no fused kernel): T x T per head."""
+
+
+def cached(function: Callable) -> Callable:
+    """Remember results by the config's content; configs themselves cannot be hashed."""
+
+    @lru_cache(maxsize=256)
+    def remembered(key: str, *args: Any) -> Any:
+        return function(configs[key], *args)
+
+    configs: dict[str, PreTrainedConfig] = {}
+
+    def call(hf_config: PreTrainedConfig, method: Method, *args: Any) -> Any:
+        # ReversibleConfig is mutable, so the methods' text stands for them.
+        key = f"{hf_config.to_json_string(use_diff=False)} {hf_config._attn_implementation} {method}"
+        configs[key] = (hf_config, method)
+        return remembered(key, *args)
+
+    return call
+
+
+@cached
+def count(model_and_method: tuple[PreTrainedConfig, Method]) -> Counts:
+    hf_config, method = model_and_method
+    with torch.device("meta"):
+        model = build(hf_config, method)
+    # Its states follow the parameters' device; what it computes of its own (8-bit codes) has to be real.
+    optimizer = RealOptimizer(model, method)
+    parameters = list(model.parameters())
+    trainable = [p for p in parameters if p.requires_grad]
+    weight_bytes = sum(t.nbytes for t in (*parameters, *model.buffers()))
+    optimizer_bytes = sum(t.nbytes for t in optimizer.state_tensors())
+    host_bytes = 0
+    if method.weights == "host":
+        layers = [list(layer.parameters()) for layer in model.model.layers]
+        states = [layer_states(optimizer.optimizer, parameters) for parameters in layers]
+        states = [[values[name] for values, name in of_layer] for of_layer in states]
+        on_host = sum(t.nbytes for t in chain(*layers)), sum(t.nbytes for t in chain(*states))
+        slots = (min(NUM_SLOTS, len(layers)) * max(map(num_bytes, tensors)) for tensors in (layers, states))
+        weight_bytes, optimizer_bytes = (
+            total - moved + slot
+            for total, moved, slot in zip((weight_bytes, optimizer_bytes), on_host, slots, strict=True)
+        )
+        host_bytes = sum(pinned_bytes(num_bytes(block)) for block in blocks([*chain(*layers)]))
+        host_bytes += sum(pinned_bytes(t.nbytes) for t in chain(*states))
+    return Counts(
+        sum(p.numel() for p in parameters),
+        sum(p.numel() for p in trainable),
+        weight_bytes,
+        sum(p.nbytes for p in trainable),
+        optimizer_bytes,
+        host_bytes,
+        # Known only now: a config leaves the choice to the model.
+        model.config._attn_implementation == "eager",
+    )
+
+
+# --- measured: a few layers at full width ----------------------------------------------------------------------------
+
+
+def num_special_layers(hf_config: PreTrainedConfig, method: Method) -> int:
+    """Leading decoder layers unlike those above: dense ones of DeepSeek and GLM, plain ones of the coupling."""
+    dense = getattr(hf_config, "first_k_dense_replace", 0) or 0
+    plain = method.reversible.plain_layers if method.reversible and method.reversible.coupling == "innovation" else 0
+    return max(dense, plain, 1)
+
+
+def shallow(hf_config: PreTrainedConfig, method: Method) -> tuple[PreTrainedConfig, Method]:
+    """The same model with its special layers and three more (two at least for kinds that alternate, and the last)."""
+    num_layers = min(hf_config.num_hidden_layers, num_special_layers(hf_config, method) + 3)
+    hf_config = copy.deepcopy(hf_config)
+    hf_config.num_hidden_layers = num_layers
+    if getattr(hf_config, "layer_types", None):
+        hf_config.layer_types = hf_config.layer_types[:num_layers]
+    if getattr(hf_config, "mlp_only_layers", None):
+        hf_config.mlp_only_layers = [layer for layer in hf_config.mlp_only_layers if layer < num_layers]
+    settings = method.reversible
+    if settings is not None:
+        bits, anchors = settings.side_bits, settings.anchor_layers
+        settings = replace(
+            settings,
+            side_bits=bits if isinstance(bits, int) else [round(sum(bits) / len(bits))] * num_layers,
+            anchor_layers=None if anchors is None else [layer for layer in anchors if layer < num_layers],
+            # More of them cost time only.
+            num_iterations=min(settings.num_iterations, 2),
+        )
+    return hf_config, replace(method, reversible=settings)
+
+
+class StandInOptimizer:
+    """Allocates what an update allocates and frees the gradient, in three operations instead of thousands."""
+
+    def __init__(self, model: PreTrainedModel, method: Method):
+        self.method = method
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        # Without fake tensors around: the answers are cached.
+        self.temporary = {p: update_bytes(tuple(p.shape), method) for p in self.parameters}
+        self.handles = []
+        if method.optimizer_in_backward:
+            self.handles = [p.register_post_accumulate_grad_hook(self.update) for p in self.parameters]
+
+    def state_tensors(self) -> Iterator[Tensor]:
+        return iter(())
+
+    @torch.no_grad()
+    def update(self, parameter: nn.Parameter) -> None:
+        torch.empty(self.temporary[parameter] // 4)
+        parameter.zero_()
+        parameter.grad = None
+
+    def step(self) -> None:
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                self.update(parameter)
+
+    def detach(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+@lru_cache(maxsize=1024)
+def _update_bytes(shape: tuple[int, ...], optimizer: str, rounding: str, dtype: torch.dtype) -> int:
+    with FakeTensorMode():
+        parameter = nn.Parameter(torch.empty(shape, dtype=dtype))
+        rule = OptimizerInBackward([parameter], rule=optimizer, rounding=rounding)
+        rule._state_of(parameter, rule.param_groups[0])
+        parameter.grad = torch.empty_like(parameter)
+        counter = LiveBytes()
+        for tensor in (
+            parameter,
+            parameter.grad,
+            *(t for t in rule.state[parameter].values() if isinstance(t, Tensor)),
+        ):
+            counter.add(tensor)
+        counter.begin("update")
+        before = counter.live_bytes
+        with counter, torch.no_grad():
+            rule._update(parameter)
+        rule.detach()
+        counter.begin("after")
+        return sum(s.num_bytes for s in counter.at_peak["update"]) - before
+
+
+def update_bytes(shape: tuple[int, ...], method: Method) -> int:
+    """The most that one parameter's update allocates for a moment; chunks are alike, so three are looked at."""
+    if len(shape) > 1:
+        chunk = 32 * 2**20 // 4
+        per_row = math.prod(shape[1:])
+        shape = (min(shape[0], max(1, 3 * chunk // per_row)), *shape[1:])
+        if len(shape) == 3:
+            shape = (shape[0], min(shape[1], max(1, 3 * chunk // shape[2])), shape[2])
+    return _update_bytes(shape, method.optimizer, method.rounding, method.dtype)
+
+
+def few_starts(num_tokens: int, chunk: int) -> list[int]:
+    """The first chunks of the loss and the last: those between take what the second does, and most of the time."""
+    starts = range(0, num_tokens, chunk)
+    return sorted({*starts[:2], *starts[-1:]})
+
+
+@cached
+def measure(model_and_method: tuple[PreTrainedConfig, Method], batch: int, tokens: int) -> Phases:
+    """Bytes per part in every phase of a step of B x T tokens, of the model's full depth."""
+    hf_config, method = model_and_method
+    full = count(hf_config, method)
+    # Where weights lie makes no difference to what the step makes on top.
+    small_config, small_method = shallow(hf_config, replace(method, weights="device"))
+    small = count(small_config, small_method)
+    special = num_special_layers(hf_config, method)
+    for shape in {tuple(p) for p in parameter_shapes(small_config, small_method)}:
+        update_bytes(shape, method)
+    with FakeTensorMode(), patch.object(losses, "chunk_starts", few_starts):
+        model = build(small_config, small_method)
+        step = run_step(model, batch, tokens, small_method, StandInOptimizer, special)
+    # Not of the last two: what they keep includes the streams, which move on.
+    more_layers = hf_config.num_hidden_layers - small_config.num_hidden_layers
+    kept = {name: more_layers * size for name, size in step["stored_per_layer"][-3 if more_layers else -1].items()}
+    if method.reversible is not None and method.reversible.anchor_layers:
+        anchors = sum(layer >= small_config.num_hidden_layers for layer in method.reversible.anchor_layers)
+        kept["stored_activations"] = (
+            kept.get("stored_activations", 0) + anchors * batch * tokens * 4 * hf_config.hidden_size
+        )
+    held = {} if method.optimizer_in_backward else {"gradients": full.trainable_bytes - small.trainable_bytes}
+    phases = {}
+    for phase, parts in step["phases"].items():
+        where = phase.split(" ")[0]
+        # Between top and bottom the layers below still keep theirs, and those above already hold gradients.
+        middle = max(kept, held, key=lambda d: sum(d.values()))
+        more = {"embedding": {}, "middle": middle, "bottom": held, "optimizer": held}.get(where, kept)
+        parts = {name: size + more.get(name, 0) for name, size in parts.items()}
+        phases[phase] = parts | {"weights": full.weight_bytes, "optimizer": full.optimizer_bytes}
+    return phases
+
+
+def parameter_shapes(hf_config: PreTrainedConfig, method: Method) -> list[torch.Size]:
+    with torch.device("meta"):
+        return [p.shape for p in build(hf_config, method).parameters() if p.requires_grad]
+
+
+# --- extended: any batch, any length ---------------------------------------------------------------------------------
+
+
+def rows_per_tile(method: Method, tokens: int) -> int | None:
+    """Sequences of one tile; None where the batch is not tiled."""
+    tile = method.reversible.tile_tokens if method.reversible else None
+    return None if tile is None else max(1, tile // tokens)
+
+
+def fewest_tiles(hf_config: PreTrainedConfig, tokens_per_tile: int) -> int:
+    """From so many tiles on a step is linear in their number: a first, an inner and a last one, and not fewer tokens
+    than a chunk of the loss, which grows up to its size."""
+    return max(3, math.ceil(chunk_size(2**40, hf_config.get_text_config().vocab_size) / tokens_per_tile))
+
+
+def sample_batches(hf_config: PreTrainedConfig, method: Method, batch: int, tokens: int) -> list[int]:
+    """Batch sizes whose measurements say what `batch` takes: itself if the step is small."""
+    rows = rows_per_tile(method, tokens)
+    unit = max(1, SMALL_STEP_TOKENS // (2 * tokens)) if rows is None else rows
+    first = fewest_tiles(hf_config, unit * tokens)
+    points = [first * unit, (first + 1) * unit]
+    # Full logits come in one piece, whatever their size.
+    return [batch] if batch <= points[1] or (rows is None and not method.linear_cross_entropy) else points
+
+
+def sample_tokens(hf_config: PreTrainedConfig, method: Method, tokens: int) -> list[int]:
+    """The same for the length."""
+    tile = method.reversible.tile_tokens if method.reversible else None
+    tile_or_step = tile or SMALL_STEP_TOKENS
+    unit = fewest_tiles(hf_config, tile_or_step) * tile_or_step
+    if tokens <= 2 * unit or (tile is None and not method.linear_cross_entropy):
+        return [tokens]
+    return [unit, 2 * unit] + [3 * unit] * is_quadratic(hf_config, method)
+
+
+def is_quadratic(hf_config: PreTrainedConfig, method: Method) -> bool:
+    """Does a step make something of the square of the length?"""
+    # transformers may make a mask for a sliding window whether or not a layer reads it; a reversible walk does not.
+    mask = method.name != "reversible" and getattr(hf_config, "sliding_window", None) is not None
+    return mask or count(hf_config, method).makes_scores
+
+
+def interpolate(points: list[int], x: int) -> list[float]:
+    """Lagrange weights: the value at x of the polynomial through values at `points`."""
+    return [math.prod((x - q) / (p - q) for q in points if q != p) for p in points]
+
+
+def extend(
+    hf_config: PreTrainedConfig, method: Method, batches: list[int], lengths: list[int], batch: int, tokens: int
+) -> Phases:
+    """Phases at (batch, tokens) from measurements on a grid of batch sizes and lengths."""
+    grid = [
+        (measure(hf_config, method, b, t), weight_b * weight_t)
+        for b, weight_b in zip(batches, interpolate(batches, batch), strict=True)
+        for t, weight_t in zip(lengths, interpolate(lengths, tokens), strict=True)
+    ]
+    out = {}
+    for phase in set.intersection(*(set(phases) for phases, _ in grid)):
+        parts = {part: round(sum(weight * phases[phase][part] for phases, weight in grid)) for part in PARTS}
+        total = max(0, sum(parts.values()))
+        # The peaks of one phase may be at different moments. The sum of their parts is right: what one part lacks, the
+        # working set has; what they have too much, all of them.
+        parts = {part: max(0, size) for part, size in parts.items()}
+        parts["working_set"] = max(0, parts["working_set"] + total - sum(parts.values()))
+        found = sum(parts.values())
+        if found > total:
+            parts = {part: size * total // found for part, size in parts.items()}
+        out[phase] = parts
+    return out
+
+
+def worst_phase(phases: Phases) -> str:
+    return max(phases, key=lambda phase: sum(phases[phase].values()))
+
+
+# --- the plan --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class Plan:
+    """What one way of training takes."""
+
+    label: str
+    batch: int
+    tokens: int
+    num_parameters: int
+    num_trainable: int
+    parts: dict[str, int]
+    """Bytes of tensors per part at the peak; see `simulation.PARTS`."""
+    phase: str
+    """Where in the step the peak is."""
+    reserve_bytes: int
+    """On a GPU, outside tensors."""
+    host_bytes: int
+    """Host memory beside a GPU."""
+    largest_batch: int | None = None
+    """That fits `gpu_bytes` with this length; 0 if none does, None if not asked."""
+    longest_sequence: int | None = None
+    """That fits `gpu_bytes` alone."""
+    alternatives: list[Plan] = field(default_factory=list)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of tensors: what `torch.cuda.max_memory_allocated` measures."""
+        return sum(self.parts.values())
+
+    @property
+    def total_bytes(self) -> int:
+        """Device memory with the reserve."""
+        return self.peak_bytes + self.reserve_bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        values |= {"peak_bytes": self.peak_bytes, "total_bytes": self.total_bytes}
+        return values | {"alternatives": [plan.as_dict() for plan in self.alternatives]}
+
+
+Change = Callable[[Phases, int, int], tuple[Phases, int]]
+
+
+class Predictor:
+    """One way to train one model.
+
+    Args:
+        change: Turns the measured phases of (batch, tokens) into those of a way that is not measured itself, and says
+            how many bytes go to the host.
+    """
+
+    def __init__(self, label: str, hf_config: PreTrainedConfig, method: Method, change: Change | None = None):
+        self.label, self.hf_config, self.method, self.change = label, hf_config, method, change
+
+    def finish(self, phases: Phases, batch: int, tokens: int) -> tuple[Phases, int]:
+        return (phases, 0) if self.change is None else self.change(phases, batch, tokens)
+
+    def phases(self, batch: int, tokens: int) -> tuple[Phases, int]:
+        batches = sample_batches(self.hf_config, self.method, batch, tokens)
+        lengths = sample_tokens(self.hf_config, self.method, tokens)
+        return self.finish(extend(self.hf_config, self.method, batches, lengths, batch, tokens), batch, tokens)
+
+    def least(self) -> int:
+        """Bytes that no batch is too small for, known without measuring anything."""
+        counts = count(self.hf_config, self.method)
+        return counts.weight_bytes + counts.optimizer_bytes
+
+    def peak(self, batch: int, tokens: int) -> int:
+        phases, _ = self.phases(batch, tokens)
+        return sum(phases[worst_phase(phases)].values())
+
+    def plan(self, batch: int, tokens: int) -> Plan:
+        phases, offloaded = self.phases(batch, tokens)
+        phase = worst_phase(phases)
+        counts = count(self.hf_config, self.method)
+        return Plan(
+            label=self.label,
+            batch=batch,
+            tokens=tokens,
+            num_parameters=counts.num_parameters,
+            num_trainable=counts.num_trainable,
+            parts=phases[phase],
+            phase=phase,
+            reserve_bytes=RESERVE_BYTES,
+            host_bytes=HOST_BYTES + offloaded + counts.host_bytes,
+        )
+
+    def largest_batch(self, tokens: int, budget: int) -> int:
+        """Largest B whose peak is within `budget`, 0 if none."""
+        if self.least() > budget:
+            return 0
+        first = sample_batches(self.hf_config, self.method, 2**40, tokens)
+        if len(first) == 1:
+            first = [2, 4]
+        lengths = sample_tokens(self.hf_config, self.method, tokens)
+
+        def fits(batch: int) -> bool:
+            if batch < first[0]:
+                return self.peak(batch, tokens) <= budget
+            phases, _ = self.finish(extend(self.hf_config, self.method, first, lengths, batch, tokens), batch, tokens)
+            return sum(phases[worst_phase(phases)].values()) <= budget
+
+        return largest(fits, first[0])
+
+    def longest_sequence(self, budget: int) -> int:
+        """Largest T of a single sequence whose peak is within `budget`, 0 if none."""
+        if self.least() > budget:
+            return 0
+        points = sample_tokens(self.hf_config, self.method, 2**40)
+        if len(points) == 1:
+            points = [4096, 8192] + [12288] * is_quadratic(self.hf_config, self.method)
+
+        def fits(tokens: int) -> bool:
+            phases, _ = self.finish(extend(self.hf_config, self.method, [1], points, 1, tokens), 1, tokens)
+            return sum(phases[worst_phase(phases)].values()) <= budget
+
+        return largest(fits, points[0])
+
+
+def largest(fits: Callable[[int], bool], first: int) -> int:
+    """Largest number for which a condition holds that fails from some number on; `first` is tried first."""
+    low, high = 0, first
+    while fits(high):
+        low, high = high, 2 * high
+        if high > 2**40:
+            return low
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

@@ -1,0 +1,605 @@
+"""One training step at full size without its memory: fake tensors run the real code, and every storage is counted.
+
+`FakeTensorMode` runs each operation on shapes alone, so the step of a model of any size takes a minute on a CPU and
+allocates nothing. `LiveBytes` sees every operation, notes when a storage is born and when it dies, and after the step
+says what was alive at the peak and what it was for. It counts tensors, as `torch.cuda.max_memory_allocated` does up to
+rounding; kernels' workspaces, the allocator's fragmentation and the CUDA context are not tensors.
+
+The operations are those of a CPU. A CUDA kernel that allocates other temporaries shows only on a GPU.
+"""
+
+# B = batch, T = tokens, D = hidden size, V = vocabulary, L = decoder layers
+
+from __future__ import annotations
+
+import copy
+import gc
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, masking_utils
+from transformers.integrations import moe
+
+from ..config import ReversibleConfig
+from ..engine.host_weights import HostWeights
+from ..models.conversion import convert, default_dtype, is_reversible
+from ..models.losses import use_linear_cross_entropy
+from ..ops.update import make_code_books
+from ..optim import OptimizerInBackward, parameter_groups
+
+FORWARD = ("embedding", "forward", "loss")
+"""Phases before backward: up to the first decoder layer (masks are made there), the layers, head and loss."""
+METHODS = ("reversible", "checkpointing", "plain")
+PARTS = (
+    "weights",
+    "gradients",
+    "optimizer",
+    "streams",
+    "stream_gradients",
+    "side_bits_and_routing",
+    "stored_activations",
+    "loss",
+    "working_set",
+)
+"""What a live tensor can be for. In order of precedence:
+
+weights: parameters and buffers. optimizer: the optimizer's state. gradients: tensors that became a parameter's
+`.grad`, and tensors of a fused expert parameter's shape made in backward, in its dtype or in float32 (a tile's share
+before it is added up, and the sum over tiles). loss: everything else with a vocabulary dimension, which includes a
+head gradient that the loss makes in forward. streams: int32 tensors (b, T, D) or (b, T, D / 2), the streams and the
+fixed-point values on their way into them. stream_gradients: the same in float32, made in backward of a reversible
+model. side_bits_and_routing: uint8 and int16. stored_activations: made in forward and alive when backward begins.
+working_set: the rest."""
+
+
+class Storage:
+    """One storage's life."""
+
+    __slots__ = ("born", "dtype", "layer", "num_bytes", "operation", "part", "phase", "shape", "stored", "watcher")
+
+    def __init__(self, num_bytes: int, born: int, phase: str, layer: int, operation: str, tensor: Tensor):
+        self.num_bytes, self.born, self.phase, self.layer, self.operation = num_bytes, born, phase, layer, operation
+        self.shape, self.dtype = tuple(tensor.shape), tensor.dtype
+        self.part: str | None = None
+        self.stored = False
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that operations return, from their birth until their death.
+
+    A step has phases (`embedding`, `forward`, `loss`, ...), each with a peak of its own. What a storage was for may
+    show only later (a tensor turns out to be a gradient), so the counter keeps the storages that were alive at each
+    phase's peak and sorts them at the end.
+
+    Args:
+        sort: (storage) -> name of its part.
+    """
+
+    def __init__(self, sort: Callable[[Storage], str] = lambda storage: "working_set"):
+        super().__init__()
+        self.sort = sort
+        self.live_bytes = 0
+        self.clock = 0
+        self.storages: dict[int, Storage] = {}
+        self.phase = "before"
+        self.layer = -1
+        self.at_peak: dict[str, list[Storage]] = {}
+        self.begin("before")
+
+    # --- phases ------------------------------------------------------------------------------------------------------
+
+    def begin(self, phase: str) -> None:
+        """Close the present phase and begin another. A phase that comes again keeps the larger of its peaks."""
+        if hasattr(self, "peak_bytes_of_phase"):
+            self.close()
+        self.phase = phase
+        self.peak_bytes_of_phase, self.peak_clock = self.live_bytes, self.clock
+        self.dead_since_peak: list[Storage] = []
+
+    def close(self) -> None:
+        alive = [s for s in self.storages.values() if s.born <= self.peak_clock] + self.dead_since_peak
+        assert sum(s.num_bytes for s in alive) == self.peak_bytes_of_phase
+        known = self.at_peak.get(self.phase)
+        if known is None or sum(s.num_bytes for s in known) < self.peak_bytes_of_phase:
+            self.at_peak[self.phase] = alive
+
+    def mark_stored(self) -> None:
+        """Everything alive now was kept by forward for backward."""
+        self.kept = list(self.storages.values())
+        for storage in self.kept:
+            storage.stored = True
+
+    # --- counting ----------------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for leaf in tree_iter(out):
+            if isinstance(leaf, Tensor):
+                self.add(leaf, str(function))
+        return out
+
+    def add(self, tensor: Tensor, operation: str = "given", elsewhere: bool = False) -> None:
+        """Count a tensor's storage, if it is not counted yet; with `elsewhere`, as none: it stands for host memory."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self.storages:
+            return
+        self.clock += 1
+        size = 0 if elsewhere else storage.nbytes()
+        record = Storage(size, self.clock, self.phase, self.layer, operation, tensor)
+        self.storages[key] = record
+        record.watcher = weakref.ref(storage, lambda _, key=key: self.remove(key))
+        self.live_bytes += record.num_bytes
+        if self.live_bytes > self.peak_bytes_of_phase:
+            self.peak_bytes_of_phase, self.peak_clock = self.live_bytes, self.clock
+            self.dead_since_peak = []
+
+    def remove(self, key: int) -> None:
+        record = self.storages.pop(key, None)
+        if record is None:
+            return
+        self.live_bytes -= record.num_bytes
+        if record.born <= self.peak_clock:
+            self.dead_since_peak.append(record)
+
+    def tag(self, tensor: Tensor, part: str) -> None:
+        """Say what a counted tensor is for; the first word counts."""
+        record = self.storages.get(tensor.untyped_storage()._cdata)
+        if record is not None and record.part is None:
+            record.part = part
+
+    # --- results -----------------------------------------------------------------------------------------------------
+
+    @property
+    def peak_bytes(self) -> int:
+        """The largest peak of the phases closed so far."""
+        return max(sum(s.num_bytes for s in alive) for alive in self.at_peak.values())
+
+    def stored_parts(self, layer: int) -> dict[str, int]:
+        """Bytes per part of what a decoder layer's forward made and kept for backward."""
+        total: Counter[str] = Counter()
+        for storage in self.kept:
+            if storage.layer == layer and storage.phase == "forward":
+                total[self.part_of(storage)] += storage.num_bytes
+        return dict(total)
+
+    def part_of(self, storage: Storage) -> str:
+        return storage.part or self.sort(storage)
+
+    def parts(self, phase: str) -> dict[str, int]:
+        """Bytes per part at the peak of a phase; they add up to it."""
+        total: Counter[str] = Counter()
+        for storage in self.at_peak[phase]:
+            total[self.part_of(storage)] += storage.num_bytes
+        return {part: total.pop(part, 0) for part in PARTS} | dict(total)
+
+    def largest(self, phase: str, count: int = 12) -> list[dict[str, Any]]:
+        """The largest groups of equal tensors alive at the peak of a phase."""
+        total: Counter[tuple] = Counter()
+        number: Counter[tuple] = Counter()
+        for s in self.at_peak[phase]:
+            key = (self.part_of(s), s.operation.removesuffix(".default"), s.shape, str(s.dtype).removeprefix("torch."))
+            total[key] += s.num_bytes
+            number[key] += 1
+        return [
+            {
+                "bytes": size,
+                "count": number[key],
+                "part": key[0],
+                "operation": key[1],
+                "shape": key[2],
+                "dtype": key[3],
+            }
+            for key, size in total.most_common(count)
+        ]
+
+
+# --- what is trained, and how ----------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True, frozen=True)
+class Method:
+    """Everything about a training step that costs memory, except the model and the batch."""
+
+    name: Literal["reversible", "checkpointing", "plain"] = "reversible"
+    """`reversible`: converted by this library; `checkpointing`, `plain`: transformers with and without activation
+    checkpointing."""
+    reversible: ReversibleConfig | None = None
+    """For `reversible`; None takes the default with tiles of 2,048 tokens."""
+    optimizer: Literal["adafactor", "adamw", "adamw8bit", "sgd"] = "adafactor"
+    """Rule of `OptimizerInBackward`."""
+    rounding: Literal["stochastic", "nearest", "master"] = "stochastic"
+    """See `OptimizerInBackward`."""
+    optimizer_in_backward: bool = True
+    """False keeps all gradients until backward has ended."""
+    linear_cross_entropy: bool = True
+    """False computes full logits."""
+    lora_rank: int | None = None
+    """Train only low-rank updates of the attention's linear maps, of this rank; the model's weights are frozen."""
+    dtype: torch.dtype = torch.bfloat16
+    """Of weights and computation."""
+    weights: Literal["device", "host"] = "device"
+    """`host`: decoder layers live in host memory, with the optimizer's states of them; see `HostWeights`."""
+
+    def __post_init__(self):
+        if self.name not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}; got {self.name!r}.")
+        if self.weights == "host" and not (self.name == "reversible" and self.optimizer_in_backward):
+            raise ValueError(
+                "Weights in host memory need a reversible model (coupling innovation, cross_branch or none) and the "
+                "optimizer in backward (optimizer.in_backward: true)."
+            )
+        if self.name == "reversible" and self.reversible is None:
+            object.__setattr__(self, "reversible", ReversibleConfig(tile_tokens=2048))
+
+
+class LowRankLinear(nn.Module):
+    """base(x) + up(down(x)), the base frozen."""
+
+    def __init__(self, base: nn.Linear, rank: int):
+        super().__init__()
+        self.base = base
+        self.down = nn.Linear(base.in_features, rank, bias=False)
+        self.up = nn.Linear(rank, base.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+def add_low_rank(model: PreTrainedModel, rank: int) -> None:
+    """Freeze a model and put trainable low-rank updates beside the linear maps of its attention."""
+    model.requires_grad_(False)
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        for name, module in list(attention.named_children()):
+            if isinstance(module, nn.Linear):
+                with torch.device(module.weight.device), default_dtype(module.weight.dtype):
+                    setattr(attention, name, LowRankLinear(module, rank))
+
+
+def build(hf_config: PreTrainedConfig, method: Method) -> PreTrainedModel:
+    """The model in training mode, on whatever kind of tensors is being made (fake, meta, real)."""
+    hf_config = copy.deepcopy(hf_config)
+    hf_config.use_cache = False
+    model = AutoModelForCausalLM.from_config(hf_config, dtype=method.dtype)
+    if method.lora_rank is not None:
+        add_low_rank(model, method.lora_rank)
+    if method.name == "reversible":
+        convert(model, method.reversible)
+    elif method.name == "checkpointing":
+        # The name changed between transformers 5.17 and 5.23; the old one goes with version 6.
+        new = hasattr(model, "activation_checkpointing_enable")
+        (model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable)()
+        if method.lora_rank is not None:
+            model.enable_input_require_grads()
+    if method.linear_cross_entropy:
+        use_linear_cross_entropy(model)
+    return model.train()
+
+
+# --- the step --------------------------------------------------------------------------------------------------------
+
+
+def sorter(model: PreTrainedModel) -> Callable[[Storage], str]:
+    """Tells what a storage is for that nobody has tagged; see `PARTS`."""
+    config = model.config.get_text_config()
+    vocabulary, widths = config.vocab_size, (config.hidden_size, config.hidden_size // 2)
+    reversible = is_reversible(model)
+    experts = [p for p in model.parameters() if p.dim() == 3 and p.requires_grad]
+    stacks = {(tuple(sorted(p.shape)), dtype) for p in experts for dtype in (p.dtype, torch.float32)}
+
+    def sort(storage: Storage) -> str:
+        shape = storage.shape
+        in_backward = storage.phase not in FORWARD
+        if in_backward and (tuple(sorted(shape)), storage.dtype) in stacks:
+            return "gradients"
+        if vocabulary in shape and storage.dtype.is_floating_point:
+            return "loss"
+        if reversible and len(shape) == 3 and shape[-1] in widths:
+            if storage.dtype == torch.int32:
+                return "streams"
+            if storage.dtype == torch.float32 and in_backward:
+                return "stream_gradients"
+        if storage.dtype in (torch.uint8, torch.int16):
+            return "side_bits_and_routing"
+        return "stored_activations" if storage.stored and not in_backward else "working_set"
+
+    return sort
+
+
+def layer_of(name: str, num_layers: int) -> int:
+    """Decoder layer of a parameter; `num_layers` for what lies above (final norm, head), -1 for the embedding."""
+    pieces = name.split(".")
+    if "layers" in pieces:
+        return int(pieces[pieces.index("layers") + 1])
+    return -1 if "embed_tokens" in pieces else num_layers
+
+
+def position(index: int, number: int) -> str:
+    return "last" if index == number - 1 else "first" if index == 0 else "inner"
+
+
+class Hooks:
+    """Follows a step: which phase it is in, which tensors are gradients, how often each parameter's was complete.
+
+    A phase of backward begins where a sublayer runs again, `<where> mlp of first tile, inner chunk`, where a
+    parameter's gradient is complete, `<where> after <parameter>`, and where the embedding's begins. `where` is `top`
+    in the last decoder layer and above, `bottom` in the first ones (`num_special`) and in the embedding, `middle`
+    between. So a phase does the same whatever the model's depth, and whatever the number of tiles and chunks, and its
+    peak is a linear function of them.
+    """
+
+    def __init__(self, model: PreTrainedModel, counter: LiveBytes, num_special: int = 1):
+        self.counter, self.num_special = counter, num_special
+        self.completed: Counter[str] = Counter()
+        self.names = {p: name for name, p in model.named_parameters() if p.requires_grad}
+        layers = model.model.layers
+        self.num_layers = len(layers)
+        self.waiting: Counter[int] = Counter(layer_of(name, self.num_layers) for name in self.names.values())
+        self.calls: Counter[tuple[int, str, bool]] = Counter()
+        self.in_backward = False
+        self.handles = [p.register_post_accumulate_grad_hook(self.on_gradient) for p in self.names]
+        self.handles.append(model.get_input_embeddings().register_forward_hook(self.on_embedding))
+        self.handles.append(model.get_output_embeddings().register_forward_pre_hook(self.on_head))
+        for index, layer in enumerate(layers):
+            self.handles.append(layer.register_forward_pre_hook(partial(self.on_layer, index)))
+            for name in ("self_attn", "mlp"):
+                hook = partial(self.on_sublayer, index, name)
+                self.handles.append(getattr(layer, name).register_forward_pre_hook(hook))
+
+    def where(self, layer: int) -> str:
+        return "top" if layer >= self.num_layers - 1 else "bottom" if layer < self.num_special else "middle"
+
+    def on_layer(self, index: int, *_: Any) -> None:
+        if self.in_backward:
+            return
+        if index == 0:
+            self.counter.begin("forward")
+        self.counter.layer = index
+
+    def on_sublayer(self, index: int, name: str, *_: Any) -> None:
+        self.calls[index, name, self.in_backward] += 1
+        if not self.in_backward:
+            return
+        call, tiles = self.calls[index, name, True] - 1, self.calls[index, "self_attn", False]
+        chunks = self.calls[index, name, False] // tiles
+        tile, chunk = divmod(call, chunks)
+        # A fixed point (cross_branch) evaluates the attention several times.
+        if tile < tiles:
+            self.counter.begin(
+                f"{self.where(index)} {name} of {position(tile, tiles)} tile, {position(chunk, chunks)} chunk"
+            )
+
+    def on_embedding(self, module: nn.Module, given: Any, embedded: Tensor) -> None:
+        if embedded.requires_grad:
+            embedded.register_hook(lambda grad: self.counter.begin("bottom embedding"))
+
+    def on_head(self, *_: Any) -> None:
+        self.counter.layer = self.num_layers
+        self.counter.begin("loss")
+
+    def on_gradient(self, parameter: nn.Parameter) -> None:
+        self.completed[self.names[parameter]] += 1
+        record = self.counter.storages.get(parameter.grad.untyped_storage()._cdata)
+        # A head gradient that the loss made in forward stays a part of the loss.
+        if record is not None and record.phase not in FORWARD:
+            self.counter.tag(parameter.grad, "gradients")
+
+    def on_stepped(self, parameter: nn.Parameter) -> None:
+        """To be called when a parameter is done with: after its in-backward update, if there is one."""
+        name = self.names[parameter]
+        layer = layer_of(name, self.num_layers)
+        self.waiting[layer] -= 1
+        # With its last gradient the walk leaves the layer.
+        present = layer - (self.waiting[layer] == 0 and layer < self.num_layers)
+        self.counter.begin(f"{self.where(present)} after {name.split('.', 3)[-1] if 'layers' in name else name}")
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+@contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """While open, fake tensors take the paths that real ones take on a GPU where both differ in memory.
+
+    - transformers looks for packed sequences in the values of `position_ids`; of fake tensors it assumes the worst
+      and makes masks of T x T.
+    - PyTorch's fused attention on a CPU wants heads of one size, those on a GPU do not; multi-head latent attention
+      has two, and would get scores of T x T.
+    - grouped_mm on fake tensors knows bf16 only; transformers has a product of its own for other dtypes.
+    """
+    attention = F.scaled_dot_product_attention
+
+    def fused(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        missing = query.shape[-1] - value.shape[-1]
+        if missing <= 0:
+            return attention(query, key, value, *args, **kwargs)
+        return attention(query, key, F.pad(value, (0, missing)), *args, **kwargs)[..., : value.shape[-1]]
+
+    can_use_grouped_mm = moe._can_use_grouped_mm
+
+    def in_bf16(input: Tensor, *args: Any, **kwargs: Any) -> bool:
+        return input.dtype == torch.bfloat16 and can_use_grouped_mm(input, *args, **kwargs)
+
+    with (
+        patch.object(moe, "_can_use_grouped_mm", in_bf16),
+        patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None),
+        patch.object(F, "scaled_dot_product_attention", fused),
+    ):
+        yield
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Reference cycles then stay, and a peak depends neither on when Python collects them nor hides that there are
+    some."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def simulate_step(
+    hf_config: PreTrainedConfig, batch: int, tokens: int, method: Method | None = None
+) -> dict[str, Any]:
+    """Run one full training step on fake tensors, of any size, on a CPU.
+
+    The optimizer's state is there from the beginning, as it is from the second step of a run on.
+
+    Args:
+        hf_config: The model's; it is not changed.
+        batch, tokens: B sequences of T tokens each, every position a label.
+        method: What is done; the default is this library's.
+
+    Returns:
+        `peak_bytes` and `parts` (bytes per part, adding up to it), `largest` (groups of tensors alive then), `phases`
+        (the same for each phase of the step), `weight_bytes`, `optimizer_bytes`, `after_bytes` (alive after the step),
+        `leaked_bytes` (`after_bytes` less weights and optimizer), `num_parameters`, `num_trainable`, `num_updated`
+        (parameter tensors), `seconds`.
+
+    Raises:
+        RuntimeError: A trainable parameter was not updated exactly once.
+    """
+    method = method or Method()
+    start = time.perf_counter()
+    with FakeTensorMode():
+        model = build(hf_config, method)
+        return run_step(model, batch, tokens, method) | {"seconds": time.perf_counter() - start}
+
+
+class RealOptimizer:
+    """`OptimizerInBackward` with its state made in advance, as the simulated step uses it."""
+
+    def __init__(self, model: PreTrainedModel, method: Method):
+        rule = dict(rule=method.optimizer, rounding=method.rounding, in_backward=method.optimizer_in_backward)
+        self.optimizer = OptimizerInBackward(parameter_groups(model, 0.0), **rule)
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                self.optimizer._state_of(parameter, group)
+                if method.optimizer == "adamw8bit" and parameter.device not in self.optimizer._code_books:
+                    self.optimizer._code_books[parameter.device] = make_code_books(parameter.device)
+        self.step, self.detach = self.optimizer.step, self.optimizer.detach
+
+    def state_tensors(self) -> Iterator[Tensor]:
+        for state in self.optimizer.state.values():
+            yield from (value for value in state.values() if isinstance(value, Tensor))
+        yield from self.optimizer._code_books.values()
+
+
+def run_step(
+    model: PreTrainedModel,
+    batch: int,
+    tokens: int,
+    method: Method,
+    make_optimizer: Callable[[PreTrainedModel, Method], Any] = RealOptimizer,
+    num_special: int = 1,
+) -> dict[str, Any]:
+    """`simulate_step` on a model that is there already, fake or real; its weights change.
+
+    Args:
+        make_optimizer: Makes an object with the interface of `RealOptimizer`.
+        num_special: Leading decoder layers whose phases are named `bottom`; see `Hooks`.
+
+    Returns:
+        As `simulate_step`, and `stored_per_layer`: bytes per part that each decoder layer's forward kept for backward.
+    """
+    counter = LiveBytes(sorter(model))
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    hooks = Hooks(model, counter, num_special)  # before the optimizer's, which takes the gradients away
+    optimizer = make_optimizer(model, method)
+    store, slots = None, []
+    if method.weights == "host":
+        # One kind of memory stands for both: what lies on the host counts nothing.
+        store = HostWeights(model)
+        store.keep_states_of(optimizer.optimizer)
+        for tensor in store.host_tensors():
+            counter.add(tensor, elsewhere=True)
+        store.make_room_for_states()
+        slots = store.slots
+    for tensor in (*model.parameters(), *model.buffers(), *(slot.weights for slot in slots)):
+        counter.add(tensor)
+        counter.tag(tensor, "weights")
+    weight_bytes = counter.live_bytes
+    for tensor in (*optimizer.state_tensors(), *(slot.states for slot in slots)):
+        counter.add(tensor)
+        counter.tag(tensor, "optimizer")
+    optimizer_bytes = counter.live_bytes - weight_bytes
+    for parameter in trainable.values():
+        hooks.handles.append(parameter.register_post_accumulate_grad_hook(hooks.on_stepped))
+    versions = {name: p._version for name, p in trainable.items()}
+    try:
+        with as_on_a_gpu(), no_garbage_collection(), counter:
+            one_step(model, batch, tokens, counter, hooks, optimizer)
+            counter.begin("after")
+            after_bytes = counter.live_bytes
+            remaining = [s for s in counter.storages.values() if s.part not in ("weights", "optimizer")]
+    finally:
+        hooks.remove()
+        optimizer.detach()
+        if store is not None:
+            store.remove()
+    wrong = {name: f"{n} gradients" for name in trainable if (n := hooks.completed[name]) != 1}
+    wrong |= {name: "no update" for name, p in trainable.items() if p._version == versions[name]}
+    if wrong:
+        raise RuntimeError(
+            f"{len(wrong)} of {len(trainable)} parameters were not updated exactly once: "
+            f"{dict(list(wrong.items())[:5])}."
+        )
+    phases = [phase for phase in counter.at_peak if phase not in ("before", "after")]
+    peaks = {phase: sum(counter.parts(phase).values()) for phase in phases}
+    worst = max(phases, key=peaks.__getitem__)
+    assert counter.peak_bytes == peaks[worst]
+    return {
+        "peak_bytes": peaks[worst],
+        "parts": counter.parts(worst),
+        "phase": worst,
+        "largest": counter.largest(worst),
+        "phases": {phase: counter.parts(phase) for phase in phases},
+        "stored_per_layer": [counter.stored_parts(layer) for layer in range(hooks.num_layers)],
+        "weight_bytes": weight_bytes,
+        "optimizer_bytes": optimizer_bytes,
+        "after_bytes": after_bytes,
+        "leaked_bytes": after_bytes - weight_bytes - optimizer_bytes,
+        "leaked": describe(remaining),
+        "num_parameters": sum(p.numel() for p in model.parameters()),
+        "num_trainable": sum(p.numel() for p in trainable.values()),
+        "num_updated": len(trainable),
+    }
+
+
+def one_step(
+    model: PreTrainedModel, batch: int, tokens: int, counter: LiveBytes, hooks: Hooks, optimizer: Any
+) -> None:
+    """Forward, loss, backward, optimizer; what it makes dies with it."""
+    counter.begin("embedding")
+    input_ids = torch.randint(0, model.config.get_text_config().vocab_size, (batch, tokens))
+    loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+    counter.mark_stored()
+    counter.begin("top")
+    hooks.in_backward = True
+    loss.backward()
+    hooks.in_backward = False
+    counter.begin("optimizer")
+    optimizer.step()
+
+
+def describe(storages: Iterable[Storage]) -> list[str]:
+    return [f"{s.num_bytes} bytes, {s.dtype} {s.shape}, {s.operation}, {s.phase}" for s in storages]

@@ -1,0 +1,396 @@
+"""A pretrained Hugging Face model -> a reversible model, and back.
+
+`convert` changes a model in place: its class, its decoder layers' classes and its config's class become subclasses of
+what they were, and every layer gets a `coupling` module. Weights, parameter names and hooks stay, so the result is an
+ordinary `PreTrainedModel` with a `model_type` of its own (`revffn_qwen2_moe`) that `save_pretrained` and the Auto
+classes handle.
+"""
+
+# N = tokens seen, D = hidden size, L = decoder layers
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.masking_utils import create_causal_mask
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+from ..config import ReversibleConfig
+from ..couplings.calibration import fit_adapters, fit_predictors, load_predictors, one_grid, see_states
+from ..engine.dense import fuse_parts, fused_classes
+from ..engine.experts import choose_implementation
+from ..engine.recompute import carrier_like
+from ..engine.routing import choosing_classes, intercept
+from ..engine.sublayers import COUPLINGS, CrossBranchCoupling, Predictor, StreamMaps, TiledExperts
+from ..engine.walk import Report, Walk
+from .architectures import ARCHITECTURES, PREFIX, find_architecture, plain_model_type
+from .layers import ReversibleLayer, ReversibleNorm
+
+logger = logging.getLogger(__name__)
+
+
+class ReversibleBackbone(PreTrainedModel):
+    """Mixed in front of `<stem>Model`: opens a walk for every forward call that is to be reversible."""
+
+    @property
+    def reversible_config(self) -> ReversibleConfig:
+        return ReversibleConfig.from_dict(self.config.revffn)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        config = self.reversible_config
+        active = self.training or (config.eval_coupled and config.coupling == "innovation")
+        if config.coupling == "none":
+            active = active and torch.is_grad_enabled()
+        if not active or kwargs.get("past_key_values") is not None:
+            if not self.training and torch.is_grad_enabled() and config.coupling != "none":
+                warnings.warn(
+                    "A reversible model in eval mode is the plain model and stores its activations. Call "
+                    "model.train() before training; for evaluation use torch.no_grad().",
+                    stacklevel=2,
+                )
+            return super().forward(*args, **kwargs)
+        if kwargs.get("output_hidden_states", self.config.output_hidden_states) and config.coupling != "none":
+            raise ValueError(
+                "output_hidden_states=True needs stored hidden states, which a reversible forward does not have. "
+                "Call model.eval() first, or leave it out."
+            )
+        # A cache would keep every layer's keys and values, which is what is being avoided.
+        kwargs["use_cache"] = False
+        if plain_model_type(self.config.model_type) == "qwen2_moe":
+            self.leave_out_unused_mask(kwargs)
+        walk = Walk(config, len(self.layers), self.reversible_report)
+        self.norm.walk = None if config.coupling == "none" else walk
+        try:
+            return super().forward(*args, walk=walk, **kwargs)
+        except BaseException:
+            self.norm.walk = None
+            walk.discard()
+            raise
+
+    def leave_out_unused_mask(self, kwargs: dict[str, Any]) -> None:
+        """Qwen2MoeModel makes a sliding-window mask (B, 1, T, T) also when no layer uses one: 16 GiB at T =
+        131,072."""
+        given = kwargs.get("attention_mask")
+        if isinstance(given, dict) or "sliding_attention" in self.config.layer_types:
+            return
+        tokens = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
+        if tokens is None:
+            return
+        weight = self.embed_tokens.weight
+        # Only shape, dtype and device of the embedding count.
+        embeddings = carrier_like(torch.Size((*tokens.shape[:2], 1)), tokens.device, weight.dtype)
+        # By position: the fourth parameter, the cache, has had several names. Without position ids nothing is packed;
+        # transformers would make them and wait for the device to say so.
+        mask = create_causal_mask(self.config, embeddings, given, None, kwargs.get("position_ids"))
+        kwargs["attention_mask"] = {"full_attention": mask}
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, (Predictor, CrossBranchCoupling, StreamMaps)):
+            module.reset_parameters()
+
+
+class ReversibleForCausalLM(PreTrainedModel):
+    """Mixed in front of `<stem>ForCausalLM`."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any):
+        asked_for = getattr(config, "_experts_implementation", None)
+        super().__init__(config, *args, **kwargs)
+        if not asked_for:
+            choose_implementation(self)
+        attach(self, ReversibleConfig.from_dict(config.revffn))
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        loaded = super().from_pretrained(*args, **kwargs)
+        # Loading replaces parameters, and with them what said that they do not train.
+        freeze_predictors(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
+
+    @property
+    def reversible_config(self) -> ReversibleConfig:
+        return self.model.reversible_config
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        logger.warning(
+            "gradient_checkpointing_enable() is ignored: a reversible model rebuilds its activations already."
+        )
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, (Predictor, CrossBranchCoupling, StreamMaps)):
+            module.reset_parameters()
+
+
+def _register(model_type: str) -> dict[str, type]:
+    """Make, name and register the subclasses of one row of the table."""
+    row = ARCHITECTURES[model_type]
+    name = f"RevFFN{row.class_stem}"
+    config = type(
+        f"{name}Config", (row.load(model_type, "Config"),), {"model_type": PREFIX + model_type, "__module__": __name__}
+    )
+    causal, backbone = row.load(model_type, "ForCausalLM"), row.load(model_type, "Model")
+    # transformers finds out by reading the source of a class's module; the answer for the parent class holds.
+    flags = {
+        "_can_set_attn_implementation_cached_value": causal._can_set_attn_implementation(),
+        "_can_set_experts_implementation_cached_value": causal._can_set_experts_implementation(),
+    }
+    shared = {
+        "config_class": config,
+        "config": config,
+        "__module__": __name__,
+        "supports_gradient_checkpointing": True,
+        **flags,
+    }
+    layer_class = backbone_layer_class(row.load(model_type, "PreTrainedModel"))
+    classes = {
+        "config": config,
+        "backbone": type(f"{name}Model", (ReversibleBackbone, backbone), dict(shared)),
+        "causal": type(f"{name}ForCausalLM", (ReversibleForCausalLM, causal), dict(shared)),
+        "layer": type(f"{name}DecoderLayer", (ReversibleLayer, layer_class), {"__module__": __name__}),
+        "norm": type(f"{name}FinalNorm", (ReversibleNorm, family_class(causal, "RMSNorm")), {"__module__": __name__}),
+    }
+    if row.router is not None:
+        experts = family_class(causal, "Experts")
+        classes["experts"] = type(f"{name}Experts", (TiledExperts, experts), {"__module__": __name__})
+        CHOOSING[model_type] = choosing_classes(sys.modules[causal.__module__])
+    DENSE[model_type] = fused_classes(sys.modules[causal.__module__])
+    for cls in (*classes.values(), *CHOOSING.get(model_type, {}).values(), *DENSE[model_type].values()):
+        cls.__module__ = __name__
+        globals()[cls.__name__] = cls  # so that models can be pickled
+    # FSDP wrapping policies and device maps go by these names.
+    for key in ("backbone", "causal"):
+        classes[key]._no_split_modules = [classes["layer"].__name__]
+    AutoConfig.register(PREFIX + model_type, config)
+    AutoModelForCausalLM.register(config, classes["causal"])
+    mapping = get_checkpoint_conversion_mapping(model_type)
+    if mapping is not None:
+        register_checkpoint_conversion_mapping(PREFIX + model_type, mapping, overwrite=True)
+    return classes
+
+
+def backbone_layer_class(pretrained: type[PreTrainedModel]) -> type[nn.Module]:
+    """The decoder layer class of a family: what its hidden states are recorded from."""
+    return pretrained._can_record_outputs["hidden_states"]
+
+
+def family_class(causal: type[PreTrainedModel], suffix: str) -> type[nn.Module]:
+    """A class of the module that a family's causal language model is written in."""
+    return getattr(sys.modules[causal.__module__], causal.__name__.removesuffix("ForCausalLM") + suffix)
+
+
+CHOOSING: dict[str, dict[type, type]] = {}
+"""By model type: the classes that choose experts, and those of a converted model."""
+DENSE: dict[str, dict[type, type]] = {}
+"""By model type: the classes of dense parts, and those of a converted model."""
+CLASSES: dict[str, dict[str, type]] = {model_type: _register(model_type) for model_type in ARCHITECTURES}
+
+
+def is_reversible(model: nn.Module) -> bool:
+    """Whether `convert` has been here."""
+    return isinstance(model, ReversibleForCausalLM)
+
+
+def convert(
+    model: PreTrainedModel,
+    config: ReversibleConfig | None = None,
+    *,
+    calibration: Iterable[dict[str, Tensor]] | None = None,
+) -> PreTrainedModel:
+    """Make a pretrained causal language model reversible, in place.
+
+    Args:
+        model: A `<stem>ForCausalLM` of one of `ARCHITECTURES`, on any device, also meta or fake.
+        config: How; the default is the innovation coupling with two side bits.
+        calibration: Batches (`input_ids` (B, T), optional `attention_mask`) that the plain model is run on once,
+            without gradients: the grids are chosen from the hidden states, and predictors (cross_branch: adapters)
+            are fitted in closed form (ridge regression). Without it predictors and adapters start as the identity or
+            its halves, and `config.fraction_bits` and `config.grid_growth` hold. Of several processes all need the
+            same batches: grids decide the function that is trained.
+
+    Returns:
+        `model`, now a `RevFFN<stem>ForCausalLM`. Training mode runs reversibly; eval mode runs the plain function
+        (cross_branch: the coupled one).
+
+    Raises:
+        ValueError: Unknown architecture, already reversible, or settings that do not fit; nothing has been changed
+            then.
+    """
+    config = config or ReversibleConfig()
+    if is_reversible(model):
+        raise ValueError("The model is reversible already. Call revffn.export(model) first to convert it anew.")
+    row = find_architecture(model)
+    layers = model.model.layers
+    if isinstance(config.side_bits, list) and len(config.side_bits) != len(layers):
+        raise ValueError(f"side_bits has {len(config.side_bits)} entries; the model has {len(layers)} decoder layers.")
+    wrong = [k for k in config.anchor_layers or () if not 0 <= k < len(layers)]
+    if wrong:
+        raise ValueError(f"anchor_layers {wrong} do not exist; the model's decoder layers are 0 to {len(layers) - 1}.")
+    wrong = [c for c in config.wide_channels if not 0 <= c < model.config.hidden_size]
+    if wrong:
+        raise ValueError(f"wide_channels {wrong} do not exist; the model has {model.config.hidden_size} channels.")
+    if config.coupling == "innovation" and config.plain_layers >= len(layers) and len(layers) > 1:
+        raise ValueError(
+            f"plain_layers={config.plain_layers} leaves none of the model's {len(layers)} layers to couple."
+        )
+    if config.coupling == "cross_branch" and model.config.hidden_size % 2:
+        raise ValueError(
+            f"cross_branch splits the hidden state in two; hidden_size={model.config.hidden_size} is odd."
+        )
+    assert all(type(layer).__name__ == row.class_stem + "DecoderLayer" for layer in layers)
+    config = config.resolve_stream_maps(calibrated=calibration is not None)
+    fitted = seen = None
+    if calibration is not None and config.coupling == "cross_branch" and config.stream_maps:
+        seen = see_states(model, calibration)
+    elif calibration is not None and config.coupling != "none":
+        fitted = fit_predictors(model, config, calibration)
+        config = replace(config, **fitted["grids"])
+    if config.grid_growth is None:
+        config = replace(config, grid_growth=0)
+    plain_type = model.config.model_type
+    model.config.__class__ = CLASSES[plain_type]["config"]
+    model.config.model_type = PREFIX + plain_type
+    model.config.revffn = config.to_dict()
+    model.__class__ = CLASSES[plain_type]["causal"]
+    choose_implementation(model)
+    attach(model, config)
+    if seen is not None:
+        fitted = fit_adapters(model, seen)
+        model.config.revffn["fraction_bits"] = one_grid(config.coupling, fitted["largest_stream_value"])
+    elif fitted is not None:
+        load_predictors(model, fitted)
+    if fitted is not None:
+        model.config.revffn_calibration = {
+            name: fitted[name] for name in ("num_tokens", "largest_hidden_state", "explained")
+        }
+    return model
+
+
+def attach(model: PreTrainedModel, config: ReversibleConfig) -> None:
+    """Give a plain model's backbone and layers their reversible classes, and every layer its coupling."""
+    row, model_type = find_architecture(model), plain_model_type(model.config.model_type)
+    classes = CLASSES[model_type]
+    model.model.__class__ = classes["backbone"]
+    model.model.reversible_report = Report()
+    assert type(model.model.norm) is classes["norm"].__bases__[1], type(model.model.norm)
+    model.model.norm.__class__ = classes["norm"]
+    for part in (model, model.model):
+        # 5.17 has a plain dictionary by class, which would keep a model alive; later versions a weak one by model.
+        key = str(type(part)) if type(_CAN_RECORD_REGISTRY) is dict else part
+        _CAN_RECORD_REGISTRY[key] = type(part)._can_record_outputs
+    for index, layer in enumerate(model.model.layers):
+        layer.__class__ = classes["layer"]
+        layer.layer_index, layer.query_modules = index, row.query_modules
+        if hasattr(layer.mlp, "experts"):
+            layer.mlp.experts.__class__ = classes["experts"]
+            intercept(layer.mlp, getattr(layer.mlp, row.router), CHOOSING[model_type])
+        fuse_parts(layer, sys.modules[classes["layer"].__bases__[1].__module__], DENSE[model_type])
+        weight = next(p for p in layer.self_attn.parameters() if p.is_floating_point())
+        with torch.device(weight.device), default_dtype(weight.dtype):
+            layer.coupling = COUPLINGS[config.coupling](model.config.hidden_size, index, config)
+        layer.coupling.train(layer.training)
+    if config.coupling == "cross_branch" and config.stream_maps:
+        weight = model.model.norm.weight
+        with torch.device(weight.device), default_dtype(weight.dtype):
+            maps = model.model.coupling = StreamMaps(model.config.hidden_size).train(model.training)
+        # Those who use them do not own them.
+        for user in (model.model.layers[0], model.model.norm):
+            user.__dict__["stream_maps"] = maps
+    # Made here rather than in the first step, whose memory is then that of all others.
+    weight = model.get_input_embeddings().weight
+    width = weight.shape[-1] // (2 if config.coupling == "cross_branch" else 1)
+    model.model.reversible_report.grids_of(config, len(model.model.layers), weight.detach()[..., :width])
+    freeze_predictors(model)
+
+
+def freeze_predictors(model: PreTrainedModel) -> None:
+    """Unless they are to be trained."""
+    config = model.reversible_config
+    if config.coupling == "innovation" and not config.train_predictor:
+        for _, parameter in coupling_parameters(model):
+            parameter.requires_grad_(False)
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """New modules are made in `dtype`. (`module.to(dtype)` afterwards fails on fake tensors.)"""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def export(model: PreTrainedModel) -> PreTrainedModel:
+    """The plain Hugging Face model of a reversible one, sharing its weights.
+
+    For `innovation` this is the model at gain 0, for `none` the model itself: the original architecture, in eval mode
+    the same function bit for bit.
+
+    Raises:
+        ValueError: The coupling is `cross_branch`: its function is not that of the original architecture.
+    """
+    if not is_reversible(model):
+        raise ValueError(
+            f"{type(model).__name__} is a plain model already; export takes what revffn.convert returned."
+        )
+    if model.reversible_config.coupling == "cross_branch":
+        raise ValueError(
+            "A cross_branch model cannot be exported: half-width streams and projection adapters compute another "
+            "function "
+            "than the original architecture. Keep it with save_pretrained, or train with coupling='innovation'."
+        )
+    plain_type = plain_model_type(model.config.model_type)
+    row = ARCHITECTURES[plain_type]
+    values = {
+        k: v
+        for k, v in model.config.to_dict().items()
+        if k not in ("model_type", "revffn", "revffn_calibration", "architectures")
+    }
+    config = row.load(plain_type, "Config").from_dict(values)
+    config._attn_implementation = model.config._attn_implementation
+    config._experts_implementation = model.config._experts_implementation
+    with torch.device("meta"):
+        plain = row.load(plain_type, "ForCausalLM")(config)
+    for name, module in plain.named_modules():
+        source = model.get_submodule(name)
+        for key in module._parameters:
+            module._parameters[key] = source._parameters[key]
+        for key in module._buffers:
+            module._buffers[key] = source._buffers[key]
+        # Some modules keep plain tensors or numbers made in __init__ (rotary tables); they belong to the values above.
+    plain.generation_config = model.generation_config
+    return plain.train(model.training)
+
+
+def reversible_report(model: PreTrainedModel) -> dict[str, Any]:
+    """What the model's last backward walk measured.
+
+    Returns:
+        `walks` (so far), `verified_states`, `mismatched_states`, `mismatched` (names) of the last walk,
+        `mismatched_states_total`; `largest_grid_value` and `saturated` (within a factor two of int32's end);
+        `anchor_layers`: for cross_branch with queries from the left, the layers that keep their input; `layers`: per
+        layer, how the fixed point was solved: `iterations`, `contraction` (by how much one shrinks a token's step),
+        the share of `unconverged` tokens, `kept_bits` of each element, the `canary_error` and, in forward and before
+        the kept bits, the `error_in_forward`, both relative to the stream's root mean square; `anchored`.
+    """
+    return model.model.reversible_report.as_dict()
+
+
+def coupling_parameters(model: PreTrainedModel) -> list[tuple[str, nn.Parameter]]:
+    """Names and parameters that the coupling added: predictors or projection adapters."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if ".coupling." in name]
+
+
+__all__ = ["convert", "coupling_parameters", "export", "is_reversible", "reversible_report"]

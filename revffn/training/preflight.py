@@ -1,0 +1,267 @@
+"""A run, checked: what a user can get wrong is looked at before weights are loaded and before anything is written.
+
+The folder, the data, the model's architecture and settings, its tokenizer, and whether the step fits into memory. Each
+mistake is one line: what was given, what is accepted, what to do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..data import load_conversations, tokenize_all
+from ..memory.plan import USUAL_TILE, TileChoice, choose_tile, plan, what_would_fit
+from ..memory.predict import RESERVE_BYTES, Plan, gib, parse_bytes
+from ..memory.simulation import Method
+from ..models.architectures import ARCHITECTURES, PREFIX
+from ..models.conversion import convert, coupling_parameters
+from ..recipe import InputError, RunConfig, with_tile
+
+# Read by transformers itself; the first one that a config has bounds the sequence length.
+LENGTH_LIMITS = ("max_position_embeddings", "n_positions")
+
+
+@dataclass
+class Run:
+    """A checked run: what can be had without loading weights."""
+
+    config: RunConfig
+    """As given, with a number (or None) for `reversible.tile_tokens`."""
+    output_dir: Path
+    hf_config: PreTrainedConfig
+    tokenizer: Any
+    training: list[dict[str, list[int]]]
+    """Tokenized, as `data.tokenize` returns them."""
+    heldout: list[dict[str, list[int]]]
+    checkpoint: Path | None
+    """Where to resume from."""
+    plan: Plan | None
+    """What the largest step of stage 2 is predicted to take; None for a model that the planner does not know."""
+    tile: TileChoice | None
+    """Where the run was not told `tile_tokens`: what was chosen, and why."""
+
+
+def check(config: RunConfig, recipe: Path | None = None) -> Run:
+    """Look at everything that can be wrong without loading weights or writing.
+
+    Raises:
+        InputError: One line with the remedy.
+    """
+    if config.training.output_dir is None:
+        raise InputError("training.output_dir is not set. Name the folder of the run.")
+    output_dir = Path(config.training.output_dir)
+    checkpoint = find_checkpoint(config, output_dir)
+    training, heldout = load_conversations(config.data, recipe)
+    hf_config = load_hf(AutoConfig, config.model.path)
+    check_model(config, hf_config)
+    tokenizer = load_hf(AutoTokenizer, config.model.path)
+    # transformers makes up a tokenizer of special tokens alone where a folder has none.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise InputError(f"{config.model.path}: no usable tokenizer in this folder. Copy the tokenizer's files there.")
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"{config.model.path}: the tokenizer has no chat template, so conversations cannot be written as "
+            "tokens. Put a chat_template.jinja into the model's folder (an instruction-tuned model of the same "
+            "family has one)."
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise InputError(f"{config.model.path}: the tokenizer has neither a padding nor an end token. Add one to it.")
+    rows = [tokenize_all(examples, tokenizer, config.data.max_length) for examples in (training, heldout)]
+    if not rows[0] or (heldout and not rows[1]):
+        raise InputError(
+            f"data.max_length={config.data.max_length} leaves no token of any response. Raise it above the prompts' "
+            "length."
+        )
+    config, tile = choose(config, hf_config, rows[0], checkpoint)
+    answer = check_memory(config, hf_config, rows[0])
+    return Run(config, output_dir, hf_config, tokenizer, *rows, checkpoint, answer, tile)
+
+
+def find_checkpoint(config: RunConfig, output_dir: Path) -> Path | None:
+    """The checkpoint to resume from, if asked; refuses a folder that holds something otherwise."""
+    if not config.training.resume:
+        if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+            raise InputError(
+                f"training.output_dir {output_dir} is not empty. Name another folder, delete this one, or set "
+                "training.resume: true."
+            )
+        return None
+    for stage in ("stage2", "stage1"):
+        found = get_last_checkpoint(output_dir / stage) if (output_dir / stage).is_dir() else None
+        if found:
+            return Path(found)
+    raise InputError(
+        f"training.resume: no checkpoint in {output_dir}. Runs keep them if training.save_steps is set; start "
+        "without resume."
+    )
+
+
+def load_hf(auto_class: Any, path: str) -> Any:
+    """`from_pretrained` with one line when it fails."""
+    try:
+        return auto_class.from_pretrained(path)
+    except Exception as error:  # OSError, ValueError, hub errors: to the user all mean that nothing usable is there
+        kind = {"AutoConfig": "model", "AutoTokenizer": "tokenizer"}[auto_class.__name__]
+        if not Path(path).is_dir():
+            raise InputError(
+                f"model.path {path!r}: no such folder, and no {kind} of that name can be had from the Hub. Correct "
+                "model.path."
+            ) from None
+        raise InputError(f"{path}: no usable {kind} in this folder ({' '.join(str(error).split())[:200]}).") from None
+
+
+def check_model(config: RunConfig, hf_config: PreTrainedConfig) -> None:
+    path, model_type = config.model.path, hf_config.model_type
+    if model_type.startswith(PREFIX):
+        raise InputError(f"{path}: the model is reversible already. Export it first: revffn export RUN {path}-plain.")
+    text_config = hf_config.get_text_config()
+    limit = next((getattr(text_config, name) for name in LENGTH_LIMITS if getattr(text_config, name, None)), None)
+    if limit and config.data.max_length > limit:
+        raise InputError(
+            f"data.max_length={config.data.max_length} is longer than {path} allows "
+            f"(max_position_embeddings={limit}). Set data.max_length to at most {limit}."
+        )
+    if config.reversible.tile_tokens == "auto":
+        config = with_tile(config, None)  # converting takes any
+    reversible = config.reversible.resolve(config.training.calibration_tokens > 0)
+    if reversible is not None:
+        try:
+            # A rehearsal without weights: whatever `convert` would refuse later, it refuses now.
+            with torch.device("meta"):
+                model = convert(AutoModelForCausalLM.from_config(deepcopy(hf_config)), reversible)
+        except ValueError as error:
+            raise InputError(f"{path}: {error}") from None
+        if config.training.stage1_steps and not any(p.requires_grad for _, p in coupling_parameters(model)):
+            raise InputError(
+                f"training.stage1_steps={config.training.stage1_steps}: nothing would train in stage 1, because "
+                f"coupling {reversible.coupling!r} has no trainable parameters. Set training.stage1_steps: 0, or "
+                "for innovation reversible.train_predictor: true."
+            )
+    if config.training.freeze_router and not has_routers(hf_config):
+        raise InputError(
+            f"training.freeze_router: true, but {path} (model_type={model_type!r}) is not a Mixture-of-Experts "
+            "model and has no router. Leave the key out."
+        )
+
+
+def method_of(config: RunConfig) -> Method:
+    """A recipe in the planner's words."""
+    reversible = config.reversible.resolve(config.training.calibration_tokens > 0)
+    plain = "checkpointing" if config.training.activation_checkpointing else "plain"
+    return Method(
+        name=plain if reversible is None else "reversible",
+        reversible=reversible,
+        optimizer=config.optimizer.name,
+        rounding=config.optimizer.rounding,
+        optimizer_in_backward=config.optimizer.in_backward,
+        linear_cross_entropy=config.memory.linear_cross_entropy,
+        dtype=getattr(torch, config.model.dtype),
+        weights=config.memory.weights,
+    )
+
+
+def choose(
+    config: RunConfig, hf_config: PreTrainedConfig, rows: list[dict[str, list[int]]], checkpoint: Path | None
+) -> tuple[RunConfig, TileChoice | None]:
+    """Put a number for `tile_tokens: auto`; a run that is resumed keeps its own, whatever it is told now.
+
+    Raises:
+        InputError: See `check_memory`.
+    """
+    asked = config.reversible.tile_tokens
+    if config.reversible.coupling is None or hf_config.model_type not in ARCHITECTURES:
+        return (with_tile(config, None) if asked == "auto" else config), None
+    saved = json.loads((checkpoint / "config.json").read_text()).get("revffn", {}) if checkpoint else {}
+    if "tile_tokens" in saved:
+        if asked == saved["tile_tokens"]:
+            return config, None
+        return with_tile(config, saved["tile_tokens"]), TileChoice(saved["tile_tokens"], f"as in {checkpoint}")
+    if asked != "auto":
+        return config, None
+    limit, on_gpu = limit_of(config), torch.cuda.is_available()
+    try:
+        tile = choose_tile(
+            hf_config,
+            config.training.batch_size,
+            longest_of(config, rows),
+            method_of(with_tile(config, None)),
+            limit_bytes=limit,
+            reserve_bytes=RESERVE_BYTES if on_gpu else 0,
+            largest=None if on_gpu else USUAL_TILE,
+        )
+    except ImportError as error:
+        raise InputError(f"optimizer.name: {error}") from None
+    return with_tile(config, tile.tile_tokens), tile
+
+
+def check_memory(config: RunConfig, hf_config: PreTrainedConfig, rows: list[dict[str, list[int]]]) -> Plan | None:
+    """Predict the largest step, and refuse a run that cannot fit.
+
+    Raises:
+        InputError: The prediction is above the limit, or `memory.limit` cannot be read. The message says what would
+            fit.
+    """
+    limit = limit_of(config)
+    if hf_config.model_type not in ARCHITECTURES:
+        return None
+    batch, tokens, method = config.training.batch_size, longest_of(config, rows), method_of(config)
+    try:
+        answer = plan(hf_config, batch, tokens, method, with_alternatives=False)
+    except ImportError as error:
+        raise InputError(f"optimizer.name: {error}") from None
+    reserve = answer.reserve_bytes if torch.cuda.is_available() else 0
+    if answer.peak_bytes + reserve <= limit or config.memory.force:
+        return answer
+    found = what_would_fit(hf_config, batch, tokens, method, gpu_bytes=limit - reserve + answer.reserve_bytes)
+    remedy = "; or ".join(map(str, found)) or "nothing tried does: the weights and what goes with them are too large"
+    raise InputError(
+        f"{config.model.path}: a step of {batch} x {tokens} tokens is predicted to take "
+        f"{gib(answer.peak_bytes + reserve)}, more than the {gib(limit)} there are. What would fit: {remedy}. "
+        "memory.limit says how much there is; --force starts all the same."
+    )
+
+
+def longest_of(config: RunConfig, rows: list[dict[str, list[int]]]) -> int:
+    """Tokens of the longest sequence in a batch."""
+    if config.data.packing:
+        return config.data.max_length
+    return min(max(len(row["input_ids"]) for row in rows), config.data.max_length)
+
+
+def limit_of(config: RunConfig) -> int:
+    """Bytes that the run may take.
+
+    Raises:
+        InputError: `memory.limit` cannot be read.
+    """
+    try:
+        return device_bytes() if config.memory.limit is None else parse_bytes(config.memory.limit)
+    except ValueError as error:
+        raise InputError(f"memory.limit: {error}") from None
+
+
+def device_bytes() -> int:
+    """All memory of the GPU, less what other processes take of it; or of the host without a GPU."""
+    if not torch.cuda.is_available():
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    free, total = torch.cuda.mem_get_info()
+    # The reserve stands for the context, which is there by now; what the allocator holds for nobody can be had.
+    free += RESERVE_BYTES + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return min(free, total)
+
+
+def has_routers(hf_config: PreTrainedConfig) -> bool:
+    row = ARCHITECTURES.get(hf_config.model_type.removeprefix(PREFIX))
+    if row is not None:
+        return row.router is not None
+    return any(getattr(hf_config.get_text_config(), name, None) for name in ("num_experts", "num_local_experts"))

@@ -1,0 +1,508 @@
+"""The engine notices disturbed states, and a fixed point that drifts; it works on after an error."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from helpers import (
+    COUPLINGS,
+    assert_equal,
+    captured_states,
+    coupled,
+    couplings,
+    exact_couplings,
+    gradients,
+    loss_of,
+    run,
+    tiny_batch,
+)
+
+import revffn
+from revffn.couplings import cross_branch, fixed_point
+from revffn.engine.walk import LOOK_AGAIN
+
+# --- detection -------------------------------------------------------------------------------------------------------
+
+
+def disturb(model, name, amount=0.5):
+    with torch.no_grad():
+        model.get_parameter(name).add_(amount)
+
+
+@exact_couplings
+@pytest.mark.parametrize(
+    "name, layer",
+    [
+        ("layers.3.self_attn.o_proj.weight", 3),
+        ("layers.3.mlp.experts.down_proj", 3),
+        ("layers.2.input_layernorm.weight", 2),
+        ("layers.1.mlp.gate.weight", 1),
+        ("layers.0.self_attn.q_proj.bias", 0),
+        ("layers.0.mlp.shared_expert.up_proj.weight", 0),
+    ],
+)
+def test_changed_parameter_raises_and_names_the_layer(coupling, name, layer):
+    model, inputs = coupled(**COUPLINGS[coupling]), tiny_batch()
+    loss = loss_of(model, inputs)
+    disturb(model, "model." + name, torch.randn_like(model.get_parameter("model." + name)))
+    with pytest.raises(revffn.StateMismatchError, match=r"layer \d") as raised:
+        loss.backward()
+    # The first state found wrong is the input of the layer (cross_branch), of the one below it, or layer 0's output.
+    named = int(str(raised.value).split("layer ")[1][0])
+    assert named in (layer, layer - 1)
+
+
+@pytest.mark.parametrize("part", ["up.weight", "up.bias"])
+def test_changed_predictor_raises(part):
+    model, inputs = coupled(), tiny_batch()
+    loss = loss_of(model, inputs)
+    disturb(model, f"model.layers.2.coupling.predictor.{part}")
+    with pytest.raises(revffn.StateMismatchError, match="input of layer 1"):
+        loss.backward()
+
+
+@exact_couplings
+def test_smallest_change_of_a_parameter_raises(coupling):
+    """One weight, by one part in 2**10."""
+    model, inputs = coupled(**COUPLINGS[coupling]), tiny_batch()
+    loss = loss_of(model, inputs)
+    with torch.no_grad():
+        # The last input channel: the first ones of keys and values begin as zero in cross_branch.
+        model.model.layers[2].self_attn.v_proj.weight[0, -1] *= 1 + 2**-10
+    with pytest.raises(revffn.StateMismatchError):
+        loss.backward()
+
+
+@pytest.mark.parametrize("disturbed", ["attention", "experts"])
+@pytest.mark.parametrize("anchored", [False, True])
+def test_changed_parameter_raises_under_the_fixed_point(disturbed, anchored):
+    settings = dict(anchor_layers=[0, 1, 2, 3]) if anchored else dict(tolerance=1e-6, num_iterations=20)
+    overrides = dict(gain=1.0, embedding_gain=10.0)
+    model, inputs = coupled(overrides=overrides, coupling="cross_branch", **settings), tiny_batch()
+    loss = loss_of(model, inputs)
+    name = "self_attn.v_proj.weight" if disturbed == "attention" else "mlp.experts.down_proj"
+    disturb(model, f"model.layers.3.{name}")
+    with pytest.raises(revffn.StateMismatchError):
+        loss.backward()
+
+
+def saved_tensors_of_forward(model, inputs, change):
+    """Loss of a forward whose saved int32 tensors come back changed."""
+
+    def unpack(tensor):
+        return change(tensor) if tensor.dtype == torch.int32 and tensor.dim() == 3 else tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+        return loss_of(model, inputs)
+
+
+@pytest.mark.parametrize("bit", [0, 13, 30])
+@pytest.mark.parametrize("which", [0, 1])
+@exact_couplings
+def test_flipped_bit_of_a_saved_stream_raises(coupling, which, bit):
+    model, inputs = coupled(**COUPLINGS[coupling]), tiny_batch()
+    seen = []
+
+    def change(tensor):
+        seen.append(tensor)
+        if len(seen) - 1 == which:
+            tensor = tensor.clone()
+            tensor[1, 4, 9] ^= 1 << bit
+        return tensor
+
+    loss = saved_tensors_of_forward(model, inputs, change)
+    with pytest.raises(revffn.StateMismatchError):
+        loss.backward()
+    assert len(seen) == 2, "the two streams, and nothing else of their shape"
+
+
+def test_flipped_side_bit_raises():
+    model, inputs = coupled(side_bits=2), tiny_batch()
+    flipped = []
+
+    def unpack(tensor):
+        if tensor.dtype == torch.uint8 and tensor.dim() == 1 and tensor.numel() > 200 and not flipped:
+            flipped.append(tensor.numel())
+            tensor = tensor.clone()
+            tensor[7] ^= 4
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+        loss = loss_of(model, inputs)
+    with pytest.raises(revffn.StateMismatchError):
+        loss.backward()
+    assert flipped == [3 * 11 * 32 * 2 // 8]
+
+
+@pytest.mark.parametrize("plain_layers", [1, 3])
+@couplings
+def test_every_saved_tensor_is_unpacked_once(coupling, plain_layers):
+    """An offloading hook fetches each tensor once a walk."""
+    model, inputs = coupled(plain_layers=plain_layers, **COUPLINGS[coupling]), tiny_batch()
+    packed, unpacked = [], []
+
+    def pack(tensor):
+        packed.append(tensor)
+        return len(packed) - 1, tensor
+
+    def unpack(handle):
+        unpacked.append(handle[0])
+        return handle[1]
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        loss = loss_of(model, inputs)
+    loss.backward()
+    twice = {place for place in unpacked if unpacked.count(place) > 1}
+    assert not twice, [(packed[place].dtype, tuple(packed[place].shape)) for place in twice]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["self_attn.o_proj", "mlp.shared_expert.down_proj"])
+@couplings
+def test_a_value_that_is_not_finite_is_not_hidden(coupling, where, value):
+    """int32 knows no NaN: the loss must not come out finite, as if nothing had happened."""
+    model, inputs = coupled(**COUPLINGS[coupling]), tiny_batch()
+    with torch.no_grad():
+        model.model.layers[1].get_submodule(where).weight[0, 0] = value
+    try:
+        loss = loss_of(model, inputs)
+        loss.backward()
+    except (ValueError, RuntimeError, FloatingPointError) as error:
+        assert "finite" in str(error)
+    else:
+        assert not loss.isfinite()
+
+
+def test_inputs_on_the_host_go_there_once():
+    """offload_inputs moves each layer's input, and not the mask that all layers share, layer by layer."""
+    model, inputs = coupled(coupling="none"), tiny_batch(padded=True)
+    moved = []
+
+    def pack(tensor):
+        moved.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model(**inputs)
+    assert len([shape for shape in moved if shape == (3, 1, 11, 11)]) <= 1
+
+
+@exact_couplings
+def test_report_counts_instead_of_raising(coupling):
+    model, inputs = coupled(verify="report", **COUPLINGS[coupling]), tiny_batch()
+    run(model, inputs)
+    assert revffn.reversible_report(model)["mismatched_states_total"] == 0
+    loss = loss_of(model, inputs)
+    disturb(model, "model.layers.3.self_attn.v_proj.bias")
+    loss.backward()
+    report = revffn.reversible_report(model)
+    assert report["mismatched_states"] == len(report["mismatched"]) > 1
+    assert report["mismatched_states_total"] == report["mismatched_states"]
+    assert report["walks"] == 2
+    gradients(model)
+    run(model, inputs)
+    report = revffn.reversible_report(model)
+    assert report["mismatched_states"] == 0 and report["mismatched_states_total"] > 0
+
+
+@exact_couplings
+def test_verify_off_checks_nothing(coupling):
+    model, inputs = coupled(verify="off", **COUPLINGS[coupling]), tiny_batch()
+    _, ours = run(model, inputs)
+    _, expected = run(coupled(**COUPLINGS[coupling]), inputs)
+    assert_equal(ours, expected)
+    assert revffn.reversible_report(model)["verified_states"] == 0
+
+
+@exact_couplings
+@pytest.mark.parametrize("where", ["self_attn", "mlp"])
+def test_nondeterministic_sublayer_raises(coupling, where):
+    model, inputs = coupled(**COUPLINGS[coupling]), tiny_batch()
+
+    def noise(module, args, output):
+        tensor = output[0] if isinstance(output, tuple) else output
+        # Not from torch's generator, which would be noticed as dropout is.
+        tensor = tensor + 1e-3 * calls.pop()
+        return (tensor, *output[1:]) if isinstance(output, tuple) else tensor
+
+    calls = [float(i) for i in range(10)]
+    getattr(model.model.layers[2], where).register_forward_hook(noise)
+    loss = loss_of(model, inputs)
+    with pytest.raises(revffn.StateMismatchError):
+        loss.backward()
+
+
+@exact_couplings
+def test_random_numbers_nobody_announced_raise(coupling):
+    """Dropout from a hook is not known to the engine, which therefore must notice."""
+    model, inputs = coupled(**COUPLINGS[coupling]), tiny_batch()
+    model.model.layers[2].mlp.register_forward_hook(lambda m, a, out: torch.nn.functional.dropout(out, 0.5))
+    loss = loss_of(model, inputs)
+    with pytest.raises(revffn.StateMismatchError):
+        loss.backward()
+
+
+@exact_couplings
+def test_code_path_that_changes_raises(coupling):
+    """A sublayer that saves other tensors in recomputation."""
+    model, inputs = coupled(**COUPLINGS[coupling]), tiny_batch()
+    state = {"extra": False}
+
+    def hook(module, args, output):
+        return output.exp().log() if state["extra"] else output
+
+    model.model.layers[2].mlp.register_forward_hook(hook)
+    loss = loss_of(model, inputs)
+    state["extra"] = True
+    with pytest.raises(revffn.StateMismatchError):
+        loss.backward()
+
+
+@couplings
+def test_model_works_after_an_error(coupling):
+    """An exception in forward, one in backward, and then a normal step."""
+    model, inputs = coupled(**COUPLINGS[coupling]), tiny_batch()
+    _, expected = run(model, inputs)
+
+    def fail(module, args, output):
+        raise KeyError("on purpose")
+
+    handle = model.model.layers[2].mlp.register_forward_hook(fail)
+    with pytest.raises(KeyError):
+        loss_of(model, inputs)
+    handle.remove()
+    loss = loss_of(model, inputs)
+    handle = model.model.layers[2].mlp.register_forward_hook(fail)
+    with pytest.raises(KeyError):
+        loss.backward()
+    handle.remove()
+    model.zero_grad()
+    assert_equal(run(model, inputs)[1], expected)
+    with torch.no_grad():
+        model.eval()(**inputs)
+    gc.collect()
+
+
+def test_gradient_checkpointing_is_ignored_with_a_warning(caplog):
+    model, inputs = coupled(), tiny_batch()
+    _, expected = run(model, inputs)
+    model.gradient_checkpointing_enable()
+    assert "ignored" in caplog.text
+    assert_equal(run(model, inputs)[1], expected)
+
+
+# --- the fixed point -------------------------------------------------------------------------------------------------
+
+
+FINE = dict(coupling="cross_branch", calibrate=False, fraction_bits=22, overrides=dict(gain=1.0, embedding_gain=10.0))
+"""A grid so fine that no number of low bits makes a large error good."""
+
+
+def expanding(model, layer: int = 2, factor: float = 100.0):
+    """Sharp attention in one layer: its queries matter too much for the iteration."""
+    with torch.no_grad():
+        for projection in ("q_proj", "k_proj"):
+            getattr(model.model.layers[layer].self_attn, projection).weight.mul_(factor)
+    return model
+
+
+@pytest.fixture
+def nothing_asked(monkeypatch):
+    """Forward does not look whether layers can be inverted, and keeps no low bits."""
+
+    def believe(inverse, update, recorder):
+        inverse.canaries = fixed_point.choose_canaries(update, inverse.walk.config.num_canaries)
+
+    monkeypatch.setattr(cross_branch.LeftInverse, "look_ahead", believe)
+    monkeypatch.setattr(cross_branch, "with_low_bits", lambda x, kept, width: x)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_layer_that_does_not_contract_keeps_its_input_in_the_same_step(padded, implementation):
+    """So its state is exact; the others are solved for."""
+    model = expanding(coupled(**FINE))
+    model.config._attn_implementation = implementation
+    with captured_states() as states:
+        run(model, tiny_batch(padded=padded))
+    report = revffn.reversible_report(model)
+    assert report["anchor_layers"] == [2] and report["layers"][2]["anchored"] == 1
+    assert report["layers"][2]["error_in_forward"] > 0.025
+    assert [same for (_, position), same in states.rebuilt.items() if position == 4] == [True]
+    for k in (0, 1, 3):
+        found = report["layers"][k]
+        assert "anchored" not in found and found["canary_error"] < 1e-4 and found["error_in_forward"] < 1e-4
+        assert 0 < found["contraction"] < 0.5 and found["unconverged"] == 0
+
+
+def test_layer_that_does_not_contract_may_keep_more_bits():
+    """On a coarser grid sixteen of them hold all that its error can be."""
+    model = expanding(coupled(coupling="cross_branch", overrides=dict(gain=1.0, embedding_gain=10.0)))
+    with captured_states() as states:
+        run(model, tiny_batch())
+    states.assert_exact()
+    report = revffn.reversible_report(model)
+    assert report["anchor_layers"] == [] and report["layers"][2]["error_in_forward"] > 0.025
+    assert [report["layers"][k]["kept_bits"] for k in range(4)] == [4, 4, 16, 4]
+
+
+def test_layer_that_does_not_contract_would_have_been_noticed(nothing_asked):
+    model = expanding(coupled(**FINE))
+    loss = loss_of(model, tiny_batch())
+    with pytest.raises(revffn.StateMismatchError, match=r"input of layer 2.*anchor_layers"):
+        loss.backward()
+    # Before anything was differentiated there: an optimizer in backward would have stepped.
+    assert model.model.layers[2].self_attn.q_proj.weight.grad is None
+    assert model.model.layers[3].self_attn.q_proj.weight.grad is not None
+
+
+def test_a_kept_layer_is_asked_again():
+    """Not in every step, and released when it contracts."""
+    model, inputs = coupled(**FINE), tiny_batch()
+    report = model.model.reversible_report
+    expanding(model)
+    run(model, inputs)
+    expanding(model, factor=1 / 100)
+    for walk in range(2, LOOK_AGAIN + 2):
+        run(model, inputs)
+        assert (report.as_dict()["anchor_layers"] == [2]) == (walk <= LOOK_AGAIN), walk
+    expanding(model)
+    run(model, inputs)
+    assert report.as_dict()["anchor_layers"] == [2]
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "gpt_oss", "deepseek_v2"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_few_queries_are_attended_as_in_the_whole(model_type, padded, monkeypatch):
+    """Against recorded keys and values, to rounding; with grouped heads, sinks and windows, and latent attention."""
+    model = coupled(model_type, coupling="cross_branch", num_canaries=6)
+    original, seen = cross_branch.LeftInverse.look_ahead, []
+
+    def look_ahead(inverse, update, recorder):
+        canaries = fixed_point.choose_canaries(update, 6)
+        few = inverse.few_queries(recorder, canaries)(canaries.of(inverse.tile.streams[0]))
+        seen.append((few, canaries.of(update.detach())))
+        original(inverse, update, recorder)
+
+    monkeypatch.setattr(cross_branch.LeftInverse, "look_ahead", look_ahead)
+    model(**tiny_batch(3, 11, padded=padded))
+    assert len(seen) == 4 and seen[0][0].shape[:2] == (3, 2)
+    for few, whole in seen:
+        torch.testing.assert_close(few, whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fixed_point_is_exact(dtype):
+    """Bit for bit, by its low bits; without them it only comes near."""
+    model, inputs = coupled(dtype=dtype, coupling="cross_branch"), tiny_batch(padded=True)
+    with captured_states() as states:
+        run(model, inputs)
+    states.assert_exact()
+    report = revffn.reversible_report(model)
+    assert report["anchor_layers"] == [] and report["mismatched_states"] == 0
+    assert all(layer["canary_error"] == layer["unconverged"] == 0 for layer in report["layers"].values())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cross_branch, "with_low_bits", lambda x, kept, width: x)
+        model.config.revffn["verify"] = "report"
+        run(model, inputs)
+    assert revffn.reversible_report(model)["mismatched_states"] > 0
+
+
+def test_tokens_left_over_are_solved_for_alone(monkeypatch):
+    """Where the iteration over all tokens gives up on a few."""
+    model, inputs = coupled(coupling="cross_branch", num_canaries=4), tiny_batch(2, 16)
+    solve, alone = cross_branch.solve, []
+
+    def spoiled(function, y, grid, limit, most, look=True, depth=fixed_point.DEPTH):
+        found = solve(function, y, grid, limit, most, look, depth)
+        if depth != fixed_point.DEPTH:
+            alone.append(y.shape)
+        elif y.shape[:2] == (2, 16):  # in backward
+            found.x[1, 3:5] += 10_000
+        return found
+
+    monkeypatch.setattr(cross_branch, "solve", spoiled)
+    with captured_states() as states:
+        run(model, inputs)
+    states.assert_exact()
+    assert [shape[:2] for shape in alone] == [(1, 2)] * 4
+
+
+@pytest.mark.usefixtures("nothing_asked")
+def test_drift_raises():
+    model = coupled(coupling="cross_branch", num_iterations=1, max_drift=1e-6)
+    with pytest.raises(revffn.StateMismatchError, match=r"layer \d.*anchor_layers"):
+        loss_of(model, tiny_batch()).backward()
+
+
+@pytest.mark.usefixtures("nothing_asked")
+def test_drift_of_any_forward_raises():
+    """Two forwards, one backward: the first has nothing to drift (T = 1), the second does."""
+    model = coupled(coupling="cross_branch", num_iterations=2, max_drift=1e-6)
+    short = model(input_ids=tiny_batch(2, 1)["input_ids"]).logits.square().mean()
+    long = loss_of(model, tiny_batch(2, 30))
+    with pytest.raises(revffn.StateMismatchError):
+        (long + short).backward()
+    model.zero_grad()
+    model.model.reversible_report.anchors.clear()  # chosen after the first backward; with them nothing drifts
+    long = loss_of(model, tiny_batch(2, 30))
+    short = model(input_ids=tiny_batch(2, 1)["input_ids"]).logits.square().mean()
+    with pytest.raises(revffn.StateMismatchError):
+        (long + short).backward()
+
+
+@pytest.mark.usefixtures("nothing_asked")
+def test_drift_of_a_failed_backward_is_forgotten():
+    """A walk that ended in an exception must not be held against the next one."""
+    model, inputs = coupled(coupling="cross_branch", num_iterations=2, max_drift=1.0), tiny_batch()
+    loss_of(model, inputs).backward()
+    errors = [layer["canary_error"] for layer in revffn.reversible_report(model)["layers"].values()]
+    model.model.reversible_report.anchors.clear()
+    loss = loss_of(model, inputs)
+    with torch.no_grad():  # only the attention of the last layer: its drift is noted, then the walk goes on to fail
+        before = model.model.layers[3].self_attn.v_proj.weight.clone()
+        model.model.layers[3].self_attn.v_proj.weight.mul_(40)
+
+    def fail(module, args, output):
+        raise KeyError("on purpose")
+
+    handle = model.model.layers[1].mlp.register_forward_hook(fail)
+    with pytest.raises((KeyError, revffn.StateMismatchError)):
+        loss.backward()
+    handle.remove()
+    with torch.no_grad():
+        model.model.layers[3].self_attn.v_proj.weight.copy_(before)
+    model.model.reversible_report.anchors.clear()
+    loss_of(model, inputs).backward()
+    again = [layer["canary_error"] for layer in revffn.reversible_report(model)["layers"].values()]
+    assert again == errors
+
+
+@pytest.mark.usefixtures("nothing_asked")
+def test_canary_error_is_the_true_error():
+    """With a canary on every token the reported error is the largest error there is."""
+    model = coupled(coupling="cross_branch", num_iterations=2, num_canaries=10_000, verify="report")
+    truth, errors = {}, {}
+    original = cross_branch.note_canary_error
+
+    def note(walk, k, rebuilt, true, rows):
+        errors[k] = max(
+            ((ours - theirs).abs().max() / theirs.double().square().mean().sqrt()).item()
+            for ours, theirs in zip(rebuilt, truth[k], strict=True)
+        )
+        return original(walk, k, rebuilt, true, rows)
+
+    with captured_states() as states, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cross_branch, "note_canary_error", note)
+        torch.manual_seed(5)
+        loss = model(**tiny_batch()).loss
+        truth.update(
+            {position // 2: streams for (_, position), streams in states.of_forward.items() if position % 2 == 0}
+        )
+        loss.backward()
+    report = revffn.reversible_report(model)
+    assert set(errors) == {0, 1, 2, 3} and max(errors.values()) > 0
+    for k, error in errors.items():
+        assert report["layers"][k]["canary_error"] == pytest.approx(error, rel=1e-6)

@@ -1,0 +1,188 @@
+"""Recipes: what a value may look like, and that every mistake is one line with its place and a remedy.
+
+Run: pytest tests/training/test_recipe.py
+"""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from revffn import ReversibleConfig
+from revffn.memory.plan import choose_tile, plan
+from revffn.memory.predict import load_config, parse_bytes
+from revffn.recipe import InputError, RunConfig, from_words, load_run_config, sections, with_tile
+from revffn.training.preflight import method_of
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+
+TEXT = """\
+# a comment
+model: {path: some/model}
+reversible:
+  side_bits: [1, 2, 2]
+  coupling: none
+optimizer:
+  learning_rate: 1e-5
+training:
+  freeze_router: null
+  resume: no
+  num_steps: 10
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(text=TEXT):
+        (tmp_path / "mine.yaml").write_text(text)
+        return tmp_path / "mine.yaml"
+
+    return write
+
+
+def test_values_come_with_their_types(recipe):
+    config = load_run_config(recipe())
+    assert config.model.path == "some/model"
+    assert config.reversible.side_bits == [1, 2, 2] and config.reversible.coupling == "none"
+    # PyYAML alone reads 1e-5 as a text.
+    assert config.optimizer.learning_rate == 1e-5
+    assert config.training.freeze_router is None and config.training.resume is False
+    assert config.training.output_dir == "runs/mine"
+
+
+def test_overrides_win(recipe):
+    words = "--optimizer.learning-rate=2e-5 --training.resume true --reversible.side_bits 3 --model.path x".split()
+    config = load_run_config(recipe(), words)
+    assert config.optimizer.learning_rate == 2e-5 and config.training.resume is True
+    assert config.reversible.side_bits == 3 and config.model.path == "x"
+
+
+def test_null_coupling_is_the_plain_model(recipe):
+    assert load_run_config(recipe(), ["--reversible.coupling", "null"]).reversible.resolve(calibrated=True) is None
+    assert (
+        load_run_config(recipe("model: {path: x}\nreversible: {coupling: null}")).reversible.resolve(calibrated=True)
+        is None
+    )
+
+
+def test_tiles_are_automatic_until_a_number_is_put(recipe):
+    config = load_run_config(recipe())
+    assert config.reversible.tile_tokens == "auto"
+    with pytest.raises(ValueError, match="no number yet"):
+        config.reversible.resolve(calibrated=True)
+    told = dict(coupling="none", side_bits=[1, 2, 2], stream_maps=False)
+    for size in (None, 512):
+        resolved = with_tile(config, size).reversible.resolve(calibrated=True)
+        assert resolved == ReversibleConfig(tile_tokens=size, **told)
+    for words, size in (("2048", 2048), ("null", None), ("64", 64), ("auto", "auto")):
+        assert load_run_config(recipe(), ["--reversible.tile_tokens", words]).reversible.tile_tokens == size
+    # The library itself takes numbers.
+    with pytest.raises((TypeError, ValueError)):
+        ReversibleConfig(tile_tokens="auto")
+
+
+BAD_RECIPES = {
+    "unknown key": (
+        TEXT.replace("learning_rate", "learning_rat"),
+        "line 7: unknown key 'optimizer.learning_rat'. Did you",
+    ),
+    "unknown section": (
+        TEXT.replace("optimizer:", "optimiser:"),
+        "line 6: unknown key 'optimiser'. Did you mean optimizer?",
+    ),
+    "key in the wrong section": (TEXT.replace("freeze_router", "packing"), "Did you mean data.packing?"),
+    "wrong type": (TEXT.replace("num_steps: 10", "num_steps: many"), "line 11: training.num_steps: "),
+    "wrong choice": (TEXT.replace("coupling: none", "coupling: no"), "line 5: invalid choice"),
+    "out of range": (TEXT.replace("1e-5", "-1"), "line 7: optimizer: learning_rate must be at least 0"),
+    "range of the core": (TEXT.replace("[1, 2, 2]", "9"), "line 4: reversible: side_bits must be 0 to 4"),
+    "nothing to train": (
+        TEXT.replace("none", "null").replace("num_steps", "stage1_steps"),
+        "line 11: training.stage1_steps",
+    ),
+    "nested": (TEXT.replace("1e-5", "{a: 1}"), "line 7: optimizer.learning_rate takes a value"),
+    "twice": (TEXT + "  resume: yes\n", "line 12: training.resume is already set"),
+    "not a section": ("model: some/model\n", "line 1: model is a section"),
+    "a list": ("- a\n", "a recipe is a mapping of the sections model, reversible"),
+    "not YAML": (TEXT + "  a: [1\n", "not valid YAML"),
+    "empty": ("", "the section model has no path"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_RECIPES)
+def test_mistakes_in_a_recipe_are_named_with_their_line(recipe, name):
+    text, message = BAD_RECIPES[name]
+    file = recipe(text)
+    with pytest.raises(InputError) as error:
+        load_run_config(file)
+    assert message in str(error.value) and str(file) in str(error.value) and "\n" not in str(error.value)
+
+
+BAD_WORDS = {
+    "unknown key": ("--optimizer.learning_rat 1", "command line: unknown key 'optimizer.learning_rat'. Did you mean"),
+    "no section": ("--learning_rate 1", "Did you mean optimizer.learning_rate?"),
+    "wrong type": ("--optimizer.beta1 x", "command line: optimizer.beta1: expected a number, like 2e-5, got 'x'."),
+    "no value": ("--optimizer.beta1", "command line: "),
+    "too many": ("--optimizer.beta1 0.1 0.2", "command line: optimizer.beta1 takes one value"),
+    "no size of a tile": (
+        "--reversible.tile_tokens autoo",
+        "reversible.tile_tokens: expected null, a whole number or auto, got 'autoo'.",
+    ),
+    "a negative tile": ("--reversible.tile_tokens -3", "null (the whole batch) or at least 1, got -3. Leave it out"),
+    "no option": ("optimizer.beta1 1", "command line: expected --section.key value"),
+    "conflict": (
+        "--training.activation_checkpointing true",
+        "command line: training.activation_checkpointing goes with",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_WORDS)
+def test_mistakes_on_the_command_line_are_named(recipe, name):
+    words, message = BAD_WORDS[name]
+    with pytest.raises(InputError) as error:
+        load_run_config(recipe(), words.split())
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_recipe_that_is_not_there(tmp_path):
+    with pytest.raises(InputError, match="no such recipe"):
+        load_run_config(tmp_path / "nothing.yaml")
+
+
+def test_help_has_every_field_with_its_text(capsys):
+    with pytest.raises(SystemExit) as stop:
+        from_words(RunConfig, ["--help"], "revffn train RECIPE")
+    out = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert all(f"--{section}.{key}" in out for section, keys in sections().items() for key in keys)
+    assert "low bits of the innovation kept" in out and "Peak learning rate of stage 2" in out
+
+
+def test_the_reversible_section_is_the_core_s_config():
+    assert sections()["reversible"] == [field.name for field in fields(ReversibleConfig)]
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.name)
+def test_shipped_recipes_are_valid_and_described(file):
+    assert isinstance(load_run_config(file), RunConfig)
+    assert file.name in (file.parent / "README.md").read_text()
+
+
+def test_recipes_are_shipped():
+    assert len(RECIPES) >= 3
+
+
+@pytest.mark.parametrize("file", [file for file in RECIPES if "_cpu" not in file.stem], ids=lambda file: file.name)
+def test_gpu_recipes_fit_the_memory_they_name(file):
+    """In their names, or in their first line. With the tile that `auto` chooses there, which is the whole batch."""
+    config = load_run_config(file)
+    assert config.reversible.tile_tokens == "auto"
+    hf_config = load_config(config.model.path.removesuffix("-Chat"))
+    named = re.search(r"_(\d+gb)$", file.stem) or re.search(r"GPU of (\d+ GB)", file.read_text().splitlines()[0])
+    limit = parse_bytes(named[1].replace(" ", ""))
+    step = config.training.batch_size, config.data.max_length
+    tile = choose_tile(hf_config, *step, method_of(with_tile(config, None)), limit_bytes=limit)
+    assert tile.tile_tokens is None
+    method = method_of(with_tile(config, tile.tile_tokens))
+    assert plan(hf_config, *step, method, with_alternatives=False).total_bytes <= limit
