@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import revffn
-from revffn.couplings import calibration
+from revffn.couplings import observe
 from revffn.data import batches
 from revffn.training.heldout import coupled, heldout_loss
 
@@ -46,10 +46,10 @@ PARTS += ("plain_layers", "cross_branch")
 
 @torch.no_grad()
 def settings(model: PreTrainedModel, training: list, held: list, pad: int) -> list[dict[str, Any]]:
-    found, default = [], calibration.RIDGE
+    found, default = [], observe.RIDGE
     for rows in (64, 256):
         for ridge in (1e-3, 1e-2, 1e-1, 1.0):
-            calibration.RIDGE = ridge
+            observe.RIDGE = ridge
             config = revffn.ReversibleConfig(grid_growth=0)
             revffn.convert(model, config, calibration=batches(training[:rows], 8, pad))
             for m in (1, 2):
@@ -62,7 +62,7 @@ def settings(model: PreTrainedModel, training: list, held: list, pad: int) -> li
                     found.append(dict(rows=rows, ridge=ridge, m=m, random_sign=random_sign, loss=loss))
                     print(found[-1], flush=True)
             model = revffn.export(model)
-    calibration.RIDGE = default
+    observe.RIDGE = default
     return found
 
 
@@ -155,7 +155,7 @@ def states(model: PreTrainedModel, rows: list, pad: int) -> list[Tensor]:
 
 def ridge_fit(x: Tensor, y: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     x0, y0 = x - x.mean(0), y - y.mean(0)
-    weight = calibration.ridge_weight(x0.T @ x0, x0.T @ y0, ridge)
+    weight = observe.ridge_weight(x0.T @ x0, x0.T @ y0, ridge)
     return weight, y.mean(0) - x.mean(0) @ weight
 
 
@@ -228,7 +228,7 @@ def token_groups(now: list[Tensor], held: list[Tensor]) -> list[dict[str, Any]]:
             predicted = torch.zeros_like(target)
             for group in range(number):
                 inside, asked = (torch.from_numpy(groups.predict(part) == group) for part in directions)
-                weight, bias = ridge_fit(now[k][inside], (now[k - 1] - now[k])[inside], calibration.RIDGE)
+                weight, bias = ridge_fit(now[k][inside], (now[k - 1] - now[k])[inside], observe.RIDGE)
                 predicted[asked] = held[k][asked] @ weight + bias
             left = (target - predicted).square().sum() / (target - target.mean(0)).square().sum()
             smallest = int(min(torch.from_numpy(groups.labels_).bincount()))
@@ -272,7 +272,7 @@ def sublayers(model: PreTrainedModel, training: list, held: list, pad: int) -> l
     found = []
     for per, stride in (("layer", 2), ("sublayer", 1)):
         steps = range(2, len(readers), stride)
-        maps = {j: ridge_fit(states[j], states[j - stride] - states[j], calibration.RIDGE) for j in steps}
+        maps = {j: ridge_fit(states[j], states[j - stride] - states[j], observe.RIDGE) for j in steps}
         for m in (1, 2, 4):
             hooks = [
                 reader.register_forward_pre_hook(lambda _, args, j=j: enter(j, args[0]))

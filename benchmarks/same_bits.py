@@ -1,4 +1,4 @@
-"""Twenty steps of every coupling with a fixed seed -> a hash of losses and weights: does a change of the code change bits?
+"""Twenty steps of every coupling with a fixed seed -> a hash of losses and weights: do new code and old give the same?
 
     python benchmarks/same_bits.py --out before.json          # on the old commit
     python benchmarks/same_bits.py --against before.json      # on the new one; status 1 where a run differs

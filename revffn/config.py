@@ -5,8 +5,11 @@ It belongs to a model and travels with it in `config.json`. What belongs to a ru
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from .couplings import Coupling
 
 MAX_SIDE_BITS = 4
 # What calibration chooses of the settings.
@@ -17,7 +20,7 @@ GRID_SETTINGS = ("fraction_bits", "grid_growth", "wide_channels", "wide_growth")
 class ReversibleConfig:
     """How a model's decoder layers are made reversible. Travels with the model in `config.json`."""
 
-    coupling: Literal["innovation", "cross_branch", "none"] = "innovation"
+    coupling: str = "innovation"
     """`innovation` keeps the pretrained function and exports to it; `cross_branch` is the RevFFN paper's; `none` is
     the plain model with each layer's input stored. See docs/how_it_works.md."""
     side_bits: int | list[int] = 2
@@ -94,7 +97,7 @@ class ReversibleConfig:
                     f"{name} must be one of {', '.join(map(repr, accepted))}, got {getattr(self, name)!r}."
                 )
 
-        choose("coupling", ("innovation", "cross_branch", "none"))
+        self.find_coupling()
         choose("query_stream", ("left", "right"))
         choose("verify", ("raise", "report", "off"))
         bits = self.side_bits if isinstance(self.side_bits, list) else [self.side_bits]
@@ -120,13 +123,19 @@ class ReversibleConfig:
         if self.tile_tokens is not None and self.tile_tokens < 1:
             raise ValueError(f"tile_tokens must be None (whole batch) or at least 1, got {self.tile_tokens}.")
 
-    def resolve_stream_maps(self, calibrated: bool) -> ReversibleConfig:
-        """With `stream_maps` said: whether a model that is calibrated, or not, has them."""
-        if self.stream_maps is not None:
-            return self
-        return replace(
-            self, stream_maps=calibrated and self.coupling == "cross_branch" and self.query_stream == "right"
-        )
+    def find_coupling(self) -> Coupling:
+        """The object that `coupling` names.
+
+        Raises:
+            ValueError: There is none of that name.
+        """
+        from .couplings import find  # they are built on this module
+
+        return find(self.coupling)
+
+    def resolve(self, calibrated: bool) -> ReversibleConfig:
+        """With values for what depends on whether the model is calibrated."""
+        return self.find_coupling().resolve(self, calibrated)
 
     def side_bits_of(self, layer: int) -> int:
         """m of one decoder layer."""
@@ -134,7 +143,7 @@ class ReversibleConfig:
 
     def fraction_bits_of(self, state: int, num_layers: int, wide: bool = False) -> int:
         """Binary digits of state 0 (the embedding) to `num_layers`; of the wide channels or the others."""
-        growth = (self.wide_growth if wide else self.grid_growth or 0) if self.coupling == "innovation" else 0
+        growth = (self.wide_growth if wide else self.grid_growth or 0) if self.find_coupling().grids_grow else 0
         return self.fraction_bits + growth * state // num_layers
 
     def to_dict(self) -> dict[str, Any]:

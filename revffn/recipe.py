@@ -75,7 +75,7 @@ class RunReversibleConfig(ReversibleConfig):
         if self.tile_tokens == "auto":
             raise ValueError("tile_tokens is auto, which is no number yet. preflight.check(config).config has one.")
         # Said here, so that a plan made before the calibration is one of the same model.
-        return ReversibleConfig.from_dict(self.to_dict()).resolve_stream_maps(calibrated)
+        return ReversibleConfig.from_dict(self.to_dict()).resolve(calibrated)
 
 
 @dataclass(kw_only=True)

@@ -22,8 +22,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import revffn
+from revffn.couplings.cross_branch.modules import cross_attention, half_feed_forward
 from revffn.engine.routing import RecordRouting, ReplayRouting
-from revffn.engine.sublayers import attention, cross_attention, feed_forward, half_feed_forward
+from revffn.engine.sublayers import attention, feed_forward
 from revffn.engine.walk import Tile
 from revffn.models.architectures import ARCHITECTURES
 from revffn.optim import OptimizerInBackward

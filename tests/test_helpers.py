@@ -21,7 +21,8 @@ from helpers import (
     tiny_batch,
 )
 
-from revffn.couplings import cross_branch, steps
+from revffn.couplings.cross_branch import step as cross_branch
+from revffn.couplings.innovation import step as steps
 from revffn.models.architectures import routers
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

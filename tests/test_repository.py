@@ -34,44 +34,53 @@ def order_of_modules(folder: Path) -> list[str]:
     return re.findall(r"^ *(\w+)(?:\.py|/) ", text, re.MULTILINE)
 
 
-FOLDERS = sorted(file.parent for file in (ROOT / "revffn").glob("*/__init__.py"))
+PACKAGE = ROOT / "revffn"
+FOLDERS = sorted(
+    file.parent for file in PACKAGE.rglob("__init__.py") if "ops" not in file.parts and file.parent != PACKAGE
+)
+"""Those that list their modules; the folders of ops are all alike."""
+
+
+def order_in(folder: Path) -> list[str]:
+    return order_of_folders() if folder == PACKAGE else order_of_modules(folder)
 
 
 def test_the_tree_in_the_readme_is_the_package():
-    there = {file.stem for file in (ROOT / "revffn").glob("*.py")} - {"__init__"} | {file.name for file in FOLDERS}
+    there = {file.stem for file in PACKAGE.glob("*.py")} - {"__init__"}
+    there |= {file.parent.name for file in PACKAGE.glob("*/__init__.py")}
     assert sorted(order_of_folders()) == sorted(there)
     docs = re.findall(r"\w+\.md", tree())
     assert set(docs) == {file.name for file in (ROOT / "docs").glob("*.md")}
 
 
-@pytest.mark.parametrize("folder", [f for f in FOLDERS if f.name != "ops"], ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: str(folder.relative_to(PACKAGE)))
 def test_a_folder_lists_its_modules(folder):
     there = {f.stem for f in folder.iterdir() if f.name not in ("__init__.py", "__pycache__")}
     assert sorted(order_of_modules(folder)) == sorted(there)
 
 
+def imports(file: Path) -> list[list[str]]:
+    """What a module imports from this package when it is imported: paths below the package."""
+    inside, found = file.relative_to(PACKAGE).parts, []
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.level:
+            # The folder that the dots lead to, then the names.
+            path = [*inside[: len(inside) - node.level], *filter(None, (node.module or "").split("."))]
+            found += [path] if node.module else [[*path, alias.name] for alias in node.names]
+    return found
+
+
 def test_modules_import_only_from_those_above_them():
     """Folders in the order of the README's tree, the modules of a folder in that of its docstring. What a function
-    imports when it is called does not count."""
-    order = order_of_folders()
-    for file in sorted((ROOT / "revffn").rglob("*.py")):
-        inside = file.relative_to(ROOT / "revffn").parts
-        if inside == ("__init__.py",):
-            continue
-        place = order.index(inside[0].removesuffix(".py"))
-        mine = order_of_modules(ROOT / "revffn" / inside[0]) if len(inside) > 1 and inside[0] != "ops" else []
-        for node in ast.parse(file.read_text()).body:
-            if not isinstance(node, ast.ImportFrom) or not node.level:
-                continue
-            # The folder that the dots lead to, then the names.
-            path = [*inside[: len(inside) - node.level], *(node.module or "").split(".")]
-            names = [*filter(None, path)] or [alias.name for alias in node.names]
-            if names[0] != inside[0]:
-                assert order.index(names[0]) < place, f"{file} imports {names}, which the README lists below it"
-            elif mine and file.name != "__init__.py":
-                other = names[1] if len(names) > 1 else node.names[0].name
-                if other != inside[1].removesuffix(".py"):
-                    assert mine.index(other) < mine.index(inside[1].removesuffix(".py")), f"{file} imports {other}"
+    imports when it is called does not count, and a folder's `__init__.py` is its last word."""
+    for file in sorted(PACKAGE.rglob("*.py")):
+        here = [part.removesuffix(".py") for part in file.relative_to(PACKAGE).parts if part != "__init__.py"]
+        for path in imports(file):
+            level = next((i for i, (a, b) in enumerate(zip(here, path, strict=False)) if a != b), None)
+            if level is None or (level and here[0] == "ops"):
+                continue  # from a folder's own modules in its __init__, or the other way round
+            order = order_in(PACKAGE.joinpath(*here[:level]))
+            assert order.index(path[level]) < order.index(here[level]), f"{file} imports {'.'.join(path)}"
 
 
 @pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))

@@ -44,13 +44,13 @@ class Tile:
 
     rows: slice
     streams: list[Tensor | None] = field(default_factory=lambda: [None, None])
-    """innovation: s_{k-1}, s_k of (b, T, D); cross_branch: X1, X2 of (b, T, D / 2); int32."""
+    """int32, (b, T, width): innovation's s_{k-1}, s_k; cross_branch's X1, X2, which are half as wide."""
     position: int = 0
     """Number of steps between the embedding and `streams`."""
     checksums: list[Tensor] | Tensor | None = None
     exact: Tensor | None = None
-    """cross_branch, backward: 0-dim bool, whether every state that the present streams came from was rebuilt
-    exactly."""
+    """Backward, where an inverse is solved for: 0-dim bool, whether every state that the present streams came from was
+    rebuilt exactly."""
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
     """Whose recomputed tensors are alive, by the part of the layer they belong to."""
 
@@ -152,11 +152,9 @@ class Walk:
         """Take dtype, grids, tiles and signs from the embedding (B, T, D)."""
         batch_size, num_tokens = hidden.shape[:2]
         self.dtype, self.batch_size = hidden.dtype, batch_size
-        if self.config.coupling == "innovation" and self.config.random_sign:
-            # From the default generator: seeds, checkpoints of its state and ranks then behave as they do for dropout.
-            flips = torch.randint(0, 2, (self.num_layers, batch_size), dtype=torch.int32, device=hidden.device)
-            self.signs = 2 * flips - 1
-        width = hidden.shape[-1] // (2 if self.config.coupling == "cross_branch" else 1)
+        coupling = self.config.find_coupling()
+        coupling.begin(self, hidden)
+        width = coupling.stream_width(hidden.shape[-1])
         self.grids = self.report.grids_of(self.config, self.num_layers, hidden.detach()[..., :width])
         self.flags = torch.zeros(2, dtype=torch.int32, device=hidden.device)
         rows = batch_size
@@ -255,8 +253,8 @@ class Report:
         self.largest, self.warned = 0, False
         self.measured: dict[int, dict[str, Any]] = {}
         self.anchors: dict[int, int] = {}
-        """cross_branch, left: layers that keep their input, and the number of walks from which they are asked
-        again."""
+        """Layers that keep their input although the coupling would rebuild it, and the number of walks from which they
+        are asked again."""
         self.grids: tuple[Any, list[Grid]] | None = None
 
     def grids_of(self, config: ReversibleConfig, num_layers: int, like: Tensor) -> list[Grid]:
@@ -271,8 +269,7 @@ class Report:
                 grid.finer_by_channel(grid, like)
                 if k:
                     grid.finer_by_channel(grids[k - 1], like)
-                if k > 1 and config.coupling == "innovation":
-                    grid.gain_by_channel(grids[k - 2], bits[k - 1], like)
+            config.find_coupling().prepare_grids(grids, config, like)
             self.grids = key, grids
         return self.grids[1]
 
@@ -285,8 +282,7 @@ class Report:
         self.mismatched_total += len(mismatched)
 
     def judge(self, config: ReversibleConfig, mismatched: list[str]) -> None:
-        """Act on the walk that ended: raise on a mismatch, or choose anchors for the next step (cross_branch,
-        left)."""
+        """Act on the walk that ended: raise on a mismatch, or let the coupling draw its conclusions."""
         if mismatched and config.verify == "raise":
             raise mismatch(mismatched)
         if self.largest >= SATURATION and not self.warned:
@@ -298,8 +294,7 @@ class Report:
                 config.fraction_bits,
                 f", and grid_growth {config.grid_growth}" if config.grid_growth else "",
             )
-        if config.coupling == "cross_branch" and config.query_stream == "left":
-            self.judge_fixed_point(config)
+        config.find_coupling().judge(self, config)
 
     def keeps(self, layer: int) -> bool:
         """Whether a layer keeps its input without being asked."""
@@ -310,17 +305,6 @@ class Report:
             self.anchors[layer] = self.walks + LOOK_AGAIN
         else:
             self.anchors.pop(layer, None)
-
-    def judge_fixed_point(self, config: ReversibleConfig) -> None:
-        """A layer that backward found hard to invert, or where drift comes near what is accepted, keeps its input in
-        the next walks."""
-        for layer, values in self.measured.items():
-            if not all(is_concrete(v) for v in values.values() if isinstance(v, Tensor)):
-                return
-            measured = {name: float(v) for name, v in values.items()}
-            hard = measured.get("unconverged", 0.0) > config.max_unconverged
-            if hard or not measured.get("canary_error", 0.0) <= config.max_drift / 2:
-                self.note_anchor(layer, True)
 
     def as_dict(self) -> dict[str, Any]:
         return {

@@ -130,7 +130,7 @@ def plan_command(question: Any) -> str | None:
         side_bits=question.side_bits,
         query_stream=question.query_stream,
         tile_tokens=USUAL_TILE if question.tile_tokens == "auto" else question.tile_tokens or None,
-    ).resolve_stream_maps(calibrated=True)  # as `revffn train` does
+    ).resolve(calibrated=True)  # as `revffn train` does
     dtype = getattr(torch, question.dtype)
     method = Method(
         reversible=reversible,

@@ -1,8 +1,8 @@
 """Planner: will a run fit, what else would, and what do the other ways of training take.
 
 `plan` predicts one way to train (predict.py) and, if asked, the alternatives; `choose_tile` finds the largest tile
-that fits; `what_would_fit` names changes that bring a run under a limit; `check` runs the whole step on fake tensors and
-puts the outcome beside the prediction.
+that fits; `what_would_fit` names changes that bring a run under a limit; `check` runs the whole step on fake tensors
+and puts the outcome beside the prediction.
 
 The alternatives are those of plain transformers: full logits, all gradients held until backward has ended, the
 same update rule; and checkpointing once more with this library's loss and optimizer in backward. Three are derived
@@ -82,20 +82,15 @@ def label_of(method: Method) -> str:
     if method.name != "reversible":
         return method.name
     settings = method.reversible
-    details = {
-        "innovation": f" m={settings.side_bits}",
-        "cross_branch": f" {settings.query_stream}",
-        "none": ", inputs in host memory" if settings.offload_inputs else ", inputs stored",
-    }
     where = ", weights on the host" * (method.weights == "host")
-    return f"{settings.coupling}{details[settings.coupling]}, {method.optimizer}{where}"
+    return f"{settings.find_coupling().label(settings)}, {method.optimizer}{where}"
 
 
 def predictor(hf_config: PreTrainedConfig, method: Method, label: str | None = None) -> Predictor:
     """Of a method as it stands, offloading included."""
     label = label or label_of(method)
     settings = method.reversible
-    if settings is None or settings.coupling != "none" or not settings.offload_inputs:
+    if settings is None or settings.find_coupling().has_streams or not settings.offload_inputs:
         return Predictor(label, hf_config, method)
     # On a CPU, where the steps are measured, host memory is the only one.
     on_device = replace(method, reversible=replace(settings, offload_inputs=False))
@@ -355,10 +350,7 @@ def single_changes(method: Method) -> Iterator[tuple[dict[str, Any], str]]:
     reversible = method.reversible
     if reversible is None:
         return
-    if reversible.coupling == "none":
-        yield {"coupling": "innovation"}, "coupling innovation instead of none"
-    if reversible.coupling == "innovation" and reversible.side_bits not in (0, 1):
-        yield {"side_bits": 1}, f"side_bits 1 instead of {reversible.side_bits} (a worse held-out loss)"
+    yield from reversible.find_coupling().savings(reversible)
     if method.weights == "device" and method.optimizer_in_backward:
         yield {"weights": "host"}, "weights in host memory"
     before = reversible.tile_tokens

@@ -173,10 +173,10 @@ def count(model_and_method: tuple[PreTrainedConfig, Method]) -> Counts:
 
 
 def num_special_layers(hf_config: PreTrainedConfig, method: Method) -> int:
-    """Leading decoder layers unlike those above: dense ones of DeepSeek and GLM, plain ones of the coupling."""
+    """Leading decoder layers unlike those above: dense ones of DeepSeek and GLM, the coupling's."""
     dense = getattr(hf_config, "first_k_dense_replace", 0) or 0
-    plain = method.reversible.plain_layers if method.reversible and method.reversible.coupling == "innovation" else 0
-    return max(dense, plain, 1)
+    settings = method.reversible
+    return max(dense, settings.find_coupling().num_special_layers(settings) if settings else 0, 1)
 
 
 def shallow(hf_config: PreTrainedConfig, method: Method) -> tuple[PreTrainedConfig, Method]:

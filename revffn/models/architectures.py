@@ -24,6 +24,8 @@ class Architecture:
     is used."""
     router: str | None = "gate"
     """Name inside a sparse `mlp` of the router; None for dense architectures."""
+    makes_unused_mask: bool = False
+    """Whether `<stem>Model` makes a sliding-window mask that no layer uses."""
 
     def load(self, model_type: str, suffix: str) -> type:
         package = importlib.import_module(f"transformers.models.{model_type}")
@@ -33,7 +35,7 @@ class Architecture:
 _MLA_QUERIES = ("q_proj", "q_a_proj")
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "qwen2_moe": Architecture("Qwen2Moe"),
+    "qwen2_moe": Architecture("Qwen2Moe", makes_unused_mask=True),
     "qwen3_moe": Architecture("Qwen3Moe"),
     "olmoe": Architecture("Olmoe"),
     "mixtral": Architecture("Mixtral"),

@@ -26,12 +26,12 @@ from transformers.masking_utils import create_causal_mask
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from ..config import ReversibleConfig
-from ..couplings.calibration import fit_adapters, fit_predictors, load_predictors, one_grid, see_states
+from ..couplings import Added
 from ..engine.dense import fuse_parts, fused_classes
 from ..engine.experts import choose_implementation
 from ..engine.recompute import carrier_like
 from ..engine.routing import choosing_classes, intercept
-from ..engine.sublayers import COUPLINGS, CrossBranchCoupling, Predictor, StreamMaps, TiledExperts
+from ..engine.sublayers import TiledExperts
 from ..engine.walk import Report, Walk
 from .architectures import ARCHITECTURES, PREFIX, find_architecture, plain_model_type
 from .layers import ReversibleLayer, ReversibleNorm
@@ -48,28 +48,26 @@ class ReversibleBackbone(PreTrainedModel):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         config = self.reversible_config
-        active = self.training or (config.eval_coupled and config.coupling == "innovation")
-        if config.coupling == "none":
-            active = active and torch.is_grad_enabled()
-        if not active or kwargs.get("past_key_values") is not None:
-            if not self.training and torch.is_grad_enabled() and config.coupling != "none":
+        coupling = config.find_coupling()
+        if not coupling.runs(config, self.training) or kwargs.get("past_key_values") is not None:
+            if not self.training and torch.is_grad_enabled() and coupling.has_streams:
                 warnings.warn(
                     "A reversible model in eval mode is the plain model and stores its activations. Call "
                     "model.train() before training; for evaluation use torch.no_grad().",
                     stacklevel=2,
                 )
             return super().forward(*args, **kwargs)
-        if kwargs.get("output_hidden_states", self.config.output_hidden_states) and config.coupling != "none":
+        if kwargs.get("output_hidden_states", self.config.output_hidden_states) and coupling.has_streams:
             raise ValueError(
                 "output_hidden_states=True needs stored hidden states, which a reversible forward does not have. "
                 "Call model.eval() first, or leave it out."
             )
         # A cache would keep every layer's keys and values, which is what is being avoided.
         kwargs["use_cache"] = False
-        if plain_model_type(self.config.model_type) == "qwen2_moe":
+        if ARCHITECTURES[plain_model_type(self.config.model_type)].makes_unused_mask:
             self.leave_out_unused_mask(kwargs)
         walk = Walk(config, len(self.layers), self.reversible_report)
-        self.norm.walk = None if config.coupling == "none" else walk
+        self.norm.walk = walk if coupling.has_streams else None
         try:
             return super().forward(*args, walk=walk, **kwargs)
         except BaseException:
@@ -78,8 +76,7 @@ class ReversibleBackbone(PreTrainedModel):
             raise
 
     def leave_out_unused_mask(self, kwargs: dict[str, Any]) -> None:
-        """Qwen2MoeModel makes a sliding-window mask (B, 1, T, T) also when no layer uses one: 16 GiB at T =
-        131,072."""
+        """The family makes a sliding-window mask (B, 1, T, T) also when no layer uses one: 16 GiB at T = 131,072."""
         given = kwargs.get("attention_mask")
         if isinstance(given, dict) or "sliding_attention" in self.config.layer_types:
             return
@@ -96,7 +93,7 @@ class ReversibleBackbone(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, (Predictor, CrossBranchCoupling, StreamMaps)):
+        if isinstance(module, Added):
             module.reset_parameters()
 
 
@@ -114,7 +111,7 @@ class ReversibleForCausalLM(PreTrainedModel):
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         loaded = super().from_pretrained(*args, **kwargs)
         # Loading replaces parameters, and with them what said that they do not train.
-        freeze_predictors(loaded[0] if isinstance(loaded, tuple) else loaded)
+        freeze_what_is_fixed(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
 
     @property
@@ -128,7 +125,7 @@ class ReversibleForCausalLM(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, (Predictor, CrossBranchCoupling, StreamMaps)):
+        if isinstance(module, Added):
             module.reset_parameters()
 
 
@@ -239,22 +236,13 @@ def convert(
     wrong = [c for c in config.wide_channels if not 0 <= c < model.config.hidden_size]
     if wrong:
         raise ValueError(f"wide_channels {wrong} do not exist; the model has {model.config.hidden_size} channels.")
-    if config.coupling == "innovation" and config.plain_layers >= len(layers) and len(layers) > 1:
-        raise ValueError(
-            f"plain_layers={config.plain_layers} leaves none of the model's {len(layers)} layers to couple."
-        )
-    if config.coupling == "cross_branch" and model.config.hidden_size % 2:
-        raise ValueError(
-            f"cross_branch splits the hidden state in two; hidden_size={model.config.hidden_size} is odd."
-        )
+    coupling = config.find_coupling()
+    coupling.validate(config, model.config)
     assert all(type(layer).__name__ == row.class_stem + "DecoderLayer" for layer in layers)
-    config = config.resolve_stream_maps(calibrated=calibration is not None)
-    fitted = seen = None
-    if calibration is not None and config.coupling == "cross_branch" and config.stream_maps:
-        seen = see_states(model, calibration)
-    elif calibration is not None and config.coupling != "none":
-        fitted = fit_predictors(model, config, calibration)
-        config = replace(config, **fitted["grids"])
+    config = config.resolve(calibrated=calibration is not None)
+    observed = None
+    if calibration is not None:
+        config, observed = coupling.observe(model, config, calibration)
     if config.grid_growth is None:
         config = replace(config, grid_growth=0)
     plain_type = model.config.model_type
@@ -264,22 +252,16 @@ def convert(
     model.__class__ = CLASSES[plain_type]["causal"]
     choose_implementation(model)
     attach(model, config)
-    if seen is not None:
-        fitted = fit_adapters(model, seen)
-        model.config.revffn["fraction_bits"] = one_grid(config.coupling, fitted["largest_stream_value"])
-    elif fitted is not None:
-        load_predictors(model, fitted)
-    if fitted is not None:
-        model.config.revffn_calibration = {
-            name: fitted[name] for name in ("num_tokens", "largest_hidden_state", "explained")
-        }
+    notes = None if observed is None else coupling.fit(model, observed)
+    if notes is not None:
+        model.config.revffn_calibration = notes
     return model
 
 
 def attach(model: PreTrainedModel, config: ReversibleConfig) -> None:
     """Give a plain model's backbone and layers their reversible classes, and every layer its coupling."""
     row, model_type = find_architecture(model), plain_model_type(model.config.model_type)
-    classes = CLASSES[model_type]
+    classes, coupling, hidden_size = CLASSES[model_type], config.find_coupling(), model.config.hidden_size
     model.model.__class__ = classes["backbone"]
     model.model.reversible_report = Report()
     assert type(model.model.norm) is classes["norm"].__bases__[1], type(model.model.norm)
@@ -290,33 +272,34 @@ def attach(model: PreTrainedModel, config: ReversibleConfig) -> None:
         _CAN_RECORD_REGISTRY[key] = type(part)._can_record_outputs
     for index, layer in enumerate(model.model.layers):
         layer.__class__ = classes["layer"]
-        layer.layer_index, layer.query_modules = index, row.query_modules
+        layer.behaviour, layer.layer_index, layer.query_modules = coupling, index, row.query_modules
         if hasattr(layer.mlp, "experts"):
             layer.mlp.experts.__class__ = classes["experts"]
             intercept(layer.mlp, getattr(layer.mlp, row.router), CHOOSING[model_type])
         fuse_parts(layer, sys.modules[classes["layer"].__bases__[1].__module__], DENSE[model_type])
         weight = next(p for p in layer.self_attn.parameters() if p.is_floating_point())
         with torch.device(weight.device), default_dtype(weight.dtype):
-            layer.coupling = COUPLINGS[config.coupling](model.config.hidden_size, index, config)
+            layer.coupling = coupling.layer_module(hidden_size, index, config)
         layer.coupling.train(layer.training)
-    if config.coupling == "cross_branch" and config.stream_maps:
-        weight = model.model.norm.weight
-        with torch.device(weight.device), default_dtype(weight.dtype):
-            maps = model.model.coupling = StreamMaps(model.config.hidden_size).train(model.training)
+    weight = model.model.norm.weight
+    with torch.device(weight.device), default_dtype(weight.dtype):
+        maps = coupling.model_module(hidden_size, config)
+    if maps is not None:
+        model.model.coupling = maps.train(model.training)
         # Those who use them do not own them.
         for user in (model.model.layers[0], model.model.norm):
             user.__dict__["stream_maps"] = maps
     # Made here rather than in the first step, whose memory is then that of all others.
     weight = model.get_input_embeddings().weight
-    width = weight.shape[-1] // (2 if config.coupling == "cross_branch" else 1)
+    width = coupling.stream_width(hidden_size)
     model.model.reversible_report.grids_of(config, len(model.model.layers), weight.detach()[..., :width])
-    freeze_predictors(model)
+    freeze_what_is_fixed(model)
 
 
-def freeze_predictors(model: PreTrainedModel) -> None:
-    """Unless they are to be trained."""
+def freeze_what_is_fixed(model: PreTrainedModel) -> None:
+    """What the coupling added and does not train."""
     config = model.reversible_config
-    if config.coupling == "innovation" and not config.train_predictor:
+    if not config.find_coupling().trains_what_it_adds(config):
         for _, parameter in coupling_parameters(model):
             parameter.requires_grad_(False)
 
@@ -345,12 +328,9 @@ def export(model: PreTrainedModel) -> PreTrainedModel:
         raise ValueError(
             f"{type(model).__name__} is a plain model already; export takes what revffn.convert returned."
         )
-    if model.reversible_config.coupling == "cross_branch":
-        raise ValueError(
-            "A cross_branch model cannot be exported: half-width streams and projection adapters compute another "
-            "function "
-            "than the original architecture. Keep it with save_pretrained, or train with coupling='innovation'."
-        )
+    problem = model.reversible_config.find_coupling().export_problem
+    if problem is not None:
+        raise ValueError(problem)
     plain_type = plain_model_type(model.config.model_type)
     row = ARCHITECTURES[plain_type]
     values = {

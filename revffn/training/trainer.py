@@ -298,7 +298,7 @@ def prepare(run: Run, model: PreTrainedModel, results: Results) -> None:
     convert(model, reversible, calibration=calibration(run, given, model) if given else None)
     if config.evaluation.compare_checkpointing:
         results.bytes[reversible.coupling] = step_bytes(model, sample)
-    if reversible.coupling == "cross_branch":
+    if not reversible.find_coupling().keeps_function:
         results.measure("converted")
 
 
@@ -444,7 +444,7 @@ class Results:
                 f"Held-out loss {when.replace('_', ' ')}: {self.losses[when]['loss']:.4f} nats per response token",
                 flush=True,
             )
-            if when == "after" and is_innovation(self.model):
+            if when == "after" and trains_another(self.model):
                 with coupled(self.model):
                     self.losses["after, as trained"] = self.heldout()
         if ask and evaluation.prompt:
@@ -536,8 +536,9 @@ class Results:
         return "\n" + "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
 
 
-def is_innovation(model: PreTrainedModel) -> bool:
-    return is_reversible(model) and model.reversible_config.coupling == "innovation"
+def trains_another(model: PreTrainedModel) -> bool:
+    """Whether what is trained is not what eval mode computes."""
+    return is_reversible(model) and model.reversible_config.find_coupling().trains_another
 
 
 def installed(package: str) -> str | None:

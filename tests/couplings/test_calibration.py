@@ -12,7 +12,9 @@ from torch import nn
 
 import revffn
 from revffn import ReversibleConfig
-from revffn.couplings.calibration import EXIT_RIDGE, RIDGE, choose_grids
+from revffn.couplings.cross_branch.fit import EXIT_RIDGE
+from revffn.couplings.innovation.fit import choose_grids
+from revffn.couplings.observe import RIDGE, one_grid
 from revffn.recipe import RunReversibleConfig
 
 CALIBRATION = [tiny_batch(4, 13, seed=7), tiny_batch(4, 13, seed=8, padded=True)]
@@ -97,8 +99,8 @@ def test_calibration_chooses_the_grids():
     assert (few.grid_growth, few.wide_channels, few.wide_growth) == (6, [96, 97, 98, 99], 31 - 2 - 15 - 9)
     large = ReversibleConfig(**choose_grids(ReversibleConfig(), torch.full((4,), 2.0**13), typical=100.0))
     assert (large.fraction_bits, large.grid_growth, large.wide_channels) == (0, 31 - 3 - 13, [])
-    for config, margin in ((ReversibleConfig(grid_growth=0), 2), (ReversibleConfig(coupling="cross_branch"), 4)):
-        none = ReversibleConfig(**choose_grids(config, largest, typical=0.1))
+    for grids, margin in ((choose_grids(ReversibleConfig(grid_growth=0), largest, 0.1), 2), (one_grid(26e3, 4), 4)):
+        none = ReversibleConfig(**grids)
         assert (none.fraction_bits, none.grid_growth, none.wide_channels) == (31 - margin - 15, 0, [])
 
 

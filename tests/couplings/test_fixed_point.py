@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from revffn.couplings.fixed_point import (
+from revffn.couplings.cross_branch.fixed_point import (
     MARGIN,
     WIDTHS,
     choose_canaries,

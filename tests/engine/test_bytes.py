@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
 import revffn
-from revffn.couplings import cross_branch
+from revffn.couplings.cross_branch import step as cross_branch
 
 D, K, CHECKSUM, SIGN = 32, 2, 8, 4  # of the tiny model; bytes
 LEFT = dict(coupling="cross_branch", query_stream="left", max_drift=1e9)

@@ -20,7 +20,8 @@ from helpers import (
 )
 
 import revffn
-from revffn.couplings import cross_branch, fixed_point
+from revffn.couplings.cross_branch import fixed_point
+from revffn.couplings.cross_branch import step as cross_branch
 from revffn.engine.walk import LOOK_AGAIN
 
 # --- detection -------------------------------------------------------------------------------------------------------

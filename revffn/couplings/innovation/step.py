@@ -1,11 +1,11 @@
-"""One layer's move of the streams, as autograd nodes: innovation, and `none` (cross_branch: cross_branch.py).
+"""innovation's move of the streams, as autograd nodes.
 
-Each `*_step` function runs a layer's sublayers on one tile in forward, moves the tile's streams (pure functions of
+`innovation_step` runs a layer's sublayers on one tile in forward, moves the tile's streams (pure functions of
 ops/streams), and leaves nodes behind whose backward evaluates the sublayers again, inverts the move, and states the
 coupling's gradient.
 """
 
-# B = batch, b = sequences of one tile, T = tokens, D = hidden size, H = D / 2
+# b = sequences of one tile, T = tokens, D = hidden size
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from ..engine.nodes import read_normed
-from ..engine.recompute import Evaluation, carrier_like
-from ..engine.sublayers import GradientSum, attention, feed_forward, uses_rng
-from ..engine.walk import Tile, Walk, is_concrete
-from ..ops.streams import add_update, gradients, move, undo
+from ...engine.nodes import read_normed
+from ...engine.recompute import Evaluation, carrier_like
+from ...engine.sublayers import GradientSum, attention, feed_forward, uses_rng
+from ...engine.walk import Tile, Walk, is_concrete
+from ...ops.streams import add_update, gradients, move, undo
 
 
 class InnovationMove:
@@ -272,44 +272,3 @@ def innovation_step(
         updated = FeedStep.apply(through if len(chunks) == 1 else updated, mlp, move, index, evaluation)
     following = InnovationStep.apply(kept_past, updated, move, attend_evaluation)
     return now, following
-
-
-class StoredStep(Function):
-    """`none`: identity on a layer's output, keeping the layer's input; in backward the layer runs again from it.
-
-    `is_last`: the last layer's last tile, whose backward runs first, keeps what all layers share.
-    """
-
-    @staticmethod
-    def forward(ctx, output: Tensor, hidden: Tensor, walk: Walk, evaluation: Evaluation, is_last: bool):
-        ctx.walk, ctx.evaluation, ctx.is_last = walk, evaluation, is_last
-        ctx.num_kept = len(walk.kept) if is_last else 0
-        ctx.save_for_backward(hidden, *walk.kept[: ctx.num_kept], *evaluation.side_tensors())
-        return output.view_as(output)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        hidden, *tensors = ctx.saved_tensors
-        evaluation, walk = ctx.evaluation, ctx.walk
-        if ctx.is_last:
-            walk.kept = tensors[: ctx.num_kept]
-            torch.autograd.Variable._execution_engine.queue_callback(walk.kept.clear)
-        leaf = hidden.detach().requires_grad_(evaluation.differentiable[0])
-        evaluation.again(tensors[ctx.num_kept :], hidden, carriers=(leaf,))
-        return grad, None, None, None, None
-
-
-class Release(Function):
-    """Identity whose backward is a layer's last node and drops what was recomputed."""
-
-    @staticmethod
-    def forward(ctx, hidden: Tensor, evaluation: Evaluation):
-        ctx.evaluation = evaluation
-        return hidden.view_as(hidden)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        ctx.evaluation.recomputed = None
-        return grad, None

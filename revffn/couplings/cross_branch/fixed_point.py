@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..ops.streams import Grid, pack_bits, quantize, unpack_bits
+from ...ops.streams import Grid, pack_bits, quantize, unpack_bits
 
 DEPTH, DEPTH_ALONE = 5, 16
 """Differences that an accelerated iteration takes into account: of all tokens, and of a few that it left over."""

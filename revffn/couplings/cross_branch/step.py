@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from ..engine.nodes import Read
-from ..engine.recompute import Evaluation, StateMismatchError, carrier_like
-from ..engine.sublayers import GradientSum, attention_of_queries, cross_attention, half_feed_forward, uses_rng
-from ..engine.walk import Tile, Walk, is_concrete
-from ..ops.streams import checksum, dequantize, quantize
+from ...engine.nodes import Read
+from ...engine.recompute import Evaluation, StateMismatchError, carrier_like
+from ...engine.sublayers import GradientSum, uses_rng
+from ...engine.walk import Tile, Walk, is_concrete
+from ...ops.streams import checksum, dequantize, quantize
 from .fixed_point import (
     ALONE,
     DEPTH_ALONE,
@@ -40,6 +40,7 @@ from .fixed_point import (
     width_for,
     with_low_bits,
 )
+from .modules import attention_of_queries, cross_attention, half_feed_forward
 
 
 class AdditiveStep(Function):
