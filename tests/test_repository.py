@@ -99,6 +99,9 @@ def test_tables_are_those_of_the_results():
 
 def test_public_names():
     assert revffn.__all__ == sorted(revffn.__all__) and all(hasattr(revffn, name) for name in revffn.__all__)
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    assert sorted(name for row in rows for name in re.findall(r"`(\w+)`", row)) == revffn.__all__
+    assert all(getattr(revffn, name).__doc__ for name in revffn.__all__)
 
 
 def test_import_is_light():

@@ -37,6 +37,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..engine.host_weights import NUM_SLOTS, blocks, layer_states, num_bytes, pinned_bytes
 from ..models import losses
+from ..models.architectures import num_dense_layers
 from ..models.losses import chunk_size
 from ..optim import OptimizerInBackward
 from .simulation import PARTS, LiveBytes, Method, RealOptimizer, build, run_step
@@ -174,9 +175,9 @@ def count(model_and_method: tuple[PreTrainedConfig, Method]) -> Counts:
 
 def num_special_layers(hf_config: PreTrainedConfig, method: Method) -> int:
     """Leading decoder layers unlike those above: dense ones of DeepSeek and GLM, the coupling's."""
-    dense = getattr(hf_config, "first_k_dense_replace", 0) or 0
     settings = method.reversible
-    return max(dense, settings.find_coupling().num_special_layers(settings) if settings else 0, 1)
+    special = settings.find_coupling().num_special_layers(settings) if settings else 0
+    return max(num_dense_layers(hf_config), special, 1)
 
 
 def shallow(hf_config: PreTrainedConfig, method: Method) -> tuple[PreTrainedConfig, Method]:

@@ -1,10 +1,10 @@
 """Hugging Face models made reversible, and back.
 
+serving.py        what vLLM and llama.cpp want of an exported folder
 architectures.py  what differs from family to family, a row each
 layers.py         decoder layers and the final norm in a walk
 conversion.py     convert and export
 losses.py         linear cross-entropy, never the full logits
-serving.py        what vLLM and llama.cpp want of an exported folder
 upcycle.py        a dense model -> a small real Mixture of Experts
 configs/          public configs known by name
 """

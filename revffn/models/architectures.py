@@ -7,10 +7,13 @@ under `model.model.layers`; a row says only where they differ. docs/adding_an_ar
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from . import serving
 
 
 @dataclass(frozen=True)
@@ -24,24 +27,33 @@ class Architecture:
     is used."""
     router: str | None = "gate"
     """Name inside a sparse `mlp` of the router; None for dense architectures."""
+    num_dense_layers: str | None = None
+    """Name in the config of the number of leading layers without experts."""
     makes_unused_mask: bool = False
     """Whether `<stem>Model` makes a sliding-window mask that no layer uses."""
+    plain_loss: bool = True
+    """Whether the loss is `loss_function(lm_head(hidden_states), labels)` and nothing between: linear cross-entropy
+    can take its place."""
+    fit_for_servers: Callable[[PreTrainedModel], list[str]] = serving.as_it_is
+    """See serving.py."""
+    package: str | None = None
+    """Module that has the family's classes; None is `transformers.models.<model_type>`."""
 
     def load(self, model_type: str, suffix: str) -> type:
-        package = importlib.import_module(f"transformers.models.{model_type}")
+        package = importlib.import_module(self.package or f"transformers.models.{model_type}")
         return getattr(package, self.class_stem + suffix)
 
 
-_MLA_QUERIES = ("q_proj", "q_a_proj")
+_DEEPSEEK = dict(query_modules=("q_proj", "q_a_proj"), num_dense_layers="first_k_dense_replace")
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "qwen2_moe": Architecture("Qwen2Moe", makes_unused_mask=True),
+    "qwen2_moe": Architecture("Qwen2Moe", makes_unused_mask=True, fit_for_servers=serving.qwen2_moe),
     "qwen3_moe": Architecture("Qwen3Moe"),
-    "olmoe": Architecture("Olmoe"),
+    "olmoe": Architecture("Olmoe", fit_for_servers=serving.olmoe),
     "mixtral": Architecture("Mixtral"),
-    "deepseek_v2": Architecture("DeepseekV2", query_modules=_MLA_QUERIES),
-    "deepseek_v3": Architecture("DeepseekV3", query_modules=_MLA_QUERIES),
-    "glm4_moe": Architecture("Glm4Moe"),
+    "deepseek_v2": Architecture("DeepseekV2", **_DEEPSEEK),
+    "deepseek_v3": Architecture("DeepseekV3", **_DEEPSEEK),
+    "glm4_moe": Architecture("Glm4Moe", num_dense_layers="first_k_dense_replace"),
     "gpt_oss": Architecture("GptOss", router="router"),
     "llama": Architecture("Llama", router=None),
     "qwen3": Architecture("Qwen3", router=None),
@@ -53,6 +65,13 @@ PREFIX = "revffn_"
 def plain_model_type(model_type: str) -> str:
     """`revffn_qwen2_moe` -> `qwen2_moe`; plain names stay."""
     return model_type.removeprefix(PREFIX)
+
+
+def num_dense_layers(hf_config: PreTrainedConfig) -> int:
+    """Leading decoder layers without experts, of a family whose config counts them; 0 elsewhere."""
+    row = ARCHITECTURES.get(plain_model_type(hf_config.model_type))
+    name = None if row is None else row.num_dense_layers
+    return (getattr(hf_config, name, 0) or 0) if name else 0
 
 
 def find_architecture(model: PreTrainedModel) -> Architecture:

@@ -33,7 +33,7 @@ from ..engine.recompute import carrier_like
 from ..engine.routing import choosing_classes, intercept
 from ..engine.sublayers import TiledExperts
 from ..engine.walk import Report, Walk
-from .architectures import ARCHITECTURES, PREFIX, find_architecture, plain_model_type
+from .architectures import ARCHITECTURES, PREFIX, Architecture, find_architecture, plain_model_type
 from .layers import ReversibleLayer, ReversibleNorm
 
 logger = logging.getLogger(__name__)
@@ -129,9 +129,14 @@ class ReversibleForCausalLM(PreTrainedModel):
             module.reset_parameters()
 
 
-def _register(model_type: str) -> dict[str, type]:
-    """Make, name and register the subclasses of one row of the table."""
-    row = ARCHITECTURES[model_type]
+def register_architecture(model_type: str, row: Architecture) -> dict[str, type]:
+    """Make a family known to `convert`, and its reversible classes to the Auto classes
+    (docs/adding_an_architecture.md).
+
+    Returns:
+        The classes: `config`, `backbone`, `causal`, `layer`, `norm`, and `experts` of a sparse family.
+    """
+    ARCHITECTURES[model_type] = row
     name = f"RevFFN{row.class_stem}"
     config = type(
         f"{name}Config", (row.load(model_type, "Config"),), {"model_type": PREFIX + model_type, "__module__": __name__}
@@ -173,6 +178,7 @@ def _register(model_type: str) -> dict[str, type]:
     mapping = get_checkpoint_conversion_mapping(model_type)
     if mapping is not None:
         register_checkpoint_conversion_mapping(PREFIX + model_type, mapping, overwrite=True)
+    CLASSES[model_type] = classes
     return classes
 
 
@@ -190,7 +196,10 @@ CHOOSING: dict[str, dict[type, type]] = {}
 """By model type: the classes that choose experts, and those of a converted model."""
 DENSE: dict[str, dict[type, type]] = {}
 """By model type: the classes of dense parts, and those of a converted model."""
-CLASSES: dict[str, dict[str, type]] = {model_type: _register(model_type) for model_type in ARCHITECTURES}
+CLASSES: dict[str, dict[str, type]] = {}
+"""By model type: what `register_architecture` returned."""
+for _model_type, _row in list(ARCHITECTURES.items()):
+    register_architecture(_model_type, _row)
 
 
 def is_reversible(model: nn.Module) -> bool:
@@ -373,4 +382,4 @@ def coupling_parameters(model: PreTrainedModel) -> list[tuple[str, nn.Parameter]
     return [(name, parameter) for name, parameter in model.named_parameters() if ".coupling." in name]
 
 
-__all__ = ["convert", "coupling_parameters", "export", "is_reversible", "reversible_report"]
+__all__ = ["convert", "coupling_parameters", "export", "is_reversible", "register_architecture", "reversible_report"]

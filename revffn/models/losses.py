@@ -32,25 +32,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from .architectures import ARCHITECTURES, plain_model_type
+
 # N = tokens, C = tokens of one chunk, D = hidden size, V = vocabulary
 
 CHUNK_LOGITS_BYTES = 256 * 2**20
 """float32 logits of one chunk when `chunk_tokens` is None; 1.5 times that with the copy for the matrix product."""
 HEAD_BLOCK_BYTES = 64 * 2**20
 """float32 bytes of the block of head rows that is accumulated or rounded at a time."""
-MODEL_TYPES = (
-    "deepseek_v2",
-    "deepseek_v3",
-    "glm4_moe",
-    "gpt_oss",
-    "llama",
-    "mixtral",
-    "olmoe",
-    "qwen2_moe",
-    "qwen3",
-    "qwen3_moe",
-)
-"""Causal LMs whose loss is `loss_function(lm_head(hidden_states), labels)` and nothing between."""
 
 
 def chunk_size(num_tokens: int, vocab_size: int) -> int:
@@ -267,6 +256,17 @@ def linear_cross_entropy(
         return _LinearCrossEntropy.apply(hidden_ND, weight, bias, labels_N, scale, z_loss, ignore_index, chunk, grads)
 
 
+def check_plain_loss(model_type: str) -> None:
+    """Raise ValueError where linear cross-entropy is not known to be a family's loss."""
+    row = ARCHITECTURES.get(plain_model_type(model_type))
+    if row is None or not row.plain_loss:
+        known = ", ".join(name for name, other in ARCHITECTURES.items() if other.plain_loss)
+        raise ValueError(
+            f"linear cross-entropy is not known to fit model_type={model_type!r}. Known: {known}. Logits must reach "
+            "the loss unscaled; then an architecture's row says so (docs/adding_an_architecture.md)."
+        )
+
+
 def use_linear_cross_entropy(
     model: PreTrainedModel,
     *,
@@ -295,14 +295,9 @@ def use_linear_cross_entropy(
         The same model.
 
     Raises:
-        ValueError: The model type is not in `MODEL_TYPES` or the model has a loss function of its own.
+        ValueError: The model's architecture has no plain loss, or the model has a loss function of its own.
     """
-    model_type = model.config.model_type.removeprefix("revffn_")
-    if model_type not in MODEL_TYPES:
-        raise ValueError(
-            f"linear cross-entropy is not known to fit model_type={model.config.model_type!r}. Known: "
-            f"{', '.join(MODEL_TYPES)}. Logits must reach the loss unscaled; then add the type to losses.MODEL_TYPES."
-        )
+    check_plain_loss(model.config.model_type)
     if hasattr(model, "_loss_function"):
         raise ValueError(
             "The model has a loss_function of its own, which linear cross-entropy would bypass. Remove it "

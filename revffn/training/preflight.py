@@ -23,6 +23,7 @@ from ..memory.predict import RESERVE_BYTES, Plan, gib, parse_bytes
 from ..memory.simulation import Method
 from ..models.architectures import ARCHITECTURES, PREFIX
 from ..models.conversion import convert, coupling_parameters
+from ..models.losses import check_plain_loss
 from ..recipe import InputError, RunConfig, with_tile
 
 # Read by transformers itself; the first one that a config has bounds the sequence length.
@@ -131,6 +132,11 @@ def check_model(config: RunConfig, hf_config: PreTrainedConfig) -> None:
             f"data.max_length={config.data.max_length} is longer than {path} allows "
             f"(max_position_embeddings={limit}). Set data.max_length to at most {limit}."
         )
+    if config.memory.linear_cross_entropy:
+        try:
+            check_plain_loss(model_type)
+        except ValueError as error:
+            raise InputError(f"{path}: {error} Or set memory.linear_cross_entropy: false.") from None
     if config.reversible.tile_tokens == "auto":
         config = with_tile(config, None)  # converting takes any
     reversible = config.reversible.resolve(config.training.calibration_tokens > 0)

@@ -37,9 +37,9 @@ from ..engine.host_weights import HostWeights
 from ..memory.plan import plan
 from ..memory.predict import gib
 from ..memory.simulation import LiveBytes
-from ..models.architectures import PREFIX, router_parameters
+from ..models.architectures import router_parameters
 from ..models.conversion import convert, coupling_parameters, is_reversible, reversible_report
-from ..models.losses import MODEL_TYPES, use_linear_cross_entropy
+from ..models.losses import use_linear_cross_entropy
 from ..ops import dispatch
 from ..optim import OptimizerInBackward, parameter_groups
 from ..recipe import RunConfig
@@ -333,12 +333,11 @@ def train_stage(
     optimizer.last_checkpoint = str(resumed) if resumed else None
     if store is not None:
         store.keep_states_of(optimizer)
-    known = model.config.model_type.removeprefix(PREFIX) in MODEL_TYPES
     with default_forward(model):
         trainer = RevFFNTrainer(
             model,
             arguments,
-            linear_cross_entropy=run.config.memory.linear_cross_entropy and known,
+            linear_cross_entropy=run.config.memory.linear_cross_entropy,
             measure_step=stage == 2 and not torch.cuda.is_available(),
             host_weights=store,
             loaded_from=run.checkpoint,
