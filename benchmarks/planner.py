@@ -19,9 +19,10 @@ import torch
 from simulate import provenance
 
 from revffn import ReversibleConfig
+from revffn.memory.amounts import gib
 from revffn.memory.plan import ACCEPTED_ERROR, plan
-from revffn.memory.predict import gib, load_config
 from revffn.memory.simulation import Method, simulate_step
+from revffn.models.known import load_config
 
 FILE = Path(__file__).resolve().parent / "results" / "planner_grid.json"
 QWEN, QWEN3, OLMOE = "qwen1.5-moe-a2.7b", "qwen3-30b-a3b", "olmoe-1b-7b"

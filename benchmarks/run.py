@@ -41,8 +41,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from workloads import WORKLOADS, Workload
 
 from revffn import is_reversible, reversible_report
-from revffn.memory.predict import gib
-from revffn.memory.simulation import LiveBytes, as_on_a_gpu, no_garbage_collection, run_step, sorter
+from revffn.memory.amounts import gib
+from revffn.memory.live_bytes import LiveBytes, no_garbage_collection
+from revffn.memory.simulation import as_on_a_gpu, run_step, sorter
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = (

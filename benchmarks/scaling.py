@@ -24,9 +24,10 @@ from simulate import provenance
 from workloads import Workload
 
 from revffn.config import ReversibleConfig
+from revffn.memory.amounts import gib
 from revffn.memory.plan import plan
-from revffn.memory.predict import gib, load_config
 from revffn.memory.simulation import Method
+from revffn.models.known import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "qwen1.5-moe-a2.7b"

@@ -20,8 +20,9 @@ from pathlib import Path
 import torch
 
 from revffn import ReversibleConfig
-from revffn.memory.predict import gib, load_config
+from revffn.memory.amounts import gib
 from revffn.memory.simulation import METHODS, Method, simulate_step
+from revffn.models.known import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from revffn.memory.predict import load_config
+from revffn.models.known import load_config
 
 
 @dataclass(kw_only=True, frozen=True)

@@ -15,20 +15,20 @@ ACCEPTED_GAP = 0.02
 
 def train(words: list[str]) -> None:
     """Fine-tune a model as a recipe says: revffn train RECIPE [--section.key value ...]"""
-    from . import recipe
+    from . import command_line, recipe
 
     if not words or words[0] in ("-h", "--help"):
-        recipe.from_words(recipe.RunConfig, ["--help"], "revffn train RECIPE")
+        command_line.from_words(recipe.RunConfig, ["--help"], "revffn train RECIPE")
     if words[0].startswith("-"):
         raise recipe.InputError(
             f"command line: the recipe comes first, got {words[0]!r}. Usage: revffn train RECIPE [--section.key "
             "value ...]"
         )
-    config = recipe.load_run_config(words[0], words[1:])
+    config = command_line.load_run_config(words[0], words[1:])
     # After the recipe, because the imports take seconds.
     from . import StateMismatchError
     from .optim import NonFiniteGradientError
-    from .training.trainer import train
+    from .training.run import train
 
     try:
         train(config, Path(words[0]))
@@ -38,14 +38,14 @@ def train(words: list[str]) -> None:
 
 def upcycle(words: list[str]) -> None:
     """Make a small Mixture-of-Experts model from a dense one: revffn upcycle --output FOLDER [--key value ...]"""
-    from . import recipe
-    from .models.upcycle import upcycle_command
+    from . import command_line, recipe
+    from .models.upcycle_command import upcycle_command
 
     @functools.wraps(upcycle_command)
     def collect(**arguments):
         return arguments
 
-    arguments = recipe.from_words(collect, words, "revffn upcycle")
+    arguments = command_line.from_words(collect, words, "revffn upcycle")
     try:
         upcycle_command(**arguments)
     except ValueError as error:
@@ -112,13 +112,13 @@ def report_gap(run: Path) -> None:
 
 def plan(words: list[str]) -> None:
     """Say before a run what it takes: revffn plan --model NAME --batch B --tokens T [--gpu 80GiB]"""
-    from . import recipe
+    from . import command_line, recipe
 
     given = []
     for word in words:
         given += ["--alternatives", "False"] if word == "--no-alternatives" else [word]
     given = with_values(given, ("--alternatives", "--check", "--json"))
-    config = recipe.from_words(recipe.PlanConfig, given, "revffn plan")
+    config = command_line.from_words(recipe.PlanConfig, given, "revffn plan")
     from .memory.command import plan_command
 
     try:
@@ -141,7 +141,7 @@ def with_values(words: list[str], switches: tuple[str, ...]) -> list[str]:
 
 def evaluate(words: list[str]) -> None:
     """Score a model, or compare scores: revffn evaluate MODEL --tasks mmlu,gsm8k --output FILE; --compare FILE FILE"""
-    from . import recipe
+    from . import command_line, recipe
 
     if words[:1] == ["--compare"]:
         from .evaluation.command import compare_command
@@ -150,7 +150,7 @@ def evaluate(words: list[str]) -> None:
     if words and not words[0].startswith("-"):
         words = ["--model", *words]
     words = with_values(words, ("--chat_template", "--chat-template"))
-    config = recipe.from_words(recipe.EvaluateConfig, words, "revffn evaluate MODEL")
+    config = command_line.from_words(recipe.EvaluateConfig, words, "revffn evaluate MODEL")
     from .evaluation.command import evaluate_command
     from .evaluation.mt_bench import JudgeError
 

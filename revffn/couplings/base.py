@@ -17,8 +17,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..config import ReversibleConfig
 from ..engine.nodes import Enter, Leave, Start
-from ..engine.sublayers import GradientSum, expert_sums
+from ..engine.sublayers import expert_sums
 from ..engine.walk import Report, Tile, Walk
+from ..ops.experts import GradientSum
 from ..ops.streams import Grid, quantize
 
 

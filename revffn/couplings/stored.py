@@ -14,7 +14,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ..config import ReversibleConfig
-from ..engine.recompute import Evaluation
+from ..engine.recompute import Evaluation, at_end_of_backward
 from ..engine.sublayers import expert_sums, summed, uses_rng
 from ..engine.walk import Tile, Walk
 from .base import Coupling
@@ -79,7 +79,7 @@ class StoredStep(Function):
         evaluation, walk = ctx.evaluation, ctx.walk
         if ctx.is_last:
             walk.kept = tensors[: ctx.num_kept]
-            torch.autograd.Variable._execution_engine.queue_callback(walk.kept.clear)
+            at_end_of_backward(walk.kept.clear)
         leaf = hidden.detach().requires_grad_(evaluation.differentiable[0])
         evaluation.again(tensors[ctx.num_kept :], hidden, carriers=(leaf,))
         return grad, None, None, None, None

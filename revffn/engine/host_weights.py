@@ -27,6 +27,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from .recompute import at_end_of_backward
+
 ALIGNMENT = 256
 """Bytes; what a caching allocator gives, and more than any kernel asks for."""
 NUM_SLOTS = 2
@@ -348,7 +350,7 @@ class HostWeights:
     def begin_backward(self, index: int) -> None:
         if not self.in_backward:
             self.in_backward = True
-            torch.autograd.Variable._execution_engine.queue_callback(self.settle)
+            at_end_of_backward(self.settle)
         for other in sorted(self.in_use):  # the layer above, where nothing below it asked for a gradient
             self.release(other, backward=True)
         self.use(index, backward=True)

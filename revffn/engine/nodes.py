@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from ..ops.streams import Grid, dequantize, read_norm, read_norm_backward
 from .dense import is_plain, norm_kind
-from .recompute import Evaluation, carrier_like
+from .recompute import Evaluation, at_end_of_backward, carrier_like
 from .walk import Walk
 
 
@@ -161,7 +161,7 @@ class Finish(Function):
         if ctx.signed:
             walk.signs = tensors.pop()
         walk.kept = tensors[len(tensors) - ctx.num_kept :] if ctx.num_kept else []
-        torch.autograd.Variable._execution_engine.queue_callback(walk.close)
+        at_end_of_backward(walk.close)
         return (None, None, None, *(grad[tile.rows] for tile in walk.tiles))
 
 

@@ -17,6 +17,11 @@ from .dense import fused_parts
 from .routing import RecordRouting, ReplayRouting, routing
 
 
+def at_end_of_backward(function: Callable[[], None]) -> None:
+    """Call it when the backward that runs now has ended. (DDP and FSDP use the same hook of autograd's engine.)"""
+    torch.autograd.Variable._execution_engine.queue_callback(function)
+
+
 def carrier_like(shape: torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:
     """A tensor of one element's storage, expanded to `shape`."""
     return torch.zeros(1, dtype=dtype, device=device).expand(shape)

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 
 from ..config import ReversibleConfig
+from ..models.known import load_config
+from .amounts import gib, parse_bytes
 from .plan import USUAL_TILE, TileChoice, check, choose_tile, label_of, plan, tiled, traffic, what_would_fit
-from .predict import Plan, gib, load_config, parse_bytes
+from .predict import Plan
 from .simulation import Method
 
 COLUMNS = (

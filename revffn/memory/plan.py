@@ -27,8 +27,10 @@ from transformers import PreTrainedConfig
 from ..config import ReversibleConfig
 from ..engine.host_weights import layer_states
 from ..models.architectures import ARCHITECTURES
-from .predict import RESERVE_BYTES, Phases, Plan, Predictor, gib, measure, shallow
-from .simulation import PARTS, Method, RealOptimizer, build, simulate_step
+from .amounts import gib
+from .live_bytes import PARTS
+from .predict import RESERVE_BYTES, Phases, Plan, Predictor, measure, shallow
+from .simulation import Method, RealOptimizer, build, simulate_step
 
 OUTSIDE_LAYERS = ("embedding", "forward", "loss", "top", "top after lm_head.weight", "optimizer")
 """Phases in which backward is not among the decoder layers."""

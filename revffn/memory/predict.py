@@ -19,30 +19,27 @@ Not counted are bytes outside tensors; `RESERVE_BYTES` stands for them. `plan.py
 from __future__ import annotations
 
 import copy
-import json
 import math
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import chain
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..engine.host_weights import NUM_SLOTS, blocks, layer_states, num_bytes, pinned_bytes
 from ..models import losses
 from ..models.architectures import num_dense_layers
 from ..models.losses import chunk_size
 from ..optim import OptimizerInBackward
-from .simulation import PARTS, LiveBytes, Method, RealOptimizer, build, run_step
+from .live_bytes import PARTS, LiveBytes
+from .simulation import Method, RealOptimizer, build, run_step
 
-CONFIGS = Path(__file__).parents[1] / "models" / "configs"
 RESERVE_BYTES = 2**30
 """On a GPU: CUDA context and loaded kernels (about half a GiB), workspaces of the matrix libraries, what the
 allocator rounds up."""
@@ -52,48 +49,6 @@ SMALL_STEP_TOKENS = 8192
 """A step of at most so many tokens is measured as it is; larger ones are extended from two of about that size."""
 
 Phases = dict[str, dict[str, int]]
-
-
-def gib(num_bytes: float) -> str:
-    """Bytes for people."""
-    return f"{num_bytes / 2**30:.2f} GiB"
-
-
-def parse_bytes(text: str) -> int:
-    """`24GiB`, `80 GB`, `24` (GiB) -> bytes.
-
-    Raises:
-        ValueError: Something else.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(GiB|GB|G|MiB|MB|)\s*", text, re.IGNORECASE)
-    if match is None or not float(match[1]):
-        raise ValueError(f"{text!r} is not an amount of memory. Write it like 24GiB or 80GB.")
-    unit = {"gib": 2**30, "g": 2**30, "": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6}[match[2].lower()]
-    return int(float(match[1]) * unit)
-
-
-def known_models() -> list[str]:
-    """Names that need no network."""
-    return sorted(file.stem for file in CONFIGS.glob("*.json"))
-
-
-def load_config(name: str, **overrides: Any) -> PreTrainedConfig:
-    """A model's config: of a folder, of a known name (with or without its organisation), else from the Hub.
-
-    Raises:
-        ValueError: None of these.
-    """
-    file = CONFIGS / f"{name.rstrip('/').split('/')[-1].lower()}.json"
-    if file.is_file() and not Path(name).is_dir():
-        values = json.loads(file.read_text()) | overrides
-        return AutoConfig.for_model(values.pop("model_type"), **values)
-    try:
-        return AutoConfig.from_pretrained(name, **overrides)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"No config for model {name!r}: it is not a folder with a config.json, nor to be had from the Hub. Known "
-            f"without either: {', '.join(known_models())}."
-        ) from error
 
 
 # --- exact: what is counted on the meta device -----------------------------------------------------------------------

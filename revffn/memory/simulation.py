@@ -13,11 +13,9 @@ The operations are those of a CPU. A CUDA kernel that allocates other temporarie
 from __future__ import annotations
 
 import copy
-import gc
 import time
-import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -28,8 +26,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, masking_utils
 from transformers.integrations import moe
 
@@ -39,172 +35,9 @@ from ..models.conversion import convert, default_dtype, is_reversible
 from ..models.losses import use_linear_cross_entropy
 from ..ops.update import make_code_books
 from ..optim import OptimizerInBackward, parameter_groups
+from .live_bytes import FORWARD, LiveBytes, Storage, describe, no_garbage_collection
 
-FORWARD = ("embedding", "forward", "loss")
-"""Phases before backward: up to the first decoder layer (masks are made there), the layers, head and loss."""
 METHODS = ("reversible", "checkpointing", "plain")
-PARTS = (
-    "weights",
-    "gradients",
-    "optimizer",
-    "streams",
-    "stream_gradients",
-    "side_bits_and_routing",
-    "stored_activations",
-    "loss",
-    "working_set",
-)
-"""What a live tensor can be for. In order of precedence:
-
-weights: parameters and buffers. optimizer: the optimizer's state. gradients: tensors that became a parameter's
-`.grad`, and tensors of a fused expert parameter's shape made in backward, in its dtype or in float32 (a tile's share
-before it is added up, and the sum over tiles). loss: everything else with a vocabulary dimension, which includes a
-head gradient that the loss makes in forward. streams: int32 tensors (b, T, D) or (b, T, D / 2), the streams and the
-fixed-point values on their way into them. stream_gradients: the same in float32, made in backward of a reversible
-model. side_bits_and_routing: uint8 and int16. stored_activations: made in forward and alive when backward begins.
-working_set: the rest."""
-
-
-class Storage:
-    """One storage's life."""
-
-    __slots__ = ("born", "dtype", "layer", "num_bytes", "operation", "part", "phase", "shape", "stored", "watcher")
-
-    def __init__(self, num_bytes: int, born: int, phase: str, layer: int, operation: str, tensor: Tensor):
-        self.num_bytes, self.born, self.phase, self.layer, self.operation = num_bytes, born, phase, layer, operation
-        self.shape, self.dtype = tuple(tensor.shape), tensor.dtype
-        self.part: str | None = None
-        self.stored = False
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that operations return, from their birth until their death.
-
-    A step has phases (`embedding`, `forward`, `loss`, ...), each with a peak of its own. What a storage was for may
-    show only later (a tensor turns out to be a gradient), so the counter keeps the storages that were alive at each
-    phase's peak and sorts them at the end.
-
-    Args:
-        sort: (storage) -> name of its part.
-    """
-
-    def __init__(self, sort: Callable[[Storage], str] = lambda storage: "working_set"):
-        super().__init__()
-        self.sort = sort
-        self.live_bytes = 0
-        self.clock = 0
-        self.storages: dict[int, Storage] = {}
-        self.phase = "before"
-        self.layer = -1
-        self.at_peak: dict[str, list[Storage]] = {}
-        self.begin("before")
-
-    # --- phases ------------------------------------------------------------------------------------------------------
-
-    def begin(self, phase: str) -> None:
-        """Close the present phase and begin another. A phase that comes again keeps the larger of its peaks."""
-        if hasattr(self, "peak_bytes_of_phase"):
-            self.close()
-        self.phase = phase
-        self.peak_bytes_of_phase, self.peak_clock = self.live_bytes, self.clock
-        self.dead_since_peak: list[Storage] = []
-
-    def close(self) -> None:
-        alive = [s for s in self.storages.values() if s.born <= self.peak_clock] + self.dead_since_peak
-        assert sum(s.num_bytes for s in alive) == self.peak_bytes_of_phase
-        known = self.at_peak.get(self.phase)
-        if known is None or sum(s.num_bytes for s in known) < self.peak_bytes_of_phase:
-            self.at_peak[self.phase] = alive
-
-    def mark_stored(self) -> None:
-        """Everything alive now was kept by forward for backward."""
-        self.kept = list(self.storages.values())
-        for storage in self.kept:
-            storage.stored = True
-
-    # --- counting ----------------------------------------------------------------------------------------------------
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for leaf in tree_iter(out):
-            if isinstance(leaf, Tensor):
-                self.add(leaf, str(function))
-        return out
-
-    def add(self, tensor: Tensor, operation: str = "given", elsewhere: bool = False) -> None:
-        """Count a tensor's storage, if it is not counted yet; with `elsewhere`, as none: it stands for host memory."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self.storages:
-            return
-        self.clock += 1
-        size = 0 if elsewhere else storage.nbytes()
-        record = Storage(size, self.clock, self.phase, self.layer, operation, tensor)
-        self.storages[key] = record
-        record.watcher = weakref.ref(storage, lambda _, key=key: self.remove(key))
-        self.live_bytes += record.num_bytes
-        if self.live_bytes > self.peak_bytes_of_phase:
-            self.peak_bytes_of_phase, self.peak_clock = self.live_bytes, self.clock
-            self.dead_since_peak = []
-
-    def remove(self, key: int) -> None:
-        record = self.storages.pop(key, None)
-        if record is None:
-            return
-        self.live_bytes -= record.num_bytes
-        if record.born <= self.peak_clock:
-            self.dead_since_peak.append(record)
-
-    def tag(self, tensor: Tensor, part: str) -> None:
-        """Say what a counted tensor is for; the first word counts."""
-        record = self.storages.get(tensor.untyped_storage()._cdata)
-        if record is not None and record.part is None:
-            record.part = part
-
-    # --- results -----------------------------------------------------------------------------------------------------
-
-    @property
-    def peak_bytes(self) -> int:
-        """The largest peak of the phases closed so far."""
-        return max(sum(s.num_bytes for s in alive) for alive in self.at_peak.values())
-
-    def stored_parts(self, layer: int) -> dict[str, int]:
-        """Bytes per part of what a decoder layer's forward made and kept for backward."""
-        total: Counter[str] = Counter()
-        for storage in self.kept:
-            if storage.layer == layer and storage.phase == "forward":
-                total[self.part_of(storage)] += storage.num_bytes
-        return dict(total)
-
-    def part_of(self, storage: Storage) -> str:
-        return storage.part or self.sort(storage)
-
-    def parts(self, phase: str) -> dict[str, int]:
-        """Bytes per part at the peak of a phase; they add up to it."""
-        total: Counter[str] = Counter()
-        for storage in self.at_peak[phase]:
-            total[self.part_of(storage)] += storage.num_bytes
-        return {part: total.pop(part, 0) for part in PARTS} | dict(total)
-
-    def largest(self, phase: str, count: int = 12) -> list[dict[str, Any]]:
-        """The largest groups of equal tensors alive at the peak of a phase."""
-        total: Counter[tuple] = Counter()
-        number: Counter[tuple] = Counter()
-        for s in self.at_peak[phase]:
-            key = (self.part_of(s), s.operation.removesuffix(".default"), s.shape, str(s.dtype).removeprefix("torch."))
-            total[key] += s.num_bytes
-            number[key] += 1
-        return [
-            {
-                "bytes": size,
-                "count": number[key],
-                "part": key[0],
-                "operation": key[1],
-                "shape": key[2],
-                "dtype": key[3],
-            }
-            for key, size in total.most_common(count)
-        ]
 
 
 # --- what is trained, and how ----------------------------------------------------------------------------------------
@@ -443,20 +276,6 @@ def as_on_a_gpu() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def no_garbage_collection() -> Iterator[None]:
-    """Reference cycles then stay, and a peak depends neither on when Python collects them nor hides that there are
-    some."""
-    gc.collect()
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
 def simulate_step(
     hf_config: PreTrainedConfig, batch: int, tokens: int, method: Method | None = None
 ) -> dict[str, Any]:
@@ -599,7 +418,3 @@ def one_step(
     hooks.in_backward = False
     counter.begin("optimizer")
     optimizer.step()
-
-
-def describe(storages: Iterable[Storage]) -> list[str]:
-    return [f"{s.num_bytes} bytes, {s.dtype} {s.shape}, {s.operation}, {s.phase}" for s in storages]

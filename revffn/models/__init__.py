@@ -1,10 +1,12 @@
 """Hugging Face models made reversible, and back.
 
-serving.py        what vLLM and llama.cpp want of an exported folder
-architectures.py  what differs from family to family, a row each
-layers.py         decoder layers and the final norm in a walk
-conversion.py     convert and export
-losses.py         linear cross-entropy, never the full logits
-upcycle.py        a dense model -> a small real Mixture of Experts
-configs/          public configs known by name
+serving.py          what vLLM and llama.cpp want of an exported folder
+architectures.py    what differs from family to family, a row each
+layers.py           decoder layers and the final norm in a walk
+conversion.py       convert and export
+losses.py           linear cross-entropy, never the full logits
+known.py            public models whose configs are known without a network
+configs/            those configs
+upcycle.py          a dense model -> a small real Mixture of Experts
+upcycle_command.py  `revffn upcycle`
 """

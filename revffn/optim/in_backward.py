@@ -25,23 +25,20 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor import zeros as sharded_zeros
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from ..ops import update
-from ..ops.update import block_size, make_code_books, sum_segments
+from ..ops.update import block_size, make_code_books
+from .rules import RULES, Job, adafactor, adamw, local_part, sgd, sharding, sum_over_shards, zeros_for
 
 CPU_CHUNK_BYTES = 2**21
-RULES = "adafactor", "adamw", "adamw8bit", "sgd"
 
 
 class NonFiniteGradientError(RuntimeError):
@@ -51,33 +48,6 @@ class NonFiniteGradientError(RuntimeError):
         super().__init__(message)
         self.parameter = parameter
         self.weights_changed = weights_changed
-
-
-def parameter_groups(
-    model: nn.Module, weight_decay: float, parameters: Iterable[tuple[str, nn.Parameter]] | None = None
-) -> list[dict[str, Any]]:
-    """Trainable parameters in at most two groups: with weight decay, and without it (vectors, norms, biases).
-
-    The second group is also not factored: an expert bias (E, out) is a stack of vectors, not a matrix.
-
-    Args:
-        model: Where the parameters come from; a tied parameter is listed once.
-        weight_decay: Of the first group.
-        parameters: Named parameters to use instead of all of the model's.
-
-    Returns:
-        Groups with named parameters, for `OptimizerInBackward` or any `torch.optim.Optimizer`.
-    """
-    decayed, plain = [], []
-    for name, parameter in model.named_parameters() if parameters is None else parameters:
-        if parameter.requires_grad:
-            vector = parameter.dim() < 2 or "norm" in name.lower() or name.endswith("bias")
-            (plain if vector else decayed).append((name, parameter))
-    groups = [
-        {"params": decayed, "weight_decay": weight_decay, "factored": True},
-        {"params": plain, "weight_decay": 0.0, "factored": False},
-    ]
-    return [group for group in groups if group["params"]]
 
 
 class OptimizerInBackward(torch.optim.Optimizer):
@@ -387,13 +357,13 @@ class OptimizerInBackward(torch.optim.Optimizer):
             (self.rounding == "stochastic", *noise, chunk_bytes),
         )
         if group["rule"] == "adafactor":
-            _adafactor(job, rows, cols)
+            adafactor(job, rows, cols)
         elif group["rule"] == "sgd":
-            _sgd(job)
+            sgd(job)
         else:
             if group["rule"] == "adamw8bit" and parameter.device not in self._code_books:
                 self._code_books[parameter.device] = make_code_books(parameter.device)
-            _adamw(job, self._code_books.get(parameter.device))
+            adamw(job, self._code_books.get(parameter.device))
         # Operations of ours do not tell autograd that they write.
         torch.autograd.graph.increment_version(parameter)
         parameter.grad = None
@@ -427,7 +397,7 @@ class OptimizerInBackward(torch.optim.Optimizer):
 
         def zeros(name: str, shape: tuple[int, ...] = shape, dtype: torch.dtype = wide, sharded: bool = True) -> None:
             if name not in state:
-                state[name] = _zeros_for(parameter, shape, dtype, sharded)
+                state[name] = zeros_for(parameter, shape, dtype, sharded)
 
         if rule == "adafactor":
             if parameter.dim() > 1 and group["factored"]:
@@ -481,103 +451,6 @@ class OptimizerInBackward(torch.optim.Optimizer):
 
 
 # --- one parameter ---------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Job:
-    """One parameter's update: local tensors, and what all rules' operations take alike."""
-
-    parameter: Tensor
-    group: dict[str, Any]
-    state: dict[str, Tensor]
-    weight: Tensor
-    grad: Tensor
-    step: int
-    masks: tuple[Tensor, Tensor]
-    lr: float
-    decay: float
-    rounding: tuple[bool, int, int, int]
-
-    @property
-    def targets(self) -> tuple[Tensor, Tensor | None]:
-        return self.weight, self.state.get("master")
-
-
-def _adafactor(job: Job, rows: Tensor, cols: Tensor) -> None:
-    group, state, parameter = job.group, job.state, job.parameter
-    new, eps, clip = 1 - (1 - job.step**-0.8), group["eps"], group["clip_threshold"]
-    # A matrix or vector may lie on several shards; then its column means and its RMS are sums over them.
-    split = bool(sharding(parameter)) and parameter.dim() < 3
-    _, R, C = update.shape_of(job.grad)
-    if split:
-        R = parameter.shape[0] if parameter.dim() else 1
-    row = mean = root = average = None
-    norms, chunk_bytes = clip is not None, job.rounding[-1]
-    if "row" in state:
-        if split:
-            cols = sum_over_shards(sum_segments(cols), parameter).unsqueeze(1)
-        row = state["row"]
-        mean, root, squares = update.factored_statistics(
-            job.grad, rows, cols, row, state["col"], *job.masks, new, eps, R, norms, chunk_bytes
-        )
-    else:
-        average = state["exp_avg_sq"]
-        squares = update.unfactored_statistics(job.grad, average, *job.masks, new, eps, norms, chunk_bytes)
-    if split and norms:
-        squares = sum_over_shards(squares, parameter)
-    largest = clip * math.sqrt(max(R * C, 1)) if norms else 0.0
-    update.adafactor(
-        *job.targets, state.get("exp_avg"), job.grad, row, mean, root, average, squares, *job.masks, job.lr,
-        job.decay, largest, 1 - group["momentum"], eps, *job.rounding,
-    )  # fmt: skip
-
-
-def _adamw(job: Job, books: Tensor | None) -> None:
-    (beta1, beta2), state = job.group["betas"], job.state
-    numbers = (
-        job.lr / (1 - beta1**job.step),
-        job.decay,
-        1 - beta1,
-        1 - beta2,
-        1 / math.sqrt(1 - beta2**job.step),
-        job.group["eps"],
-    )
-    if "exp_avg_root" in state:
-        states = [state[n] for n in ("exp_avg", "exp_avg_scale", "exp_avg_root", "exp_avg_root_scale")]
-        update.adamw8bit(*job.targets, *states, job.grad, books, *job.masks, *numbers, *job.rounding)
-    else:
-        states = state["exp_avg"], state["exp_avg_sq"]
-        update.adamw(*job.targets, *states, job.grad, *job.masks, *numbers, *job.rounding)
-
-
-def _sgd(job: Job) -> None:
-    momentum = job.group["momentum"]
-    buffer = job.state.get("momentum")
-    update.sgd(*job.targets, buffer, job.grad, *job.masks, job.lr, job.decay, momentum, *job.rounding)
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def sharding(parameter: Tensor) -> list[Any]:
-    return [p for p in getattr(parameter, "placements", ()) if not p.is_replicate()]
-
-
-def sum_over_shards(value: Tensor, parameter: Tensor) -> Tensor:
-    """The sum of `value`, which is overwritten, over the shards of a parameter."""
-    for i, placement in enumerate(getattr(parameter, "placements", ())):
-        if not placement.is_replicate():
-            dist.all_reduce(value, group=parameter.device_mesh.get_group(i))
-    return value
-
-
-def _zeros_for(parameter: Tensor, shape: tuple[int, ...], dtype: torch.dtype, sharded: bool) -> Tensor:
-    if shape == parameter.shape:
-        return torch.zeros_like(parameter, dtype=dtype)
-    if isinstance(parameter, DTensor) and sharded:
-        return sharded_zeros(*shape, dtype=dtype, device_mesh=parameter.device_mesh, placements=parameter.placements)
-    return torch.zeros(shape, dtype=dtype, device=parameter.device)
 
 
 def _values(squares: dict[Tensor, Tensor]) -> list[float]:

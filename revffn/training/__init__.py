@@ -2,5 +2,7 @@
 
 heldout.py    held-out loss, an answer, bytes of a step
 preflight.py  a run, checked before weights are loaded
-trainer.py    the run
+trainer.py    RevFFNTrainer, and what is logged
+results.py    what a run measured: run.json and the table at its end
+run.py        the run: conversion, two stages, the saved model
 """

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..data import IGNORED, batches
-from ..memory.simulation import LiveBytes
+from ..memory.live_bytes import LiveBytes
 
 
 @contextlib.contextmanager

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..data import load_conversations, tokenize_all
+from ..data import batches, load_conversations, tokenize_all
+from ..memory.amounts import gib, parse_bytes
 from ..memory.plan import USUAL_TILE, TileChoice, choose_tile, plan, what_would_fit
-from ..memory.predict import RESERVE_BYTES, Plan, gib, parse_bytes
+from ..memory.predict import RESERVE_BYTES, Plan
 from ..memory.simulation import Method
 from ..models.architectures import ARCHITECTURES, PREFIX
 from ..models.conversion import convert, coupling_parameters
@@ -132,11 +134,6 @@ def check_model(config: RunConfig, hf_config: PreTrainedConfig) -> None:
             f"data.max_length={config.data.max_length} is longer than {path} allows "
             f"(max_position_embeddings={limit}). Set data.max_length to at most {limit}."
         )
-    if config.memory.linear_cross_entropy:
-        try:
-            check_plain_loss(model_type)
-        except ValueError as error:
-            raise InputError(f"{path}: {error} Or set memory.linear_cross_entropy: false.") from None
     if config.reversible.tile_tokens == "auto":
         config = with_tile(config, None)  # converting takes any
     reversible = config.reversible.resolve(config.training.calibration_tokens > 0)
@@ -153,6 +150,11 @@ def check_model(config: RunConfig, hf_config: PreTrainedConfig) -> None:
                 f"coupling {reversible.coupling!r} has no trainable parameters. Set training.stage1_steps: 0, or "
                 "for innovation reversible.train_predictor: true."
             )
+    if config.memory.linear_cross_entropy:
+        try:
+            check_plain_loss(model_type)
+        except ValueError as error:
+            raise InputError(f"{path}: {error} Or set memory.linear_cross_entropy: false.") from None
     if config.training.freeze_router and not has_routers(hf_config):
         raise InputError(
             f"training.freeze_router: true, but {path} (model_type={model_type!r}) is not a Mixture-of-Experts "
@@ -271,3 +273,13 @@ def has_routers(hf_config: PreTrainedConfig) -> bool:
     if row is not None:
         return row.router is not None
     return any(getattr(hf_config.get_text_config(), name, None) for name in ("num_experts", "num_local_experts"))
+
+
+def calibration(run: Run, num_tokens: int, model: PreTrainedModel) -> Iterator[dict[str, torch.Tensor]]:
+    """The first batches of the training data, until they hold `num_tokens`."""
+    size = run.config.training.batch_size
+    for batch in batches(run.training, size, run.tokenizer.pad_token_id, model.device):
+        yield batch
+        num_tokens -= int(batch["attention_mask"].sum())
+        if num_tokens <= 0:
+            return

@@ -9,8 +9,9 @@ import torch
 from helpers import captured_states, coupled, run, run_reference, tiny_batch
 
 import revffn
-from revffn.engine.routing import RecordRouting, ReplayRouting, index_dtype
+from revffn.engine.routing import RecordRouting, ReplayRouting
 from revffn.models.architectures import routers
+from revffn.ops.experts.reference import index_dtype
 
 MOE = ["qwen2_moe", "qwen3_moe", "olmoe", "mixtral", "deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss"]
 COUPLINGS = {

@@ -18,6 +18,8 @@ from revffn import ReversibleConfig
 from revffn.__main__ import main
 from revffn.memory import plan as planner
 from revffn.memory import predict as memory
+from revffn.memory.amounts import parse_bytes
+from revffn.memory.live_bytes import PARTS
 from revffn.memory.plan import (
     ACCEPTED_ERROR,
     USUAL_TILE,
@@ -29,9 +31,10 @@ from revffn.memory.plan import (
     tiled,
     what_would_fit,
 )
-from revffn.memory.predict import Predictor, count, known_models, load_config, parse_bytes
-from revffn.memory.simulation import PARTS, Method
+from revffn.memory.predict import Predictor, count
+from revffn.memory.simulation import Method
 from revffn.models import losses
+from revffn.models.known import known_models, load_config
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 PUBLISHED = {

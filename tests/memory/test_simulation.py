@@ -14,7 +14,8 @@ from transformers import AutoConfig
 
 from revffn import ReversibleConfig
 from revffn.memory import simulation
-from revffn.memory.simulation import LiveBytes, Method, RealOptimizer, build, run_step, simulate_step
+from revffn.memory.live_bytes import LiveBytes
+from revffn.memory.simulation import Method, RealOptimizer, build, run_step, simulate_step
 
 KIB = 1024
 

@@ -33,8 +33,8 @@ from revffn.models.upcycle import (
     specialise,
     spread_routers,
     upcycle,
-    upcycle_command,
 )
+from revffn.models.upcycle_command import upcycle_command
 
 PRESERVED_NATS = 1e-3
 # fp32, relative to the largest logit; worst seen 8.4e-07, CPU, 2026-11-24

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from revffn import ReversibleConfig
+from revffn.command_line import from_words, load_run_config, sections
+from revffn.memory.amounts import parse_bytes
 from revffn.memory.plan import choose_tile, plan
-from revffn.memory.predict import load_config, parse_bytes
-from revffn.recipe import InputError, RunConfig, from_words, load_run_config, sections, with_tile
+from revffn.models.known import load_config
+from revffn.recipe import InputError, RunConfig, with_tile
 from revffn.training.preflight import method_of
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))

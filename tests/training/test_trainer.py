@@ -18,13 +18,15 @@ from trl import SFTConfig
 
 import revffn
 from revffn.__main__ import main
+from revffn.command_line import load_run_config
 from revffn.data import batches
 from revffn.memory.plan import plan
-from revffn.recipe import load_run_config, with_tile
+from revffn.recipe import with_tile
 from revffn.training import preflight
 from revffn.training.heldout import coupled, heldout_loss, response_loss, step_bytes
-from revffn.training.preflight import check, method_of
-from revffn.training.trainer import RevFFNTrainer, calibration, train
+from revffn.training.preflight import calibration, check, method_of
+from revffn.training.run import train
+from revffn.training.trainer import RevFFNTrainer
 
 ASK = ("--evaluation.prompt", "Say red 2 times.", "--evaluation.max_new_tokens", "4")
 

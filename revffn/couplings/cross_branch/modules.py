@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import initialization
 
 from ...config import ReversibleConfig
-from ...engine.sublayers import GradientSum, feed_forward, first_tensor
+from ...engine.sublayers import feed_forward, first_tensor
+from ...ops.experts import GradientSum
 from ..base import Added
 
 

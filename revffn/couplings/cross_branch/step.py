@@ -18,8 +18,9 @@ from torch.autograd.function import once_differentiable
 
 from ...engine.nodes import Read
 from ...engine.recompute import Evaluation, StateMismatchError, carrier_like
-from ...engine.sublayers import GradientSum, uses_rng
+from ...engine.sublayers import uses_rng
 from ...engine.walk import Tile, Walk, is_concrete
+from ...ops.experts import GradientSum
 from ...ops.streams import checksum, dequantize, quantize
 from .fixed_point import (
     ALONE,

@@ -19,8 +19,9 @@ from torch.autograd.function import once_differentiable
 
 from ...engine.nodes import read_normed
 from ...engine.recompute import Evaluation, carrier_like
-from ...engine.sublayers import GradientSum, attention, feed_forward, uses_rng
+from ...engine.sublayers import attention, feed_forward, uses_rng
 from ...engine.walk import Tile, Walk, is_concrete
+from ...ops.experts import GradientSum
 from ...ops.streams import add_update, gradients, move, undo
 
 

@@ -1,0 +1,153 @@
+"""What a run measured: run.json, and the table at its end."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from transformers import (
+    PreTrainedModel,
+)
+
+from ..memory.amounts import gib
+from ..memory.plan import plan
+from ..models.conversion import is_reversible, reversible_report
+from ..ops import dispatch
+from .heldout import answer, coupled, heldout_loss, peak_bytes
+from .preflight import Run, calibration, method_of
+from .trainer import RevFFNTrainer
+
+MODEL, METRICS, SUMMARY = "model", "metrics.jsonl", "run.json"
+
+
+class Results:
+    """What is measured around training: printed at the end and written to run.json."""
+
+    def __init__(self, run: Run, model: PreTrainedModel):
+        self.run, self.model = run, model
+        self.losses: dict[str, dict[str, float | int]] = {}
+        self.answers: dict[str, str] = {}
+        self.bytes: dict[str, dict[str, int]] = {}
+        self.num_tokens: dict[str, int] = {}
+        self.memory: dict[str, Any] = {}
+        self.start = time.perf_counter()
+
+    def heldout(self) -> dict[str, float | int]:
+        evaluation = self.run.config.evaluation
+        return heldout_loss(self.model, self.run.heldout, evaluation.batch_size, self.run.tokenizer.pad_token_id)
+
+    def measure(self, when: str, ask: bool = False) -> None:
+        """Held-out loss, and the answer to the recipe's question."""
+        evaluation = self.run.config.evaluation
+        if self.run.heldout:
+            self.losses[when] = self.heldout()
+            print(
+                f"Held-out loss {when.replace('_', ' ')}: {self.losses[when]['loss']:.4f} nats per response token",
+                flush=True,
+            )
+            if when == "after" and trains_another(self.model):
+                with coupled(self.model):
+                    self.losses["after, as trained"] = self.heldout()
+        if ask and evaluation.prompt:
+            self.answers[when] = answer(self.model, self.run.tokenizer, evaluation.prompt, evaluation.max_new_tokens)
+
+    def note_memory(self, trainer: RevFFNTrainer) -> None:
+        """Predicted against measured: of one step on a CPU, of the largest on a GPU."""
+        if self.run.plan is None:
+            return
+        predicted = self.run.plan
+        if trainer.measured is not None:
+            (batch, tokens), measured = trainer.measured
+            config = self.run.config
+            predicted = plan(self.run.hf_config, batch, tokens, method_of(config), with_alternatives=False)
+        elif torch.cuda.is_available():
+            measured = torch.cuda.max_memory_allocated()
+        else:
+            return
+        self.memory = {
+            "batch": predicted.batch,
+            "tokens": predicted.tokens,
+            "predicted_bytes": predicted.peak_bytes,
+            "predicted_parts": predicted.parts,
+            "measured_bytes": measured,
+        }
+
+    def summary(self) -> dict[str, Any]:
+        packages = ("revffn", "torch", "transformers", "trl", "datasets", "accelerate")
+        return {
+            "model_type": self.model.config.model_type,
+            "num_parameters": self.model.num_parameters(),
+            "config": asdict(self.run.config),
+            "tile": None if self.run.tile is None else asdict(self.run.tile),
+            "versions": {name: installed(name) for name in packages},
+            "kernels": dispatch.describe(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "resumed_from": str(self.run.checkpoint) if self.run.checkpoint else None,
+            "heldout": self.losses,
+            "answers": self.answers,
+            "step_bytes": self.bytes,
+            "memory": self.memory,
+            "peak_bytes": peak_bytes(),
+            "seconds": time.perf_counter() - self.start,
+            "num_tokens": self.num_tokens,
+            "reversible_report": reversible_report(self.model) if is_reversible(self.model) else None,
+        }
+
+    def write(self) -> None:
+        (self.run.output_dir / SUMMARY).write_text(json.dumps(self.summary(), indent=2) + "\n")
+
+    def read(self) -> None:
+        """Take over what the run had measured before it was interrupted."""
+        before = json.loads((self.run.output_dir / SUMMARY).read_text())
+        self.losses, self.answers, self.bytes = before["heldout"], before["answers"], before["step_bytes"]
+        self.num_tokens, self.memory = before["num_tokens"], before["memory"]
+
+    def table(self) -> str:
+        """The results in a few lines for a terminal."""
+        summary = self.summary()
+        rows = [
+            (f"held-out loss {when.replace('_', ' ')}", f"{loss['loss']:.4f} nats")
+            for when, loss in self.losses.items()
+        ]
+        layers, sample = self.model.config.num_hidden_layers, next(calibration(self.run, 1, self.model))["input_ids"]
+        for name, step in self.bytes.items():
+            each = step["kept_bytes"] / layers / sample.numel()
+            rows.append((f"kept for backward, {name}", f"{each:,.0f} bytes per layer and token"))
+            rows.append(
+                (f"peak of one step, {name}", f"{step['peak_bytes'] / 2**20:,.0f} MiB beyond weights and gradients")
+            )
+        if self.memory:
+            shape = f"a step of {self.memory['batch']} x {self.memory['tokens']} tokens"
+            rows.append(("tensors at the peak, predicted", f"{gib(self.memory['predicted_bytes'])} for {shape}"))
+            rows.append(("tensors at the peak, measured", gib(self.memory["measured_bytes"])))
+        rows.append(("peak memory of the run", f"{summary['peak_bytes'] / 2**30:.2f} GiB"))
+        report = summary["reversible_report"]
+        if report:
+            rows.append(
+                (
+                    "rebuilt states, last step",
+                    f"{report['mismatched_states']} of {report['verified_states']} differ from forward's",
+                )
+            )
+        rows.append(("model", str(self.run.output_dir / MODEL)))
+        if self.answers:
+            rows.append(("question", self.run.config.evaluation.prompt))
+            rows += [(f"answer {when}", " ".join(text.split())) for when, text in self.answers.items()]
+        width = max(len(name) for name, _ in rows)
+        return "\n" + "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def trains_another(model: PreTrainedModel) -> bool:
+    """Whether what is trained is not what eval mode computes."""
+    return is_reversible(model) and model.reversible_config.find_coupling().trains_another
+
+
+def installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,211 @@
+"""A run, from the pretrained model to the saved one: conversion, two stages, results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from datasets import Dataset, disable_progress_bars
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PrinterCallback,
+    set_seed,
+)
+from trl import SFTConfig
+
+from ..engine.host_weights import HostWeights
+from ..models.architectures import router_parameters
+from ..models.conversion import convert, coupling_parameters
+from ..optim import OptimizerInBackward, parameter_groups
+from ..recipe import RunConfig
+from .heldout import step_bytes
+from .preflight import Run, calibration, check, has_routers
+from .results import METRICS, MODEL, Results
+from .trainer import RevFFNTrainer, RunCallback
+
+
+def train(config: RunConfig, recipe: Path | None = None) -> Path:
+    """Fine-tune a pretrained model.
+
+    Args:
+        config: The run. `config.training.output_dir` receives `model/` (loadable with `from_pretrained` after
+            `import revffn`), `metrics.jsonl` (one JSON object per logged step) and `run.json` (settings, versions,
+            results).
+        recipe: Where `config` came from; data is looked for beside it too.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        InputError: The settings, the data or the model do not fit. Nothing has been written then.
+    """
+    run = check(config, recipe)
+    config = run.config
+    if run.tile is not None:
+        print(run.tile, flush=True)
+    # The trainer passes over the tokenized data several times; a bar each says nothing.
+    disable_progress_bars()
+    set_seed(config.training.seed)
+    print(f"Loading {run.checkpoint or config.model.path}", flush=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        run.checkpoint or config.model.path, dtype=getattr(torch, config.model.dtype)
+    )
+    store = None
+    if config.memory.weights == "host":
+        store = HostWeights(model, "cuda" if torch.cuda.is_available() else "cpu")
+    elif torch.cuda.is_available():
+        model.cuda()
+    results = Results(run, model)
+    if run.checkpoint is None:
+        results.measure("before", ask=True)
+        prepare(run, model, results)
+        if store is not None:
+            store.refresh()
+        run.output_dir.mkdir(parents=True, exist_ok=True)
+        results.write()
+    else:
+        results.read()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    stages = [2] if config.training.num_steps != 0 else []
+    if config.training.stage1_steps and not (run.checkpoint and run.checkpoint.parent.name == "stage2"):
+        stages.insert(0, 1)
+    for stage in stages:
+        train_stage(run, model, stage, trained, results, store)
+        if stage == 1:
+            results.measure("after_stage1")
+            results.write()
+    results.measure("after", ask=True)
+    model.save_pretrained(run.output_dir / MODEL)
+    run.tokenizer.save_pretrained(run.output_dir / MODEL)
+    results.write()
+    print(results.table(), flush=True)
+    return run.output_dir
+
+
+def prepare(run: Run, model: PreTrainedModel, results: Results) -> None:
+    """Convert the model in place, as the recipe says, and measure what that is worth."""
+    config = run.config
+    reversible = config.reversible.resolve(config.training.calibration_tokens > 0)
+    sample = next(calibration(run, 1, model))
+    if config.evaluation.compare_checkpointing:
+        kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+        getattr(model, f"{kind}_checkpointing_enable")()
+        results.bytes["activation checkpointing"] = step_bytes(model, sample)
+        getattr(model, f"{kind}_checkpointing_disable")()
+    if reversible is None:
+        return
+    given = config.training.calibration_tokens
+    convert(model, reversible, calibration=calibration(run, given, model) if given else None)
+    if config.evaluation.compare_checkpointing:
+        results.bytes[reversible.coupling] = step_bytes(model, sample)
+    if not reversible.find_coupling().keeps_function:
+        results.measure("converted")
+
+
+def train_stage(
+    run: Run, model: PreTrainedModel, stage: int, trained: set[str], results: Results, store: HostWeights | None
+) -> None:
+    """Stage 1: the coupling's parameters. Stage 2: everything in `trained` but the routers."""
+    config = run.config.training
+    frozen = set()
+    if config.freeze_router is not False and has_routers(run.hf_config) and stage == 2:
+        frozen = {id(parameter) for parameter in router_parameters(model)}
+    chosen = {name for name, _ in coupling_parameters(model)} & trained if stage == 1 else trained
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in chosen and id(parameter) not in frozen)
+    aux_loss = config.router_aux_loss_coef
+    if aux_loss is None and (stage == 1 or frozen):
+        aux_loss = 0.0
+    arguments = sft_arguments(run, stage, aux_loss)
+    callback = RunCallback(stage, run.output_dir / METRICS, results.heldout, run.config.evaluation.every_steps)
+    resumed = run.checkpoint if run.checkpoint and run.checkpoint.parent.name == f"stage{stage}" else None
+    optimizer = make_optimizer(run.config, model)
+    optimizer.last_checkpoint = str(resumed) if resumed else None
+    if store is not None:
+        store.keep_states_of(optimizer)
+    with default_forward(model):
+        trainer = RevFFNTrainer(
+            model,
+            arguments,
+            linear_cross_entropy=run.config.memory.linear_cross_entropy,
+            measure_step=stage == 2 and not torch.cuda.is_available(),
+            host_weights=store,
+            loaded_from=run.checkpoint,
+            optimizers=(optimizer, None),
+            train_dataset=Dataset.from_list(run.training),
+            processing_class=run.tokenizer,
+            callbacks=[callback],
+        )
+        trainer.remove_callback(PrinterCallback)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    optimizer.detach()
+    results.num_tokens[f"stage{stage}"] = int(trainer._total_train_tokens)
+    if stage == 2:
+        results.note_memory(trainer)
+
+
+def make_optimizer(config: RunConfig, model: PreTrainedModel) -> OptimizerInBackward:
+    """Of the parameters that train now."""
+    optimizer = config.optimizer
+    return OptimizerInBackward(
+        parameter_groups(model, optimizer.weight_decay),
+        rule=optimizer.name,
+        lr=optimizer.learning_rate,
+        betas=(optimizer.beta1, optimizer.beta2),
+        momentum=optimizer.momentum,
+        # After backward the trainer clips, by the norm of this very step.
+        max_grad_norm=(optimizer.max_grad_norm or None) if optimizer.in_backward else None,
+        rounding=optimizer.rounding,
+        seed=config.training.seed,
+        in_backward=optimizer.in_backward,
+    )
+
+
+@contextmanager
+def default_forward(model: PreTrainedModel) -> Iterator[None]:
+    """SFTTrainer puts a forward with a fused head on the instance; the next stage's trainer would wrap it once
+    more."""
+    try:
+        yield
+    finally:
+        model.__dict__.pop("forward", None)
+
+
+def sft_arguments(run: Run, stage: int, aux_loss: float | None) -> SFTConfig:
+    """A recipe in the words of TRL and transformers."""
+    training, optimizer, data = run.config.training, run.config.optimizer, run.config.data
+    steps = training.stage1_steps if stage == 1 else training.num_steps
+    # Renamed between transformers 5.17 and 5.23; the old name goes with version 6.
+    checkpointing = "activation_checkpointing"
+    if checkpointing not in SFTConfig.__dataclass_fields__:
+        checkpointing = "gradient_checkpointing"
+    return SFTConfig(
+        output_dir=str(run.output_dir / f"stage{stage}"),
+        max_steps=-1 if steps is None else steps,
+        num_train_epochs=training.num_epochs,
+        per_device_train_batch_size=training.batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        learning_rate=optimizer.stage1_learning_rate if stage == 1 else optimizer.learning_rate,
+        warmup_steps=optimizer.warmup_ratio,
+        lr_scheduler_type=optimizer.schedule,
+        max_grad_norm=optimizer.max_grad_norm,
+        router_aux_loss_coef=aux_loss,
+        # Weights, gradients and computation are all in the model's dtype.
+        bf16=False,
+        max_length=data.max_length,
+        packing=data.packing,
+        seed=training.seed,
+        logging_steps=training.log_steps,
+        save_strategy="no" if training.save_steps is None else "steps",
+        save_steps=training.save_steps or 500,
+        save_total_limit=2,
+        disable_tqdm=True,
+        report_to="none",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        **{checkpointing: training.activation_checkpointing},
+    )
