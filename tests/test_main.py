@@ -84,7 +84,9 @@ def test_unknown_architecture_and_missing_tokenizer(recipe_file, refused, tmp_pa
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     assert "No reversible layout for model_type='gpt2'" in refused("train", recipe_file(), "--model.path", folder)
-    line = refused("train", recipe_file(), "--model.path", folder, "--reversible.coupling", "null")
+    plain = ["train", recipe_file(), "--model.path", folder, "--reversible.coupling", "null"]
+    assert "linear cross-entropy is not known to fit model_type='gpt2'" in refused(*plain)
+    line = refused(*plain, "--memory.linear_cross_entropy", "false")
     assert "no usable tokenizer" in line
 
 
