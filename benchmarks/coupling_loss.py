@@ -132,9 +132,7 @@ def cross_branch(path: str, training: list, held: list, pad: int) -> Iterator[di
         row |= scores(model.eval(), held, seen, pad)
         if stream == "left":
             model.train()(**next(batches(training[-2:], 2, pad)), use_cache=False).loss.backward()
-            report = revffn.reversible_report(model)
-            row["unconverged"] = {k: layer["unconverged"] for k, layer in report["layers"].items()}
-            row["anchor_layers"] = report["anchor_layers"]
+            row["layers"] = revffn.reversible_report(model)["layers"]
         yield row
 
 

@@ -76,10 +76,19 @@ def cross_branch_start(result: dict) -> str:
     for row in result["cross_branch"]:
         stream = row["query_stream"] or "plain model"
         tokens = f"{row['calibration']['num_tokens']:,}" if row.get("rows") else "not fitted" if "rows" in row else "–"
-        anchors = f"{len(row['anchor_layers'])} of {len(row['unconverged'])}" if "unconverged" in row else "–"
-        cells = f"{row['loss']:.3f} | {row['accuracy']:.3f} | {row['seen_loss']:.3f} | {anchors}"
+        cells = f"{row['loss']:.3f} | {row['accuracy']:.3f} | {row['seen_loss']:.3f} | {not_found(row)}"
         lines.append(f"| {stream} | {tokens} | {cells} |")
     return "\n".join(lines)
+
+
+def not_found(row: dict) -> str:
+    """Layers of which more than 1 % of the tokens ended elsewhere."""
+    if "unconverged" in row:  # as it was measured when such a layer was an anchor
+        return f"{len(row['anchor_layers'])} of {len(row['unconverged'])}"
+    if "layers" not in row:
+        return "–"
+    hard = [layer for layer in row["layers"].values() if layer["kept_rows"] > 0.01 or layer["kept_bits"] == 32]
+    return f"{len(hard)} of {len(row['layers'])}"
 
 
 def ranks(result: dict) -> str:
@@ -198,14 +207,14 @@ def gpu_streams(result: dict) -> str:
 def paper_run(result: dict) -> str:
     """The CPU recipe of the paper's system, by stage."""
     lines = [
-        "| stage | steps | loss, first and last three | most anchors | most iterations | states that differ |",
+        "| stage | steps | loss, first and last three | layers kept | most of a layer's tokens kept | states that differ |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for stage in (1, 2):
         steps = [step for step in result["metrics"] if step.get("stage") == stage and "loss" in step]
         first, last = (sum(s["loss"] for s in part) / 3 for part in (steps[:3], steps[-3:]))
         cells = (stage, len(steps), f"{first:.2f}, {last:.2f}", max(s["num_anchors"] for s in steps))
-        cells += (max(s["iterations_at_most"] for s in steps), sum(s["mismatched_states"] for s in steps))
+        cells += (f"{max(s['kept_rows_at_most'] for s in steps):.1%}", sum(s["mismatched_states"] for s in steps))
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
@@ -214,20 +223,19 @@ def paper_layers(result: dict) -> str:
     """How the layers of its last step were inverted."""
     layers = {int(k): layer for k, layer in result["run"]["reversible_report"]["layers"].items()}
     lines = [
-        "| layers | kept | iterations | an iteration shrinks a step to | error in forward before the kept bits |",
+        "| layers | bits kept of an element | tokens kept whole | iterations | an iteration shrinks a step to |",
         "|---|---:|---:|---:|---:|",
     ]
     groups = ((0, 0), (1, 1), (2, 2), (3, 9), (10, 19), (20, 29))
     for first, last in groups:
         some = [layers[k] for k in range(first, last + 1)]
-        kept = sorted({"the input" if x.get("anchored") else f"{x['kept_bits']:.0f} bits" for x in some})
         spans = []
-        for name in ("iterations", "contraction", "error_in_forward"):
-            found = [x[name] for x in some if name in x and not (name == "iterations" and x.get("anchored"))]
-            low, high = (f"{f(found):.2g}" if found else "–" for f in (min, max))
-            spans.append(low if low == high else f"{low} to {high}")
+        for name, unit in (("kept_bits", ""), ("kept_rows", " %"), ("iterations", ""), ("contraction", "")):
+            found = [x[name] * (100 if unit else 1) for x in some]
+            low, high = (f"{f(found):.2g}" for f in (min, max))
+            spans.append((low if low == high else f"{low} to {high}") + unit)
         where = str(first) if first == last else f"{first} to {last}"
-        lines.append(f"| {where} | {', '.join(kept)} | {' | '.join(spans)} |")
+        lines.append(f"| {where} | {' | '.join(spans)} |")
     return "\n".join(lines)
 
 

@@ -164,7 +164,7 @@ def measure(row: Row, tiny: bool, profile: bool, record: dict[str, Any], write: 
         }
         if revffn.is_reversible(training.model):
             report = revffn.reversible_report(training.model)
-            keys = ("walks", "verified_states", "mismatched_states_total", "anchor_layers")
+            keys = ("walks", "verified_states", "mismatched_states_total")
             record["reversible"] = {key: report.get(key) for key in keys}
         record["status"] = "ok"
         if profile and row.profile:

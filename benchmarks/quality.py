@@ -427,7 +427,8 @@ def run(model_path: str, method: Method, workload: Workload, learning_rate: floa
     if last_coupled is not None:
         report = revffn.reversible_report(last_coupled)
         result["mismatched_states"] = mismatched + report["mismatched_states_total"]
-        result["anchor_layers"] = report["anchor_layers"]
+        if any("kept_bits" in layer for layer in report["layers"].values()):
+            result["layers"] = report["layers"]
         result["grids"] = {name: last_coupled.config.revffn[name] for name in GRID_SETTINGS}
         result["largest_grid_value"] = largest
     return result

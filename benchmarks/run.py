@@ -326,7 +326,7 @@ def measure(name: str, workload: Workload, settings: OptimizerSettings, warmup: 
     }
     if is_reversible(training.model):
         report = reversible_report(training.model)
-        keys = ("walks", "verified_states", "mismatched_states_total", "anchor_layers", "layers")
+        keys = ("walks", "verified_states", "mismatched_states_total", "layers")
         result["reversible"] = {key: report[key] for key in keys}
     del losses, batches
     try:

@@ -69,7 +69,7 @@ def export(words: list[str]) -> None:
 
     import revffn
 
-    from .models.architectures import find_architecture
+    from .models.architectures import fit_for_servers
 
     try:
         # A rehearsal without weights: what export refuses, it refuses before they are read.
@@ -78,7 +78,7 @@ def export(words: list[str]) -> None:
     except ValueError as error:
         raise InputError(f"{folder}: {error}") from None
     plain = revffn.export(AutoModelForCausalLM.from_pretrained(folder, dtype="auto"))
-    about_servers = find_architecture(plain).fit_for_servers(plain)
+    about_servers = fit_for_servers(plain)
     plain.save_pretrained(out)
     if (folder / "tokenizer_config.json").is_file():
         AutoTokenizer.from_pretrained(folder).save_pretrained(out)

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 MAX_SIDE_BITS = 4
 # What calibration chooses of the settings.
 GRID_SETTINGS = ("fraction_bits", "grid_growth", "wide_channels", "wide_growth")
+RETIRED = ("tolerance", "num_canaries", "anchor_layers", "max_unconverged", "max_drift")
+"""Settings of before, which saved models may have; they had no part in the function."""
 
 
 @dataclass(kw_only=True)
@@ -49,23 +51,8 @@ class ReversibleConfig:
     state, and the adapters start as the halves of the identity. None: True with calibration and queries from the
     right; with queries from the left the fixed point of a fitted layer does not converge (docs/experiments.md)."""
     num_iterations: int = 16
-    """Cross-branch, left: most attention evaluations per inversion; it stops when every token has converged."""
-    tolerance: float | None = None
-    """Cross-branch, left: a token has converged when no element moves by more than this, in units of the stream.
-    None: by more than the rounding of the model's dtype, relative to the token's largest element; 0: an exact fixed
-        point."""
-    num_canaries: int = 64
-    """Cross-branch, left: tokens per layer that are solved for in forward already, and whose true streams are kept so
-    that backward sees its error. 0: nothing is asked in forward."""
-    anchor_layers: list[int] | None = None
-    """Cross-branch, left: layers whose input streams are always stored instead of solved for. Others are where forward
-    finds that they have to be."""
-    max_unconverged: float = 0.01
-    """Cross-branch, left: a layer with a larger share of unconverged tokens stores its input, in this step if forward
-    sees it at the canaries, else in the next ones."""
-    max_drift: float = 0.05
-    """Cross-branch, left: largest canary error, relative to the stream's root mean square, before `verify` acts. At
-    half of it a layer stores its input."""
+    """Cross-branch, left: most attention evaluations per inversion; it stops when every token has converged. Forward
+    keeps what the iteration lacks: fewer of them keep more."""
     fraction_bits: int = 14
     """Binary digits after the point of the int32 streams; of the first state where `grid_growth` is not 0. 14 holds
     magnitudes up to 131,072. `convert(calibration=...)` sets it from the hidden states seen."""
@@ -105,7 +92,7 @@ class ReversibleConfig:
             raise ValueError(
                 f"side_bits must be 0 to {MAX_SIDE_BITS}, or a list of those, one per layer; got {self.side_bits!r}."
             )
-        for name, least in (("plain_layers", 1), ("num_iterations", 1), ("num_canaries", 0), ("fraction_bits", 0)):
+        for name, least in (("plain_layers", 1), ("num_iterations", 1), ("fraction_bits", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
         growth = self.grid_growth or 0
@@ -152,6 +139,7 @@ class ReversibleConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ReversibleConfig:
         known = {field.name for field in fields(cls)}
+        values = {name: value for name, value in values.items() if name not in RETIRED}
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(f"Unknown reversible settings {unknown}. Accepted: {', '.join(sorted(known))}.")

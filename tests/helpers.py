@@ -492,7 +492,7 @@ class LiveBytes(TorchDispatchMode):
 COUPLINGS = {
     "innovation": dict(coupling="innovation"),
     "cross_right": dict(coupling="cross_branch", query_stream="right"),
-    "cross_left": dict(coupling="cross_branch", query_stream="left", anchor_layers=[0, 1, 2, 3]),
+    "cross_left": dict(coupling="cross_branch", query_stream="left"),
     "none": dict(coupling="none"),
 }
 couplings = pytest.mark.parametrize("coupling", COUPLINGS)

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..config import ReversibleConfig
 from ..engine.nodes import Enter, Leave, Start
 from ..engine.sublayers import expert_sums
-from ..engine.walk import Report, Tile, Walk
+from ..engine.walk import Tile, Walk
 from ..ops.experts import GradientSum
 from ..ops.streams import Grid, quantize
 
@@ -116,9 +116,6 @@ class Coupling:
     def run(self, layer: nn.Module, walk: Walk, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """A layer in a walk. The values are in the streams; returns what the model's own loop hands on (B, T, D)."""
         raise NotImplementedError
-
-    def judge(self, report: Report, config: ReversibleConfig) -> None:
-        """After a backward walk: draw conclusions for the next ones."""
 
 
 class StreamCoupling(Coupling):

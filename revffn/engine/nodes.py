@@ -155,7 +155,6 @@ class Finish(Function):
             tile.streams, tile.position = tensors[2 * i : 2 * i + 2], ctx.positions[i]
             tile.checksums = tensors[2 * n + i] if ctx.verified else None
             tile.make_current("attention", evaluation)
-            tile.exact = None
             walk.verify_last(tile)
             evaluation.again((), *[tile.streams[j] for j in ctx.reads])
         if ctx.signed:

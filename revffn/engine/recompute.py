@@ -102,6 +102,15 @@ class Evaluation:
             )
         return tuple(out.detach() for out in outputs)
 
+    def value(self, rng: Sequence[Tensor], *streams: Tensor) -> tuple[Tensor, ...]:
+        """Run without a graph, for an iteration: in forward and in backward the same streams give the same bits.
+
+        `rng`: the states of random numbers, of which `side_tensors` hands over the last.
+        """
+        carriers = tuple(carrier_like(s.shape, s.device, torch.float32) for s in streams)
+        with torch.no_grad(), self.rng_state(rng), self.autocast_state(), fused_parts(self.device.type):
+            return self.function(*carriers, *streams)
+
     def side_tensors(self) -> tuple[Tensor, ...]:
         """Hand over what `again` needs beside the streams, for save_for_backward."""
         tensors = (*self.routing, *self.rng)

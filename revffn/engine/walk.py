@@ -27,9 +27,6 @@ from .recompute import Evaluation, StateMismatchError
 
 logger = logging.getLogger(__name__)
 
-LOOK_AGAIN = 16
-"""Walks after which a layer that had to keep its input is asked again."""
-
 # B = batch, T = tokens, D = hidden size
 
 
@@ -48,9 +45,6 @@ class Tile:
     position: int = 0
     """Number of steps between the embedding and `streams`."""
     checksums: list[Tensor] | Tensor | None = None
-    exact: Tensor | None = None
-    """Backward, where an inverse is solved for: 0-dim bool, whether every state that the present streams came from was
-    rebuilt exactly."""
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
     """Whose recomputed tensors are alive, by the part of the layer they belong to."""
 
@@ -98,9 +92,8 @@ class Walk:
         # (2,) int32: whether an update was not finite, which a cast to int32 hides and `Finish` shows again; the
         # largest magnitude a stream has had, in grid units.
         self.flags: Tensor | None = None
-        # Filled while walking back: (name of the state, differs, fatal), 0-dim bool tensors that still have to be
-        # looked at.
-        self.verdicts: list[tuple[str, Tensor, Tensor]] = []
+        # Filled while walking back: (name of the state, differs), 0-dim bool tensors that still have to be looked at.
+        self.verdicts: list[tuple[str, Tensor]] = []
         # Measurements by layer, the same while walking back. They are this walk's: if it fails, they go with it.
         self.noted: dict[int, dict[str, Any]] = {}
 
@@ -195,15 +188,13 @@ class Walk:
         for i, stream in enumerate(tile.streams):
             self.verify(tile, i - 2, stream, "output of the last layer" if i else "stream beside it")
 
-    def note_verdict(self, name: str, differs: Tensor, fatal: Tensor | None = None) -> Tensor:
-        """Count `differs` (0-dim bool) as a mismatch; `fatal`, by default the same, is what `verify="raise"` raises
-        on.
+    def note_verdict(self, name: str, differs: Tensor) -> Tensor:
+        """Count `differs` (0-dim bool) as a mismatch.
 
         Looked at once per walk, except on a CPU, where looking costs nothing.
         """
-        fatal = differs if fatal is None else fatal
-        self.verdicts.append((name, differs, fatal))
-        if self.config.verify == "raise" and fatal.device.type == "cpu" and bool(fatal):
+        self.verdicts.append((name, differs))
+        if self.config.verify == "raise" and differs.device.type == "cpu" and bool(differs):
             self.close(aborted=True)
             raise mismatch([name])
         return differs
@@ -214,21 +205,19 @@ class Walk:
         verdicts, self.verdicts = self.verdicts, []
         noted, self.noted = self.noted, {}
         for tile in self.tiles:
-            tile.streams, tile.checksums, tile.exact = [None, None], None, None
+            tile.streams, tile.checksums = [None, None], None
             for part in list(tile.evaluations):
                 tile.make_current(part, None)
         self.kept, self.signs = [], None
         wrong: list[str] = []
-        fatal: list[str] = []
         largest = self.report.largest
         if verdicts:
-            flags = torch.stack([flag for _, *pair in verdicts for flag in pair])
-            *flags, largest = torch.cat([flags.to(torch.int32), self.flags[1:]]).tolist()
-            wrong = [name for (name, *_), flag in zip(verdicts, flags[::2], strict=True) if flag]
-            fatal = [name for (name, *_), flag in zip(verdicts, flags[1::2], strict=True) if flag]
+            flags = torch.stack([differs for _, differs in verdicts]).to(torch.int32)
+            *flags, largest = torch.cat([flags, self.flags[1:]]).tolist()
+            wrong = [name for (name, _), flag in zip(verdicts, flags, strict=True) if flag]
         self.report.finish(len(verdicts), wrong, largest, noted)
         if not aborted:
-            self.report.judge(self.config, fatal)
+            self.report.judge(self.config, wrong)
 
     def discard(self) -> None:
         """Forward failed half-way: untie the graph from this object."""
@@ -252,9 +241,6 @@ class Report:
         self.num_verified, self.mismatched, self.walks, self.mismatched_total = 0, [], 0, 0
         self.largest, self.warned = 0, False
         self.measured: dict[int, dict[str, Any]] = {}
-        self.anchors: dict[int, int] = {}
-        """Layers that keep their input although the coupling would rebuild it, and the number of walks from which they
-        are asked again."""
         self.grids: tuple[Any, list[Grid]] | None = None
 
     def grids_of(self, config: ReversibleConfig, num_layers: int, like: Tensor) -> list[Grid]:
@@ -282,7 +268,7 @@ class Report:
         self.mismatched_total += len(mismatched)
 
     def judge(self, config: ReversibleConfig, mismatched: list[str]) -> None:
-        """Act on the walk that ended: raise on a mismatch, or let the coupling draw its conclusions."""
+        """Act on the walk that ended: raise on a mismatch, warn where a stream comes near int32's end."""
         if mismatched and config.verify == "raise":
             raise mismatch(mismatched)
         if self.largest >= SATURATION and not self.warned:
@@ -294,17 +280,6 @@ class Report:
                 config.fraction_bits,
                 f", and grid_growth {config.grid_growth}" if config.grid_growth else "",
             )
-        config.find_coupling().judge(self, config)
-
-    def keeps(self, layer: int) -> bool:
-        """Whether a layer keeps its input without being asked."""
-        return self.walks < self.anchors.get(layer, 0)
-
-    def note_anchor(self, layer: int, needed: bool) -> None:
-        if needed:
-            self.anchors[layer] = self.walks + LOOK_AGAIN
-        else:
-            self.anchors.pop(layer, None)
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -315,7 +290,6 @@ class Report:
             "mismatched": list(self.mismatched),
             "largest_grid_value": self.largest,
             "saturated": self.largest >= SATURATION,
-            "anchor_layers": sorted(self.anchors),
             "layers": {
                 layer: {
                     name: v.item() if isinstance(v, Tensor) and is_concrete(v) else v for name, v in values.items()

@@ -146,13 +146,10 @@ def shallow(hf_config: PreTrainedConfig, method: Method) -> tuple[PreTrainedConf
         hf_config.mlp_only_layers = [layer for layer in hf_config.mlp_only_layers if layer < num_layers]
     settings = method.reversible
     if settings is not None:
-        bits, anchors = settings.side_bits, settings.anchor_layers
+        bits = settings.side_bits
         settings = replace(
             settings,
             side_bits=bits if isinstance(bits, int) else [round(sum(bits) / len(bits))] * num_layers,
-            anchor_layers=None if anchors is None else [layer for layer in anchors if layer < num_layers],
-            # More of them cost time only.
-            num_iterations=min(settings.num_iterations, 2),
         )
     return hf_config, replace(method, reversible=settings)
 
@@ -245,11 +242,6 @@ def measure(model_and_method: tuple[PreTrainedConfig, Method], batch: int, token
     # Not of the last two: what they keep includes the streams, which move on.
     more_layers = hf_config.num_hidden_layers - small_config.num_hidden_layers
     kept = {name: more_layers * size for name, size in step["stored_per_layer"][-3 if more_layers else -1].items()}
-    if method.reversible is not None and method.reversible.anchor_layers:
-        anchors = sum(layer >= small_config.num_hidden_layers for layer in method.reversible.anchor_layers)
-        kept["stored_activations"] = (
-            kept.get("stored_activations", 0) + anchors * batch * tokens * 4 * hf_config.hidden_size
-        )
     held = {} if method.optimizer_in_backward else {"gradients": full.trainable_bytes - small.trainable_bytes}
     phases = {}
     for phase, parts in step["phases"].items():

@@ -95,6 +95,12 @@ def find_architecture(model: PreTrainedModel) -> Architecture:
     return row
 
 
+def fit_for_servers(model: PreTrainedModel) -> list[str]:
+    """Change a plain model, as `export` returns it, in place where servers want something else that no number depends
+    on; a line each for what was done or is left."""
+    return find_architecture(model).fit_for_servers(model)
+
+
 def routers(model: PreTrainedModel) -> list[nn.Module]:
     """The router module of every sparse layer, in order; empty for a dense model."""
     name = find_architecture(model).router

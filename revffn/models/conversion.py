@@ -239,9 +239,6 @@ def convert(
     layers = model.model.layers
     if isinstance(config.side_bits, list) and len(config.side_bits) != len(layers):
         raise ValueError(f"side_bits has {len(config.side_bits)} entries; the model has {len(layers)} decoder layers.")
-    wrong = [k for k in config.anchor_layers or () if not 0 <= k < len(layers)]
-    if wrong:
-        raise ValueError(f"anchor_layers {wrong} do not exist; the model's decoder layers are 0 to {len(layers) - 1}.")
     wrong = [c for c in config.wide_channels if not 0 <= c < model.config.hidden_size]
     if wrong:
         raise ValueError(f"wide_channels {wrong} do not exist; the model has {model.config.hidden_size} channels.")
@@ -369,10 +366,9 @@ def reversible_report(model: PreTrainedModel) -> dict[str, Any]:
     Returns:
         `walks` (so far), `verified_states`, `mismatched_states`, `mismatched` (names) of the last walk,
         `mismatched_states_total`; `largest_grid_value` and `saturated` (within a factor two of int32's end);
-        `anchor_layers`: for cross_branch with queries from the left, the layers that keep their input; `layers`: per
-        layer, how the fixed point was solved: `iterations`, `contraction` (by how much one shrinks a token's step),
-        the share of `unconverged` tokens, `kept_bits` of each element, the `canary_error` and, in forward and before
-        the kept bits, the `error_in_forward`, both relative to the stream's root mean square; `anchored`.
+        `layers`: per layer, where the fixed point of cross_branch with queries from the left is solved for:
+        `iterations`, `contraction` (by how much one shrinks a token's step), `kept_bits` of each element (32: the
+        layer's left input is kept) and `kept_rows`, the share of tokens that are kept whole.
     """
     return model.model.reversible_report.as_dict()
 

@@ -152,13 +152,13 @@ class RevFFNTrainer(SFTTrainer):
 def fixed_point(report: dict[str, Any]) -> dict[str, float]:
     """For metrics.jsonl: how the layers of the last step were inverted (cross_branch, queries from the left)."""
     solved = [layer for layer in report["layers"].values() if "kept_bits" in layer]
-    if not solved and not report["anchor_layers"]:
+    if not solved:
         return {}
-    worst = {name: max((layer.get(name, 0.0) for layer in solved), default=0.0) for name in FIXED_POINT}
-    return {"num_anchors": len(report["anchor_layers"]), **{f"{name}_at_most": value for name, value in worst.items()}}
+    worst = {f"{name}_at_most": max(layer[name] for layer in solved) for name in FIXED_POINT}
+    return {"num_anchors": sum(layer["kept_bits"] == 32 for layer in solved), **worst}
 
 
-FIXED_POINT = ("iterations", "contraction", "unconverged", "canary_error", "kept_bits")
+FIXED_POINT = ("iterations", "contraction", "kept_bits", "kept_rows")
 """Of `reversible_report`, by layer."""
 
 

@@ -11,16 +11,17 @@ import gc
 
 import pytest
 import torch
-from helpers import LiveBytes, coupled, gradients, saved_bytes, tiny_batch
+from helpers import LiveBytes, coupled, gradients, loss_of, saved_bytes, tiny_batch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
 import revffn
+from revffn.couplings.cross_branch import fixed_point
 from revffn.couplings.cross_branch import step as cross_branch
 
 D, K, CHECKSUM, SIGN = 32, 2, 8, 4  # of the tiny model; bytes
-LEFT = dict(coupling="cross_branch", query_stream="left", max_drift=1e9)
+LEFT = dict(coupling="cross_branch", query_stream="left")
 RIGHT = dict(coupling="cross_branch", query_stream="right")
 
 
@@ -62,16 +63,17 @@ CASES = {
     "innovation, fixed sign": dict(coupling="innovation", random_sign=False),
     "innovation, low-rank predictor": dict(coupling="innovation", predictor_rank=4),
     "cross_branch, right": RIGHT,
-    "cross_branch, left": dict(num_canaries=0, **LEFT),
+    "cross_branch, left": LEFT,
     "none": dict(coupling="none"),
 }
 
 
 @pytest.mark.parametrize("shape", [(2, 8), (1, 63)], ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_bytes_per_layer(case, shape):
+def test_bytes_per_layer(case, shape, monkeypatch):
     """Growth with depth is the documented formula, exactly and at every depth."""
     settings = CASES[case]
+    monkeypatch.setattr(cross_branch, "lack_of", lambda found, x, width: fixed_point.lack_of(found, x, 16))
     two, four, eight = (bytes_saved(num_layers, *shape, **settings) for num_layers in (2, 4, 8))
     growth = per_layer(settings, *shape)
     assert (four - two, eight - four) == (2 * growth, 4 * growth)
@@ -85,14 +87,44 @@ def test_stream_maps_keep_the_embedding():
         assert maps - without == 2 * 16 * D * 2
 
 
-@pytest.mark.parametrize("width", [4, 8, 16])
-def test_canaries_and_low_bits(width, monkeypatch):
-    """Of 4 canaries the places and both streams, however long the sequence; of every token `width` bits an element."""
-    monkeypatch.setattr(cross_branch, "width_for", lambda error: width)
+@pytest.mark.parametrize("width", fixed_point.WIDTHS)
+def test_low_bits(width, monkeypatch):
+    """Of every element of the left stream `width` bits."""
+    monkeypatch.setattr(cross_branch, "lack_of", lambda found, x, _: fixed_point.lack_of(found, x, width))
     for tokens in (16, 96):
-        two, four = (bytes_saved(n, 1, tokens, num_canaries=4, **LEFT) for n in (2, 4))
-        canaries = 4 * (8 + 2 * D // 2 * 4)
-        assert four - two == 2 * (canaries + tokens * (K + D // 2 * width // 8) + 2 * CHECKSUM)
+        two, four = (bytes_saved(n, 1, tokens, **LEFT) for n in (2, 4))
+        assert four - two == 2 * (tokens * (K + D // 2 * width // 8) + 2 * CHECKSUM)
+
+
+def test_tokens_that_are_kept_whole(monkeypatch):
+    """A place and a row each, beside the bits of all."""
+
+    def three_elsewhere(*args):
+        found = solve(*args)
+        found.x[0, :3] += 100_000
+        return found
+
+    solve = fixed_point.solve
+    monkeypatch.setattr(cross_branch, "solve", three_elsewhere)
+    sizes = []
+    for num_layers in (2, 4):
+        model = model_of(num_layers, dtype=torch.float32, **LEFT)
+        with saved_bytes(model) as counted:
+            loss = loss_of(model, tiny_batch(1, 60))
+        loss.backward()
+        layers = revffn.reversible_report(model)["layers"].values()
+        assert all(layer["kept_rows"] >= 3 / 60 for layer in layers)
+        bits = sum(60 * D // 2 * layer["kept_bits"] // 8 for layer in layers)
+        rows = sum(round(60 * layer["kept_rows"]) * (8 + D // 2 * 4) for layer in layers)
+        sizes.append(counted["bytes"] - bits - rows)
+    assert sizes[1] - sizes[0] == 2 * (60 * K + 2 * CHECKSUM)
+
+
+def test_a_layer_that_keeps_its_input(monkeypatch):
+    """Four bytes of every element of the left stream, where the rows would be more."""
+    monkeypatch.setattr(cross_branch, "lack_of", lambda found, x, _: fixed_point.lack_of(found + (1 << 20), x))
+    two, four = (bytes_saved(n, 1, 16, **LEFT) for n in (2, 4))
+    assert four - two == 2 * (16 * (K + D // 2 * 4) + 2 * CHECKSUM)
 
 
 @pytest.mark.parametrize("settings", [dict(coupling="innovation"), RIGHT], ids=["innovation", "cross_right"])
@@ -108,17 +140,6 @@ def test_a_plain_layer_keeps_its_predecessors_input():
     one, three = (bytes_saved(4, *shape, coupling="innovation", plain_layers=n) for n in (1, 3))
     elements = 2 * 16 * D
     assert three - one == 2 * (elements * 4 - packed(elements, 2))
-
-
-def test_an_anchor_keeps_both_streams():
-    shape = 2, 16
-    without, anchored = (
-        bytes_saved(4, *shape, coupling="cross_branch", num_canaries=0, anchor_layers=layers) for layers in (None, [2])
-    )
-    low_bits = 2 * 2 * 16 * D // 2
-    # What is alive elsewhere counts once.
-    assert anchored + low_bits - without in (0, 2 * 16 * D // 2 * 4, 2 * 16 * D * 4)
-    assert anchored > without
 
 
 @pytest.mark.parametrize("settings", [dict(coupling="innovation"), RIGHT], ids=["innovation", "cross_right"])

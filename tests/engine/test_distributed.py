@@ -22,7 +22,7 @@ COUPLINGS = {
     "innovation": dict(coupling="innovation", random_sign=False),
     "innovation_tiles": dict(coupling="innovation", random_sign=False, tile_tokens=4),
     "cross_right": dict(coupling="cross_branch", query_stream="right", stream_maps=True),
-    "cross_left": dict(coupling="cross_branch", query_stream="left", anchor_layers=[0, 1, 2, 3]),
+    "cross_left": dict(coupling="cross_branch", query_stream="left"),
     "none": dict(coupling="none"),
 }
 # Relative to the largest gradient of a parameter. Random signs would differ between processes, so that they are fixed

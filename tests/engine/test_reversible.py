@@ -558,10 +558,8 @@ def test_one_token_and_one_sequence(model_type, shape, coupling):
 
 @couplings
 def test_a_single_layer(coupling):
-    settings = dict(COUPLINGS[coupling])
-    if "anchor_layers" in settings:
-        settings["anchor_layers"] = [0]
-    model, inputs = coupled(overrides=dict(num_hidden_layers=1, mlp_only_layers=[]), **settings), tiny_batch()
+    overrides = dict(num_hidden_layers=1, mlp_only_layers=[])
+    model, inputs = coupled(overrides=overrides, **COUPLINGS[coupling]), tiny_batch()
     loss, ours = run(model, inputs)
     plain_loss, plain = run_reference(model, inputs)
     assert torch.equal(loss, plain_loss)

@@ -25,7 +25,7 @@ from revffn.models.architectures import ARCHITECTURES, router_parameters
 
 COUPLINGS = {
     "innovation": dict(coupling="innovation", side_bits=[0, 1, 3, 2], predictor_rank=5),
-    "cross_left": dict(coupling="cross_branch", anchor_layers=[0, 1, 2, 3]),
+    "cross_left": dict(coupling="cross_branch"),
     "cross_right": dict(coupling="cross_branch", query_stream="right"),
     "none": dict(coupling="none"),
 }
@@ -140,10 +140,9 @@ def test_router_parameters():
             dict(coupling="cross_branch"),
             "33",
         ),
-        (lambda: tiny_model(), dict(coupling="cross_branch", anchor_layers=[7]), "anchor_layers"),
         (lambda: tiny_model(), dict(grid_growth=2, wide_channels=[3, 32]), r"wide_channels \[32\].*32 channels"),
     ],
-    ids=["unknown", "side bits", "plain layers", "odd", "anchor", "wide channels"],
+    ids=["unknown", "side bits", "plain layers", "odd", "wide channels"],
 )  # fmt: skip
 def test_refused_before_anything_changes(make, settings, message):
     model = make()

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 import revffn
 from revffn.__main__ import main
-from revffn.models.serving import fit_for_servers
+from revffn.models.architectures import fit_for_servers
 from revffn.models.upcycle import GGUF_FILE
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))

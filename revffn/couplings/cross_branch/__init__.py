@@ -1,7 +1,7 @@
 """cross_branch, the RevFFN paper's coupling (arXiv 2512.20920): two streams of half width, each added to in turn.
 
 modules.py      projection adapters, and the layer's sublayers with them
-fixed_point.py  the inverse of the paper's attention: an iteration, made exact by low bits
+fixed_point.py  the inverse of the paper's attention: an iteration, and what it lacks
 fit.py          adapters from a few batches, in closed form
 step.py         the layer, as autograd nodes
 """
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...config import ReversibleConfig
-from ...engine.walk import Report, is_concrete
 from ...ops.streams import Grid, quantize
 from ..base import StreamCoupling
 from ..observe import one_grid, see_magnitudes
@@ -99,16 +98,3 @@ class CrossBranch(StreamCoupling):
 
     def plain(self, layer: nn.Module, hidden_states: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         return forward_halves(layer, hidden_states, kwargs)
-
-    def judge(self, report: Report, config: ReversibleConfig) -> None:
-        """A layer that backward found hard to invert, or where drift comes near what is accepted, keeps its input in
-        the next walks."""
-        if config.query_stream == "right":
-            return
-        for layer, values in report.measured.items():
-            if not all(is_concrete(v) for v in values.values() if isinstance(v, Tensor)):
-                return
-            measured = {name: float(v) for name, v in values.items()}
-            hard = measured.get("unconverged", 0.0) > config.max_unconverged
-            if hard or not measured.get("canary_error", 0.0) <= config.max_drift / 2:
-                report.note_anchor(layer, True)

@@ -1,41 +1,31 @@
 """cross_branch with queries from the left (arXiv 2512.20920): x + F(x, other) = y is solved for x in backward, and
-forward asks beforehand whether it can be.
+forward keeps what the solution lacks.
 
 Keys and values come from the other stream, which backward knows, so every token is a problem of its own. An iteration
-ends near x, not at it, and what is left would grow from layer to layer on the way down; so forward keeps the low bits
-of x, and what the iteration finds is moved to the nearest number that ends with them. That is x itself, bit for bit,
-where the iteration came near enough.
-
-Whether it does is asked in forward, where x is at hand: some tokens, the *canaries*, are solved there already, a few
-queries against the keys and values that the layer has just made. They say how many bits are kept, and a layer whose
-canaries do not come back keeps its whole input, in this very step, before there is any gradient. Backward checks the
-same tokens again.
+ends near x, or, where F does not contract, at another solution or nowhere. Forward has x: it runs the very iteration
+that backward will run, on the same numbers, so that both end at the same place bit for bit; and it keeps the
+difference. That is a few low bits of each element, the whole row of a token that ended elsewhere, or, of a layer where
+that would be more, all of x. What backward gets is x itself.
 """
 
-# B = sequences of a tile, T = tokens, H = width of a stream, S = sequences with canaries, P = canaries in each
+# N = tokens, H = width of a stream
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from torch import Tensor
 
 from ...ops.streams import Grid, pack_bits, quantize, unpack_bits
 
-DEPTH, DEPTH_ALONE = 5, 16
-"""Differences that an accelerated iteration takes into account: of all tokens, and of a few that it left over."""
-ALONE = 200
-"""Evaluations for those few, at most."""
+DEPTH = 5
+"""Differences that the accelerated iteration takes into account."""
 WIDTHS = (4, 8, 16)
 """Numbers of low bits that may be kept of each element."""
-MARGIN = 4
-"""How many times worse than the canaries other tokens may come back."""
+WHOLE = 32
+"""Stands for keeping x."""
 
 
 # --- the iteration ---------------------------------------------------------------------------------------------------
@@ -46,19 +36,15 @@ class Solution:
     x: Tensor
     """int32, the shape of y."""
     iterations: int
-    unconverged: Tensor
-    """Share of the tokens that still moved by more than the limit, 0-dim."""
     contraction: Tensor
     """By how much an iteration shrank a token's step, on average over the iterations, of the token where that was
     worst; 0-dim, 0 after a single iteration."""
 
 
-def limits(y: Tensor, tolerance: float | None, dtype: torch.dtype, fraction_bits: int) -> Tensor | float:
-    """By how much, in grid units, a token may still move when it counts as converged."""
-    if tolerance is None:
-        # The rounding of what is read: an iteration that moves by less goes round in circles there.
-        return (y.abs().amax(-1) * torch.finfo(dtype).eps).clamp_min(2.0)
-    return tolerance * 2.0**fraction_bits
+def limits(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """By how many grid units a token may still move when it counts as converged: the rounding of what is read. An
+    iteration that moves by less goes round in circles there."""
+    return (y.abs().amax(-1) * torch.finfo(dtype).eps).clamp_min(2.0)
 
 
 def solve(
@@ -73,26 +59,23 @@ def solve(
     """Solve x + F(x) = y on the grid, token by token, started at x = y.
 
     Anderson's acceleration (type II; Walker and Ni, Anderson Acceleration for Fixed-Point Iterations, SIAM J. Numer.
-    Anal. 2011) with `depth` differences for each token; a token that has converged takes plain steps only. An
-    iteration that repeats its argument has found an exact solution.
+    Anal. 2011) with `depth` differences for each token; a token that has converged takes plain steps only. The same
+    arguments give the same bits: nothing else decides.
 
     Args:
         function: F; int32 (..., H) -> floating point.
         y: (..., H), int32.
         limit: See `limits`.
         most: Evaluations of F at most.
-        look: Whether values can be read (not of fake tensors), to stop when all tokens have converged. If not, there
-            are as many evaluations as it takes until further ones need no further memory.
+        look: Stop when all tokens have converged, for which values are read. If not, there are `most` evaluations.
         depth: Differences to accelerate with.
     """
     x, past = y, []
-    most = most if look else min(most, depth + 2)
     contraction = torch.zeros((), device=y.device)
     for iteration in range(1, most + 1):
         following = quantize(function(x), grid).neg_().add_(y)
         step = (following - x).float()
-        moved = step.abs().amax(-1)
-        converged = moved <= limit
+        converged = step.abs().amax(-1) <= limit
         if iteration == 1:
             first = step.norm(dim=-1)
         else:
@@ -101,17 +84,7 @@ def solve(
             break
         x = torch.where(converged[..., None], following, accelerated(following, step, past))
         past = [*past, (following, step)][-depth:]
-    return Solution(following, iteration, (~converged).double().mean(), contraction)
-
-
-def settle(function: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, grid: Grid, most: int) -> Tensor:
-    """Plain iterations from x near a solution, until one repeats its argument: where a step hardly shrinks, one of a
-    unit may still be many units from the end."""
-    for _ in range(most):
-        before, x = x, quantize(function(x), grid).neg_().add_(y)
-        if torch.equal(x, before):
-            break
-    return x
+    return Solution(following, iteration, contraction)
 
 
 def accelerated(following: Tensor, step: Tensor, past: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -128,17 +101,13 @@ def accelerated(following: Tensor, step: Tensor, past: list[tuple[Tensor, Tensor
     return following - change.clamp(-(2.0**30), 2.0**30).round().to(torch.int32)
 
 
-# --- low bits --------------------------------------------------------------------------------------------------------
+# --- what a solution lacks -------------------------------------------------------------------------------------------
 
 
 def usual_width(dtype: torch.dtype) -> int:
-    """Where nothing was asked: what layers of a real model need (the rounding of bf16 is many units of the grid)."""
+    """Where values cannot be read: what layers of a real model need (the rounding of bf16 is many units of the
+    grid)."""
     return WIDTHS[0] if dtype.itemsize > 2 else WIDTHS[-1]
-
-
-def width_for(error: int) -> int | None:
-    """Low bits that make good an error of so many grid units, with a margin; None if there are not enough."""
-    return next((width for width in WIDTHS if MARGIN * error <= 1 << (width - 1)), None)
 
 
 def low_bits(x: Tensor, width: int) -> Tensor:
@@ -155,144 +124,45 @@ def with_low_bits(x: Tensor, kept: Tensor, width: int) -> Tensor:
     return (bits.to(torch.int32) - x + half).bitwise_and_(2 * half - 1).sub_(half).add_(x)
 
 
-# --- canaries --------------------------------------------------------------------------------------------------------
-
-
 @dataclass
-class Canaries:
-    """The same positions in each of some sequences, spread evenly."""
+class Lack:
+    """What is kept of x (..., H), so that it comes back from a solution."""
 
-    sequences: Tensor
-    """(S,) of B."""
-    positions: Tensor
-    """(P,) of T."""
+    width: int
+    """Low bits of each element, or WHOLE."""
+    num_rows: int
+    """Tokens that are kept whole."""
+    tensors: tuple[Tensor, ...]
 
-    def of(self, stream: Tensor) -> Tensor:
-        """(B, T, ...) -> (S, P, ...)."""
-        return stream[self.sequences[:, None], self.positions]
-
-    def put(self, stream: Tensor, values: Tensor) -> None:
-        """The inverse of `of`."""
-        stream[self.sequences[:, None], self.positions] = values
-
-    def rows(self, num_tokens: int) -> Tensor:
-        """(S P,) of B T."""
-        return (self.sequences[:, None] * num_tokens + self.positions).flatten()
+    def share_of_rows(self, x: Tensor) -> float:
+        return self.num_rows * x.shape[-1] / max(x.numel(), 1)
 
 
-def covering(tokens: Tensor) -> Canaries:
-    """All that `tokens` (B, T) bool says, and where sequences differ, more."""
-    return Canaries(tokens.any(1).nonzero().flatten(), tokens.any(0).nonzero().flatten())
+def lack_of(found: Tensor, x: Tensor, width: int | None = None) -> Lack:
+    """The least that makes x of `found`.
+
+    Args:
+        found, x: int32, (..., H).
+        width: Taken unseen, where values cannot be read; no token is kept whole then.
+    """
+    rows = torch.empty(0, dtype=torch.int64, device=x.device)
+    if width is None:
+        off = x - found
+        low, high = off.amin(-1).flatten(), off.amax(-1).flatten()
+        wrong = [(low <= -(1 << (width - 1))) | (high >= 1 << (width - 1)) for width in WIDTHS]
+        numbers = torch.stack([w.sum() for w in wrong]).tolist()
+        row_bytes = 4 * x.shape[-1] + 8
+        sizes = [x.numel() * w // 8 + number * row_bytes for w, number in zip(WIDTHS, numbers, strict=True)]
+        if min(sizes) >= 4 * x.numel():
+            return Lack(WHOLE, 0, (x,))
+        best = sizes.index(min(sizes))
+        width, rows = WIDTHS[best], wrong[best].nonzero().flatten()
+    return Lack(width, len(rows), (low_bits(x, width), rows, x.reshape(-1, x.shape[-1])[rows]))
 
 
-def choose_canaries(stream: Tensor, count: int) -> Canaries | None:
-    """At most `count` tokens of a stream (B, T, H)."""
-    num_sequences, num_tokens = stream.shape[:2]
-    if not count:
-        return None
-
-    def spread(most: int, length: int) -> Tensor:
-        return torch.linspace(0, length - 1, min(most, length), device=stream.device).long()
-
-    sequences = spread(count, num_sequences)
-    return Canaries(sequences, spread(max(1, count // len(sequences)), num_tokens))
-
-
-def largest_error(found: Tensor, true: Tensor) -> Tensor:
-    """Relative to the root mean square of the true values, 0-dim float64."""
-    error = (found.double() - true.double()).abs().amax()
-    return error / true.double().square().mean().sqrt().clamp_min(1.0)
-
-
-# --- attention for a few queries -------------------------------------------------------------------------------------
-
-RECORDED = "revffn_recorded"
-INTERCEPTED = ("sdpa", "eager")
-"""Attention implementations whose masks are (B or 1, 1, T, T) or None."""
-
-
-class Recorder:
-    """Remembers what a layer's attention was called with, and answers other queries from it."""
-
-    def __init__(self, attention: Callable[..., tuple[Tensor, Any]]):
-        self.attention = attention
-        self.key = self.value = self.mask = None
-        self.canaries: Canaries | None = None
-
-    def __call__(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any):
-        if self.canaries is None:
-            self.key, self.value, self.mask = key.detach(), value.detach(), mask
-            return self.attention(module, query, key, value, mask, **kwargs)
-        sequences = self.canaries.sequences
-        key, value = self.key[sequences], self.value[sequences]
-        return self.attention(module, query, key, value, self.rows_of_mask(query.dtype), **kwargs)
-
-    def rows_of_mask(self, dtype: torch.dtype) -> Tensor:
-        """(S or 1, 1, P, T)."""
-        positions = self.canaries.positions
-        if self.mask is not None:
-            return rows_of(self.mask, self.canaries)[..., positions, :]
-        # None stands for a causal mask.
-        later = torch.arange(self.key.shape[-2], device=positions.device) > positions[:, None]
-        return torch.zeros(later.shape, dtype=dtype, device=later.device).masked_fill_(later, torch.finfo(dtype).min)[
-            None, None
-        ]
-
-
-_recorder: Recorder | None = None
-
-
-def _answer(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any):
-    return _recorder(module, query, key, value, mask, **kwargs)
-
-
-ALL_ATTENTION_FUNCTIONS.register(RECORDED, _answer)
-
-
-def rows_of(tensor: Tensor, canaries: Canaries) -> Tensor:
-    """Of a tensor with the batch in front, or 1."""
-    return tensor if tensor.shape[0] == 1 else tensor[canaries.sequences]
-
-
-def arguments_of(kwargs: dict[str, Any], canaries: Canaries) -> dict[str, Any]:
-    """A layer's keyword arguments for the canaries alone; the mask is the recorder's."""
-
-    def table(x: Tensor) -> Tensor:  # (B or 1, T, channels)
-        return rows_of(x, canaries)[:, canaries.positions]
-
-    given = dict(kwargs)
-    given["attention_mask"] = None
-    tables = given.get("position_embeddings")
-    if tables is not None:
-        given["position_embeddings"] = tuple(map(table, tables)) if isinstance(tables, tuple) else table(tables)
-    if given.get("position_ids") is not None:
-        given["position_ids"] = rows_of(given["position_ids"], canaries)[:, canaries.positions]
-    if given.get("cache_position") is not None:
-        given["cache_position"] = given["cache_position"][canaries.positions]
-    return given
-
-
-def own_attention(attn: nn.Module) -> Callable[..., tuple[Tensor, Any]] | None:
-    """The function that an attention module would call; None where it cannot be intercepted."""
-    name = attn.config._attn_implementation
-    if name not in INTERCEPTED:
-        return None
-    if name in ALL_ATTENTION_FUNCTIONS:
-        return ALL_ATTENTION_FUNCTIONS[name]
-    modules = (sys.modules[c.__module__] for c in type(attn).__mro__)
-    return next((m.eager_attention_forward for m in modules if hasattr(m, "eager_attention_forward")), None)
-
-
-@contextlib.contextmanager
-def recorded(attn: nn.Module, recorder: Recorder | None) -> Iterator[None]:
-    """While open, the module's attention goes through the recorder."""
-    global _recorder
-    if recorder is None:
-        yield
-        return
-    name, _recorder = attn.config._attn_implementation, recorder
-    attn.config._attn_implementation = RECORDED
-    try:
-        yield
-    finally:
-        attn.config._attn_implementation, _recorder = name, None
+def made_good(found: Tensor, width: int, kept: tuple[Tensor, ...]) -> Tensor:
+    """x again."""
+    bits, rows, values = kept
+    x = with_low_bits(found, bits, width)
+    x.view(-1, x.shape[-1])[rows] = values
+    return x
