@@ -207,7 +207,7 @@ def gpu_streams(result: dict) -> str:
 def paper_run(result: dict) -> str:
     """The CPU recipe of the paper's system, by stage."""
     lines = [
-        "| stage | steps | loss, first and last three | layers kept | most of a layer's tokens kept | states that differ |",
+        "| stage | steps | loss, first and last three | layers kept | most tokens kept | states that differ |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for stage in (1, 2):

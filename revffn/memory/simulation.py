@@ -204,17 +204,16 @@ class Hooks:
         self.counter.layer = index
 
     def on_sublayer(self, index: int, name: str, *_: Any) -> None:
+        if not torch.is_grad_enabled():  # an iteration's evaluation (cross_branch), as many as it takes
+            return
         self.calls[index, name, self.in_backward] += 1
         if not self.in_backward:
             return
         call, tiles = self.calls[index, name, True] - 1, self.calls[index, "self_attn", False]
         chunks = self.calls[index, name, False] // tiles
         tile, chunk = divmod(call, chunks)
-        # A fixed point (cross_branch) evaluates the attention several times.
-        if tile < tiles:
-            self.counter.begin(
-                f"{self.where(index)} {name} of {position(tile, tiles)} tile, {position(chunk, chunks)} chunk"
-            )
+        where = f"{self.where(index)} {name} of {position(tile, tiles)} tile, {position(chunk, chunks)} chunk"
+        self.counter.begin(where)
 
     def on_embedding(self, module: nn.Module, given: Any, embedded: Tensor) -> None:
         if embedded.requires_grad:
