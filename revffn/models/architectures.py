@@ -25,6 +25,8 @@ class Architecture:
     query_modules: tuple[str, ...] = ("q_proj",)
     """Names inside `self_attn` of the linear maps that read the hidden states to make queries; the first that exists
     is used."""
+    key_value_modules: tuple[str, ...] = ("k_proj", "v_proj")
+    """Names of those from the hidden states to keys and values; what they give does not depend on the queries."""
     router: str | None = "gate"
     """Name inside a sparse `mlp` of the router; None for dense architectures."""
     num_dense_layers: str | None = None
@@ -44,7 +46,11 @@ class Architecture:
         return getattr(package, self.class_stem + suffix)
 
 
-_DEEPSEEK = dict(query_modules=("q_proj", "q_a_proj"), num_dense_layers="first_k_dense_replace")
+_DEEPSEEK = dict(
+    query_modules=("q_proj", "q_a_proj"),
+    key_value_modules=("kv_a_proj_with_mqa", "kv_b_proj"),
+    num_dense_layers="first_k_dense_replace",
+)
 
 ARCHITECTURES: dict[str, Architecture] = {
     "qwen2_moe": Architecture("Qwen2Moe", makes_unused_mask=True, fit_for_servers=serving.qwen2_moe),

@@ -278,7 +278,8 @@ def attach(model: PreTrainedModel, config: ReversibleConfig) -> None:
         _CAN_RECORD_REGISTRY[key] = type(part)._can_record_outputs
     for index, layer in enumerate(model.model.layers):
         layer.__class__ = classes["layer"]
-        layer.behaviour, layer.layer_index, layer.query_modules = coupling, index, row.query_modules
+        layer.behaviour, layer.layer_index = coupling, index
+        layer.query_modules, layer.key_value_modules = row.query_modules, row.key_value_modules
         if hasattr(layer.mlp, "experts"):
             layer.mlp.experts.__class__ = classes["experts"]
             intercept(layer.mlp, getattr(layer.mlp, row.router), CHOOSING[model_type])

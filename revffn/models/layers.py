@@ -29,6 +29,7 @@ class ReversibleLayer(nn.Module):
     """What the coupling adds to the layer."""
     layer_index: int
     query_modules: tuple[str, ...]
+    key_value_modules: tuple[str, ...]
     stream_maps: nn.Module | None = None
     """The model's, in its first layer and its final norm; they belong to the backbone."""
 

@@ -339,6 +339,27 @@ def test_the_fixed_point_is_exact(model_type, dtype, settings):
     assert report["mismatched_states"] == 0 and report["verified_states"] > 0
 
 
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "deepseek_v3"])
+def test_keys_and_values_are_made_once_in_an_iteration(model_type):
+    """Once in forward for the layer itself and once for all its iterations; the same in backward."""
+    model, counts = coupled(model_type, coupling="cross_branch"), {}
+    layer = model.model.layers[1]
+    watched = [getattr(layer.self_attn, name) for name in (*layer.key_value_modules, "o_proj")]
+    for module in watched:
+
+        def count(x, module=module, original=module.forward):
+            counts[module] = counts.get(module, 0) + 1
+            return original(x)
+
+        module.forward = count
+    run(model, tiny_batch())
+    iterations = revffn.reversible_report(model)["layers"][1]["iterations"]
+    *maps, output = watched
+    assert iterations > 2 and [counts[module] for module in maps] == [4, 4]
+    assert counts[output] == 2 + 2 * iterations
+    assert all(module.forward.__name__ == "count" for module in watched)
+
+
 def test_random_numbers_are_the_same_in_every_evaluation():
     model = coupled(coupling="cross_branch", overrides=dict(attention_dropout=0.3))
     with captured_states() as states:

@@ -7,7 +7,7 @@ feed-forward of one.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -86,6 +86,37 @@ def queries_from(module: nn.Module, hidden: Tensor) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@contextlib.contextmanager
+def same_keys_and_values(layer: nn.Module) -> Iterator[None]:
+    """While open, the attention is asked about other queries with the same right stream: the maps that make keys and
+    values of it run once, and give what they gave."""
+    attn = layer.self_attn
+    maps = [getattr(attn, name, None) for name in layer.key_value_modules]
+    maps = [layer.coupling.key_value_up, *(module for module in maps if module is not None)]
+
+    def once(module: nn.Module) -> Callable[[Tensor], Tensor]:
+        given: list[Tensor] = []
+
+        def forward(x: Tensor) -> Tensor:
+            if not given:
+                given.append(original(x))
+            return given[0]
+
+        original = module.forward
+        return forward
+
+    before = [module.__dict__.get("forward") for module in maps]
+    for module in maps:
+        module.forward = once(module)
+    try:
+        yield
+    finally:
+        for module, forward in zip(maps, before, strict=True):
+            del module.forward
+            if forward is not None:
+                module.forward = forward
 
 
 def cross_attention(layer: nn.Module, x_query: Tensor, x_key_value: Tensor, kwargs: dict[str, Any]) -> Tensor:

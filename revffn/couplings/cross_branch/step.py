@@ -22,7 +22,7 @@ from ...engine.walk import Tile, Walk, is_concrete
 from ...ops.experts import GradientSum
 from ...ops.streams import quantize
 from .fixed_point import DEPTH, WHOLE, Solution, lack_of, limits, made_good, solve, usual_width
-from .modules import cross_attention, half_feed_forward
+from .modules import cross_attention, half_feed_forward, same_keys_and_values
 
 
 class AdditiveStep(Function):
@@ -76,8 +76,8 @@ class AdditiveStep(Function):
 class LeftInverse:
     """How one tile's left stream comes back from a layer's attention."""
 
-    def __init__(self, walk: Walk, tile: Tile, k: int):
-        self.walk, self.tile, self.k, self.grid = walk, tile, k, walk.grids[0]
+    def __init__(self, layer: nn.Module, walk: Walk, tile: Tile):
+        self.layer, self.walk, self.tile, self.grid = layer, walk, tile, walk.grids[0]
         self.width = self.iterations = 0
         self.measured: dict[str, float | Tensor] = {}
 
@@ -87,7 +87,8 @@ class LeftInverse:
         def attend(x: Tensor) -> Tensor:
             return evaluation.value(rng, x, other)[0]
 
-        return solve(attend, y, self.grid, limits(y, self.walk.dtype), most, look)
+        with same_keys_and_values(self.layer):
+            return solve(attend, y, self.grid, limits(y, self.walk.dtype), most, look)
 
     def keep(self, x: Tensor, y: Tensor, evaluation: Evaluation) -> tuple[Tensor, ...]:
         """Forward: solve as backward will, and keep what the solution lacks of x (b, T, H)."""
@@ -106,7 +107,7 @@ class LeftInverse:
 
     def restore(self, y: Tensor, kept: Sequence[Tensor], side: Sequence[Tensor], evaluation: Evaluation) -> Tensor:
         """Backward: x."""
-        self.walk.note_layer(self.k, **self.measured)
+        self.walk.note_layer(self.layer.layer_index, **self.measured)
         if self.width == WHOLE:
             return kept[0]
         found = self.solve(y, side[evaluation.num_routing :], evaluation, self.iterations, look=False)
@@ -138,7 +139,7 @@ def cross_branch_step(
 
     k, rng = layer.layer_index, uses_rng(layer)
     reads = (0, 1) if walk.config.query_stream == "left" else (1,)
-    inverse = LeftInverse(walk, tile, k) if len(reads) == 2 else None
+    inverse = LeftInverse(layer, walk, tile) if len(reads) == 2 else None
     attend = Evaluation(attend_right if inverse is None else attend_left, left.device, rng)
     (update,) = attend.first(tuple((left, right)[i] for i in reads), tuple(tile.streams[i] for i in reads))
     left = AdditiveStep.apply(left, update, walk, tile, k, 0, reads, attend, inverse)
