@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -87,7 +88,8 @@ class LeftInverse:
         def attend(x: Tensor) -> Tensor:
             return evaluation.value(rng, x, other)[0]
 
-        with same_keys_and_values(self.layer):
+        # The iteration's own arithmetic is float32, whatever surrounds forward or backward; `value` has its own state.
+        with same_keys_and_values(self.layer), torch.autocast(y.device.type, enabled=False):
             return solve(attend, y, self.grid, limits(y, self.walk.dtype), most, look)
 
     def keep(self, x: Tensor, y: Tensor, evaluation: Evaluation) -> tuple[Tensor, ...]:
