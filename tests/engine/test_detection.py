@@ -360,6 +360,14 @@ def test_keys_and_values_are_made_once_in_an_iteration(model_type):
     assert all(module.forward.__name__ == "count" for module in watched)
 
 
+def test_nothing_is_solved_for_without_gradients(monkeypatch):
+    model, inputs = coupled(coupling="cross_branch"), tiny_batch()
+    expected = model(**inputs).loss
+    monkeypatch.setattr(cross_branch, "solve", None)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).loss, expected)
+
+
 def test_random_numbers_are_the_same_in_every_evaluation():
     model = coupled(coupling="cross_branch", overrides=dict(attention_dropout=0.3))
     with captured_states() as states:

@@ -141,8 +141,10 @@ def cross_branch_step(
 
     k, rng = layer.layer_index, uses_rng(layer)
     reads = (0, 1) if walk.config.query_stream == "left" else (1,)
-    inverse = LeftInverse(layer, walk, tile) if len(reads) == 2 else None
-    attend = Evaluation(attend_right if inverse is None else attend_left, left.device, rng)
+    function = attend_left if len(reads) == 2 else attend_right
+    # Without gradients there is no way back, and nothing to solve for.
+    inverse = LeftInverse(layer, walk, tile) if len(reads) == 2 and torch.is_grad_enabled() else None
+    attend = Evaluation(function, left.device, rng)
     (update,) = attend.first(tuple((left, right)[i] for i in reads), tuple(tile.streams[i] for i in reads))
     left = AdditiveStep.apply(left, update, walk, tile, k, 0, reads, attend, inverse)
     feed_evaluation = Evaluation(feed, left.device, rng)
