@@ -18,6 +18,7 @@ from typing import TypeVar, get_type_hints
 
 import yaml
 
+from .config import RETIRED
 from .recipe import InputError, RunConfig
 
 COMMAND_LINE = "command line"
@@ -201,6 +202,8 @@ def check_name(name: str, where: str) -> None:
     known = sections()
     if section in known and (not dot or key in known[section]):
         return
+    if section == "reversible" and key in RETIRED:
+        raise InputError(f"{where}: {name} is gone: every state is exact without it. Leave the key out.")
     everything = [f"{s}.{k}" for s, keys in known.items() for k in keys]
     same_key = [full for full in everything if full.endswith("." + (key or section))]
     near = same_key or difflib.get_close_matches(name, everything if dot else [*known, *everything], n=1)

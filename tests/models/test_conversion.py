@@ -456,3 +456,11 @@ def test_meta_model_can_be_filled(tmp_path):
     empty.load_state_dict(model.state_dict(), assign=True)
     assert isinstance(empty.model.layers[1].coupling.predictor.up.weight, nn.Parameter)
     assert_same_weights(empty, model)
+
+
+def test_settings_of_before_are_left_out():
+    """Of models that were saved with them; another unknown one is refused."""
+    old = revffn.ReversibleConfig(coupling="cross_branch").to_dict() | {"max_drift": 0.05, "anchor_layers": [1]}
+    assert revffn.ReversibleConfig.from_dict(old) == revffn.ReversibleConfig(coupling="cross_branch")
+    with pytest.raises(ValueError, match="Unknown reversible settings \\['drift'\\]"):
+        revffn.ReversibleConfig.from_dict(old | {"drift": 1})

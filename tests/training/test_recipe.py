@@ -94,6 +94,7 @@ BAD_RECIPES = {
         "line 6: unknown key 'optimiser'. Did you mean optimizer?",
     ),
     "key in the wrong section": (TEXT.replace("freeze_router", "packing"), "Did you mean data.packing?"),
+    "a key of before": (TEXT.replace("coupling: none", "max_drift: 0.1"), "line 5: reversible.max_drift is gone"),
     "wrong type": (TEXT.replace("num_steps: 10", "num_steps: many"), "line 11: training.num_steps: "),
     "wrong choice": (TEXT.replace("coupling: none", "coupling: no"), "line 5: invalid choice"),
     "out of range": (TEXT.replace("1e-5", "-1"), "line 7: optimizer: learning_rate must be at least 0"),
