@@ -8,6 +8,7 @@ call in its `Walk`. docs/adding_a_coupling.md shows how to add one.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -23,15 +24,15 @@ from ..ops.experts import GradientSum
 from ..ops.streams import Grid, quantize
 
 
-class Added(nn.Module):
+class Added(nn.Module, ABC):
     """A module that a coupling adds to a model. `reset_parameters` fills it, but for what a checkpoint has filled
     (transformers.initialization)."""
 
-    def reset_parameters(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def reset_parameters(self) -> None: ...
 
 
-class Coupling:
+class Coupling(ABC):
     """How a layer's two residual updates are made invertible."""
 
     name: str
@@ -57,6 +58,7 @@ class Coupling:
 
     def validate(self, config: ReversibleConfig, hf_config: PreTrainedConfig) -> None:
         """Raise ValueError where the settings do not fit the model."""
+        return
 
     def runs(self, config: ReversibleConfig, training: bool) -> bool:
         """Whether a forward call walks, in training mode and in eval mode."""
@@ -105,22 +107,25 @@ class Coupling:
 
     def prepare_grids(self, grids: list[Grid], config: ReversibleConfig, like: Tensor) -> None:
         """Make by-channel tables of the states' grids once, beside those that all couplings need."""
+        return
 
     def begin(self, walk: Walk, hidden: Tensor) -> None:
         """A walk begins with the embedding (B, T, D)."""
+        return
 
     def plain(self, layer: nn.Module, hidden_states: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """A layer outside walks: (B, T, D) -> (B, T, D)."""
         return layer.plain(hidden_states, *args, **kwargs)
 
+    @abstractmethod
     def run(self, layer: nn.Module, walk: Walk, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """A layer in a walk. The values are in the streams; returns what the model's own loop hands on (B, T, D)."""
-        raise NotImplementedError
 
 
 class StreamCoupling(Coupling):
     """A coupling whose layer moves the two streams of every tile: `step` does it."""
 
+    @abstractmethod
     def step(
         self,
         layer: nn.Module,
@@ -141,7 +146,6 @@ class StreamCoupling(Coupling):
         Returns:
             The carriers of the moved streams.
         """
-        raise NotImplementedError
 
     def num_chunks(self, walk: Walk, num_tokens: int) -> int:
         """Into how many pieces `step` cuts a tile's tokens for the feed-forward."""
