@@ -186,7 +186,9 @@ METHODS: dict[str, Method] = {
         steps=1200,
         points=12,
     ),
-    "cross_branch_left": _cross_branch("queries from the left (the paper's)", query_stream="left"),
+    "cross_branch_left": _cross_branch(
+        "queries from the left (the paper's)", query_stream="left", rates=(2e-4, 4e-4, 8e-4)
+    ),
     "sft_adafactor": Method(
         description="plain SFT, adafactor, bf16",
         reversible=dict(coupling="none"),
