@@ -50,13 +50,13 @@ def settings(model: PreTrainedModel, training: list, held: list, pad: int) -> li
     for rows in (64, 256):
         for ridge in (1e-3, 1e-2, 1e-1, 1.0):
             observe.RIDGE = ridge
-            config = revffn.ReversibleConfig(grid_growth=0)
+            config = revffn.ReversibleConfig.from_dict(dict(grid_growth=0))
             revffn.convert(model, config, calibration=batches(training[:rows], 8, pad))
             for m in (1, 2):
                 for layer in model.model.layers[1:]:
                     layer.coupling.side_bits = m
                 for random_sign in (False, True):
-                    model.config.revffn["random_sign"] = random_sign
+                    model.config.revffn["innovation"]["random_sign"] = random_sign
                     with coupled(model):
                         loss = heldout_loss(model, held, 8, pad)["loss"]
                     found.append(dict(rows=rows, ridge=ridge, m=m, random_sign=random_sign, loss=loss))
@@ -75,21 +75,19 @@ def grids(model: PreTrainedModel, training: list, held: list, pad: int) -> list[
             layer.coupling.side_bits = m
         with coupled(model):
             loss = heldout_loss(model, held, 8, pad)["loss"]
-        config = model.config.revffn
-        names = ("fraction_bits", "grid_growth", "wide_growth")
-        found.append({"m": m, "loss": loss, "wide_channels": len(config["wide_channels"])})
-        found[-1] |= {name: config[name] for name in names}
+        grids = model.config.revffn["grids"]
+        found.append({"m": m, "loss": loss, **grids, "wide_channels": len(grids["wide_channels"])})
         print(found[-1], flush=True)
 
     for growth in (0, 4, 8, None):
-        config = revffn.ReversibleConfig(grid_growth=growth)
+        config = revffn.ReversibleConfig.from_dict(dict(grid_growth=growth))
         revffn.convert(model, config, calibration=batches(training[:256], 8, pad))
         for m in range(4):
             note(m)
         if growth == 0:
-            fraction_bits = model.config.revffn["fraction_bits"]
+            fraction_bits = model.config.revffn["grids"]["fraction_bits"]
             for coarse in (7, 8, 9, 10, fraction_bits):
-                model.config.revffn["fraction_bits"] = coarse
+                model.config.revffn["grids"]["fraction_bits"] = coarse
                 note(4)
         model = revffn.export(model)
     return found
@@ -100,7 +98,7 @@ def variants(model: PreTrainedModel, training: list, held: list, pad: int, name:
     """One setting of `ReversibleConfig`, all others as they come, with m = 1 and 2."""
     found = []
     for value in values:
-        config = revffn.ReversibleConfig(**{name: value})
+        config = revffn.ReversibleConfig.from_dict({name: value})
         revffn.convert(model, config, calibration=batches(training[:256], 8, pad))
         explained = list(model.config.revffn_calibration["explained"].values())
         for m in (1, 2):
@@ -124,8 +122,8 @@ def cross_branch(path: str, training: list, held: list, pad: int) -> Iterator[di
     yield {"query_stream": None, **scores(model, held, seen, pad)}
     for stream, rows in (("right", 0), ("left", 0), ("left", 64), ("right", 64), ("right", 256), ("right", 1024)):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-        config = revffn.ReversibleConfig(
-            coupling="cross_branch", query_stream=stream, stream_maps=rows > 0, verify="report"
+        config = revffn.ReversibleConfig.from_dict(
+            dict(coupling="cross_branch", query_stream=stream, stream_maps=rows > 0, verify="report")
         )
         revffn.convert(model, config, calibration=batches(training[: rows or 64], 8, pad))
         row = {"query_stream": stream, "rows": rows, "calibration": model.config.revffn_calibration}
@@ -292,9 +290,8 @@ def sublayers(model: PreTrainedModel, training: list, held: list, pad: int) -> l
 def refit(path: str, training: list, held: list, pad: int) -> dict[str, float]:
     """The coupled function of a trained model above the exported one, with its predictors and with new ones."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    config = revffn.ReversibleConfig(**{
-        name: model.config.revffn[name] for name in ("side_bits", "plain_layers", "random_sign")
-    })  # fmt: skip
+    before = model.reversible_config
+    config = revffn.ReversibleConfig(side_bits=before.side_bits, innovation=before.innovation)
     found = {}
     for name in ("as they are", "fitted again"):
         with coupled(model):

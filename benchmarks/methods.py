@@ -164,7 +164,7 @@ def reversible(
     **settings: Any,
 ) -> nn.Module:
     """Ours; `host` keeps the weights in host memory for a model that runs on that device."""
-    config = ReversibleConfig(tile_tokens=tile_tokens if tiles else None, **settings)
+    config = ReversibleConfig.from_dict(dict(tile_tokens=tile_tokens if tiles else None, **settings))
     model = use_linear_cross_entropy(convert(model, config))
     if host is not None:
         model.host_weights = HostWeights(model, host)

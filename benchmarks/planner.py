@@ -82,7 +82,7 @@ def name_of(case: tuple) -> str:
 
 def method_of(case: tuple) -> Method:
     *_, settings, optimizer, rounding = case
-    reversible = ReversibleConfig(**{"tile_tokens": 2048, **settings})
+    reversible = ReversibleConfig.from_dict({"tile_tokens": 2048, **settings})
     return Method(reversible=reversible, optimizer=optimizer, rounding=rounding)
 
 

@@ -43,7 +43,6 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import revffn
-from revffn.config import GRID_SETTINGS
 from revffn.data import IGNORED, batches, load_conversations, tokenize_all
 from revffn.models.architectures import router_parameters
 from revffn.optim import OptimizerInBackward, parameter_groups
@@ -349,7 +348,7 @@ def run(model_path: str, method: Method, workload: Workload, learning_rate: floa
     calibration = None
 
     def convert(model: PreTrainedModel) -> None:
-        config = revffn.ReversibleConfig(**method.reversible)
+        config = revffn.ReversibleConfig.from_dict(method.reversible)
         fits = config.coupling != "none"
         revffn.convert(model, config, calibration=batches(training[:CALIBRATION_ROWS], size, pad) if fits else None)
 
@@ -431,7 +430,7 @@ def run(model_path: str, method: Method, workload: Workload, learning_rate: floa
         result["mismatched_states"] = mismatched + report["mismatched_states_total"]
         if any("kept_bits" in layer for layer in report["layers"].values()):
             result["layers"] = report["layers"]
-        result["grids"] = {name: last_coupled.config.revffn[name] for name in GRID_SETTINGS}
+        result["grids"] = last_coupled.config.revffn["grids"]
         result["largest_grid_value"] = largest
     return result
 

@@ -45,7 +45,9 @@ def run(settings: dict, dtype: torch.dtype, tile_tokens: int | None, rule: str) 
     )  # fmt: skip
     model = Qwen2MoeForCausalLM(config).to(dtype)
     batches = [{"input_ids": torch.randint(0, VOCABULARY, (BATCH, TOKENS))} for _ in range(3)]
-    model = revffn.convert(model, revffn.ReversibleConfig(tile_tokens=tile_tokens, **settings), calibration=batches)
+    model = revffn.convert(
+        model, revffn.ReversibleConfig.from_dict(dict(tile_tokens=tile_tokens, **settings)), calibration=batches
+    )
     model.train()
     optimizer = OptimizerInBackward(parameter_groups(model, weight_decay=0.01), rule=rule, lr=1e-3, seed=7)
     digest = hashlib.sha256()

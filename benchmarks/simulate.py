@@ -73,7 +73,7 @@ def main() -> None:
     reversible = None
     if args.method == "reversible":
         settings = dict(coupling=args.coupling, side_bits=args.side_bits, tile_tokens=args.tile_tokens or None)
-        reversible = ReversibleConfig(**settings)
+        reversible = ReversibleConfig.from_dict(settings)
     method = Method(
         name=args.method,
         reversible=reversible,

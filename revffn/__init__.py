@@ -1,43 +1,18 @@
 """revffn: fine-tune all parameters of a Mixture-of-Experts language model on one GPU, with reversible blocks."""
 
-from .config import ReversibleConfig
-from .couplings import Coupling, StreamCoupling
-from .couplings import register as register_coupling
-from .engine.host_weights import HostWeights
-from .engine.recompute import StateMismatchError
-from .memory.plan import plan
-from .models.architectures import Architecture
-from .models.conversion import (
-    convert,
-    coupling_parameters,
-    export,
-    is_reversible,
-    register_architecture,
-    reversible_report,
-)
-from .models.losses import linear_cross_entropy, use_linear_cross_entropy
-from .optim import NonFiniteGradientError, OptimizerInBackward, parameter_groups
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0.dev0"
 
-__all__ = [
-    "Architecture",
-    "Coupling",
-    "HostWeights",
-    "NonFiniteGradientError",
-    "OptimizerInBackward",
-    "ReversibleConfig",
-    "StateMismatchError",
-    "StreamCoupling",
-    "convert",
-    "coupling_parameters",
-    "export",
-    "is_reversible",
-    "linear_cross_entropy",
-    "parameter_groups",
-    "plan",
-    "register_architecture",
-    "register_coupling",
-    "reversible_report",
-    "use_linear_cross_entropy",
-]
+
+def _is_command() -> bool:
+    """Whether this process is `revffn ...` or `python -m revffn ...`, which imports what its command needs: torch and
+    transformers take seconds, and most mistakes are seen without them."""
+    return Path(sys.argv[0] if sys.argv else "").name == "revffn" or sys.orig_argv[1:3] == ["-m", "revffn"]
+
+
+if TYPE_CHECKING or not _is_command():
+    from .public import *  # noqa: F403
+    from .public import __all__ as __all__

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import sys
@@ -17,8 +16,8 @@ def train(words: list[str]) -> None:
     """Fine-tune a model as a recipe says: revffn train RECIPE [--section.key value ...]"""
     from . import command_line, recipe
 
-    if not words or words[0] in ("-h", "--help"):
-        command_line.from_words(recipe.RunConfig, ["--help"], "revffn train RECIPE")
+    if not words or words[0] in ("-h", "--help", "--help-all"):
+        command_line.from_words(recipe.RunConfig, words or ["--help"], "revffn train RECIPE")
     if words[0].startswith("-"):
         raise recipe.InputError(
             f"command line: the recipe comes first, got {words[0]!r}. Usage: revffn train RECIPE [--section.key "
@@ -26,7 +25,7 @@ def train(words: list[str]) -> None:
         )
     config = command_line.load_run_config(words[0], words[1:])
     # After the recipe, because the imports take seconds.
-    from . import StateMismatchError
+    from .engine.recompute import StateMismatchError
     from .optim import NonFiniteGradientError
     from .training.run import train
 
@@ -38,16 +37,13 @@ def train(words: list[str]) -> None:
 
 def upcycle(words: list[str]) -> None:
     """Make a small Mixture-of-Experts model from a dense one: revffn upcycle --output FOLDER [--key value ...]"""
-    from . import command_line, recipe
+    from . import command_line, options, recipe
+
+    config = command_line.from_words(options.UpcycleConfig, words, "revffn upcycle")
     from .models.upcycle_command import upcycle_command
 
-    @functools.wraps(upcycle_command)
-    def collect(**arguments):
-        return arguments
-
-    arguments = command_line.from_words(collect, words, "revffn upcycle")
     try:
-        upcycle_command(**arguments)
+        upcycle_command(config)
     except ValueError as error:
         raise recipe.InputError(str(error)) from None
 
@@ -67,17 +63,16 @@ def export(words: list[str]) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    import revffn
-
     from .models.architectures import fit_for_servers
+    from .models.conversion import export as plain_model
 
     try:
         # A rehearsal without weights: what export refuses, it refuses before they are read.
         with torch.device("meta"):
-            revffn.export(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)))
+            plain_model(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)))
     except ValueError as error:
         raise InputError(f"{folder}: {error}") from None
-    plain = revffn.export(AutoModelForCausalLM.from_pretrained(folder, dtype="auto"))
+    plain = plain_model(AutoModelForCausalLM.from_pretrained(folder, dtype="auto"))
     about_servers = fit_for_servers(plain)
     plain.save_pretrained(out)
     if (folder / "tokenizer_config.json").is_file():
@@ -112,13 +107,9 @@ def report_gap(run: Path) -> None:
 
 def plan(words: list[str]) -> None:
     """Say before a run what it takes: revffn plan --model NAME --batch B --tokens T [--gpu 80GiB]"""
-    from . import command_line, recipe
+    from . import command_line, options, recipe
 
-    given = []
-    for word in words:
-        given += ["--alternatives", "False"] if word == "--no-alternatives" else [word]
-    given = with_values(given, ("--alternatives", "--check", "--json"))
-    config = command_line.from_words(recipe.PlanConfig, given, "revffn plan")
+    config = command_line.from_words(options.PlanConfig, words, "revffn plan")
     from .memory.command import plan_command
 
     try:
@@ -129,19 +120,9 @@ def plan(words: list[str]) -> None:
         sys.exit(f"revffn plan: {problem}")
 
 
-def with_values(words: list[str], switches: tuple[str, ...]) -> list[str]:
-    """Alone, a switch means yes."""
-    given = []
-    for word, following in zip(words, [*words, "--"][1:], strict=True):
-        given.append(word)
-        if word in switches and following.startswith("--"):
-            given.append("True")
-    return given
-
-
 def evaluate(words: list[str]) -> None:
     """Score a model, or compare scores: revffn evaluate MODEL --tasks mmlu,gsm8k --output FILE; --compare FILE FILE"""
-    from . import command_line, recipe
+    from . import command_line, options
 
     if words[:1] == ["--compare"]:
         from .evaluation.command import compare_command
@@ -149,8 +130,7 @@ def evaluate(words: list[str]) -> None:
         return compare_command(words[1:])
     if words and not words[0].startswith("-"):
         words = ["--model", *words]
-    words = with_values(words, ("--chat_template", "--chat-template"))
-    config = command_line.from_words(recipe.EvaluateConfig, words, "revffn evaluate MODEL")
+    config = command_line.from_words(options.EvaluateConfig, words, "revffn evaluate MODEL")
     from .evaluation.command import evaluate_command
     from .evaluation.mt_bench import JudgeError
 

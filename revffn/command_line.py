@@ -1,28 +1,26 @@
-"""Recipes and options of the command line -> the dataclasses of recipe.py; what is wrong in them, in one line.
+"""Recipes and options -> the dataclasses of recipe.py and options.py; what is wrong in them, in one line.
 
-`load_run_config` merges the recipe's values and the overrides by key, then hands all of them to one typed parser, so
-that both are accepted, refused and described alike. An error says where the value stood: file and line, or the command
-line.
+Values are kept as they were written, with their place, by the name of the field: `optimizer.learning_rate`. pydantic
+makes them what the fields' types say; an error names the place: file and line, or the command line.
 """
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import io
-import re
-from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TypeVar, get_type_hints
+from types import NoneType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
-from .config import RETIRED
+from .config import RETIRED, ReversibleConfig, groups_of
 from .recipe import InputError, RunConfig
+from .usage import usage
 
 COMMAND_LINE = "command line"
-
 
 T = TypeVar("T")
 
@@ -31,8 +29,9 @@ T = TypeVar("T")
 class Given:
     """A value as the user wrote it, and where."""
 
-    words: list[str]
-    where: str
+    value: Any
+    """A text, None, or a list of them."""
+    where: str = COMMAND_LINE
 
 
 def load_run_config(recipe: str | Path, overrides: list[str] | None = None) -> RunConfig:
@@ -46,92 +45,59 @@ def load_run_config(recipe: str | Path, overrides: list[str] | None = None) -> R
         InputError: The file is missing or is not YAML, a key is unknown, or a value has the wrong type or range.
     """
     recipe = Path(recipe)
-    given = read_recipe(recipe) | read_overrides(overrides or [])
-    words = [word for name, value in given.items() for word in (f"--{name}", *value.words)]
-    try:
-        config = from_words(RunConfig, words, "revffn train RECIPE")
-    except InputError as error:
-        raise InputError(place(str(error), given, recipe)) from None
+    overrides = [word if word != "--force" else "--memory.force" for word in overrides or []]
+    given = read_recipe(recipe) | read_words(RunConfig, overrides)
+    if "model.path" not in given:
+        raise InputError(f"{recipe}: the section model has no path. Add `path:` there, or --model.path VALUE.")
+    config = build(RunConfig, given, str(recipe))
     if config.training.output_dir is None:
         config.training.output_dir = str(Path("runs", recipe.stem))
     return config
 
 
-def from_words(make: Callable[..., T], words: list[str], program: str) -> T:
-    """Call a dataclass or function with the arguments that command-line words say.
+def from_words(make: type[T], words: list[str], program: str) -> T:
+    """Fill a dataclass from `--key value ...`.
 
     Raises:
         InputError: The words do not fit.
         SystemExit: They ask for help, which has been printed.
     """
-    import tyro
-
-    markers = (tyro.conf.FlagConversionOff, tyro.conf.OmitSubcommandPrefixes)
-    message = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(message):
-            return tyro.cli(make, args=words, prog=program, config=markers, use_underscores=True)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise InputError(first_paragraph(message.getvalue())) from None
+    for word, everything in (("-h", False), ("--help", False), ("--help-all", True)):
+        if word in words:
+            print(usage(make, program, everything))
+            raise SystemExit(0)
+    return build(make, read_words(make, words), COMMAND_LINE)
 
 
-def first_paragraph(box: str) -> str:
-    """What a framed message of the command-line library says, without frame, title and hints."""
-    lines = [line.strip(" │|") for line in box.splitlines() if not re.match(r"\s*[╭╰]", line)]
-    parts = [part.strip() for part in re.split(r"[-─]{10,}", " ".join(line for line in lines if line))]
-    # The title is part of a drawn frame; without one (a plain terminal) it is a paragraph of its own.
-    text = parts[0 if "╭" in box else 1]
-    text = re.sub(r"could not convert string to float: ('.*')", r"expected a number, like 2e-5, got \1.", text)
-    text = re.sub(r"invalid literal for int\(\) with base 10: ('.*')", r"expected a whole number, got \1.", text)
-    return re.sub(r"no type matching (\S+) could be instantiated from \[('[^']*')\]\. .*", one_of_types, text)
+# --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def one_of_types(message: re.Match) -> str:
-    """Of a value that may be of several types: what those are, in words."""
-    kinds = {"INT": "a whole number", "FLOAT": "a number", "{None}": "null"}
-    *first, last = [kinds.get(kind, kind.strip("{}").replace(",", ", ")) for kind in message[1].split("|")]
-    return f"expected {', '.join(first)} or {last}, got {message[2]}."
-
-
-def place(message: str, given: dict[str, Given], recipe: Path) -> str:
-    """Put file and line, or "command line", in front of the message about one of the given values."""
-    message = re.sub(r"^Error parsing (--)?(RunConfig: )?", "", message)
-    if message.startswith("Unrecognized options"):
-        # All names are known here, so these are values too many.
-        surplus = message.split()[-1]
-        for name, value in given.items():
-            if surplus in value.words[1:]:
-                return f"{value.where}: {name} takes one value, got {' '.join(value.words)!r}."
-    # Messages of `__post_init__` name the section and the field apart: "optimizer: beta1 must be ...".
-    text = re.sub(r"^(\w+): (\w+) ", r"\1.\2 ", message)
-    found = {name: re.search(rf"(^|[\s'-]){re.escape(name)}\b", text) for name in given}
-    # What was typed last is what the user is looking at; then what the message is about first.
-    named = sorted((given[name].where != COMMAND_LINE, match.start(), name) for name, match in found.items() if match)
-    if named:
-        return f"{given[named[0][2]].where}: {message}"
-    if "model.path" in message:
-        return f"{recipe}: the section model has no path. Add `path:` there, or --model.path on the command line."
-    return f"{recipe}: {message}"
-
-
-def read_overrides(words: list[str]) -> dict[str, Given]:
-    """`["--section.key", "value", ...]` to values by name."""
-    given: dict[str, Given] = {}
-    name = None
+def read_words(make: type, words: list[str]) -> dict[str, Given]:
+    """`["--section.key", "value", ...]` to values by name; alone, an option means yes, and `--no-key` means no."""
+    options: list[tuple[str, list[str]]] = []
     for word in words:
-        if word == "--force":
-            name, given["memory.force"] = None, Given(["True"], COMMAND_LINE)
-        elif word.startswith("--") and len(word) > 2:
+        if word.startswith("--") and len(word) > 2:
             name, equals, value = word[2:].partition("=")
-            name = name.replace("-", "_")
-            check_name(name, COMMAND_LINE)
-            given[name] = Given([normalize(value)] if equals else [], COMMAND_LINE)
-        elif name is None:
-            raise InputError(f"{COMMAND_LINE}: expected --section.key value, got {word!r}. See revffn train --help.")
+            options.append((name.replace("-", "_"), [value] if equals else []))
+        elif not options:
+            shape = "--section.key value" if make is RunConfig else "--key value"
+            raise InputError(f"{COMMAND_LINE}: expected {shape}, got {word!r}. --help lists what there is.")
         else:
-            given[name].words.append(normalize(word))
+            options[-1][1].append(word)
+    given: dict[str, Given] = {}
+    known = dict(leaves(make))
+    for name, following in options:
+        # As YAML would have it: null is nothing.
+        values = [None if word in ("null", "None") else word for word in following]
+        opposite = name.removeprefix("no_")
+        if name not in known and opposite in known and not values and bool in kinds(known[opposite]):
+            name, values = opposite, ["false"]
+        check_name(make, name, COMMAND_LINE)
+        if not values:
+            if bool not in kinds(known[name]):
+                raise InputError(f"{COMMAND_LINE}: {name} needs a value: {accepted(known[name])}.")
+            values = ["true"]
+        given[name] = Given(values[0] if len(values) == 1 else values)
     return given
 
 
@@ -154,18 +120,26 @@ def read_recipe(recipe: Path) -> dict[str, Given]:
     def where(node: yaml.Node) -> str:
         return f"{recipe} line {node.start_mark.line + 1}"
 
-    for section, body in mapping(root, f"{recipe}: a recipe is a mapping of the sections {', '.join(sections())}"):
-        check_name(section.value, where(section))
-        remedy = f"{where(section)}: {section.value} is a section, write its keys on indented lines below it"
+    def read(config: type, body: yaml.Node | None, prefix: str, remedy: str) -> None:
+        groups = groups_of(config)
         for key, value in mapping(body, remedy):
-            name = f"{section.value}.{key.value}"
-            check_name(name, where(key))
+            name = prefix + key.value
+            check_name(RunConfig, name, where(key))
+            if key.value in groups:
+                remedy_within = f"{where(key)}: {name} is a section, write its keys on indented lines below it"
+                read(groups[key.value], value, name + ".", remedy_within)
+                continue
             if name in given:
                 raise InputError(f"{where(key)}: {name} is already set ({given[name].where}). Keep one of the two.")
-            leaves = value.value if isinstance(value, yaml.SequenceNode) else [value]
-            if not all(isinstance(leaf, yaml.ScalarNode) for leaf in leaves):
+            is_list = isinstance(value, yaml.SequenceNode)
+            nodes = value.value if is_list else [value]
+            if not all(isinstance(node, yaml.ScalarNode) for node in nodes):
                 raise InputError(f"{where(key)}: {name} takes a value or a list of values, got a nested structure.")
-            given[name] = Given([normalize(leaf.value, leaf.tag) for leaf in leaves], where(key))
+            values = [None if node.tag.endswith(":null") else node.value for node in nodes]
+            given[name] = Given(values if is_list else values[0], where(key))
+
+    names = ", ".join(groups_of(RunConfig))
+    read(RunConfig, root, "", f"{recipe}: a recipe is a mapping of the sections {names}")
     return given
 
 
@@ -177,38 +151,121 @@ def mapping(node: yaml.Node | None, remedy: str) -> list[tuple[yaml.ScalarNode, 
     return node.value
 
 
-def normalize(word: str, tag: str = "") -> str:
-    """YAML's spelling of null, true and false to Python's."""
-    if tag.endswith(":null"):
-        return "None"
-    if tag.endswith(":bool"):
-        return str(word.lower() in ("true", "yes", "on"))
-    if tag.endswith(":str"):
-        return word
-    return {"null": "None", "true": "True", "false": "False"}.get(word.lower(), word)
+# --- what there is ---------------------------------------------------------------------------------------------------
 
 
-def sections() -> dict[str, list[str]]:
-    """Every section of a recipe and its keys."""
-    hints = get_type_hints(RunConfig)
-    return {
-        f.name: [key.name for key in fields(hints[f.name])] for f in fields(RunConfig) if is_dataclass(hints[f.name])
-    }
+def leaves(config: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Names and types of the fields that are offered, those of groups with the group's name and a point in front."""
+    hints, groups = get_type_hints(config), groups_of(config)
+    for found in fields(config):
+        if found.metadata.get("internal"):
+            continue
+        if found.name in groups:
+            yield from leaves(groups[found.name], f"{prefix}{found.name}.")
+        else:
+            yield prefix + found.name, hints[found.name]
 
 
-def check_name(name: str, where: str) -> None:
-    """Refuse an unknown section or section.key, with the nearest known one and what is accepted."""
-    section, dot, key = name.partition(".")
-    known = sections()
-    if section in known and (not dot or key in known[section]):
+def check_name(make: type, name: str, where: str) -> None:
+    """Refuse an unknown section or key, with the nearest known one and what is accepted."""
+    known = [key for key, _ in leaves(make)]
+    if name in known or any(key.startswith(name + ".") for key in known):
         return
-    if section == "reversible" and key in RETIRED:
+    section, _, last = name.rpartition(".")
+    if section == "reversible" and last in RETIRED:
         raise InputError(f"{where}: {name} is gone: every state is exact without it. Leave the key out.")
-    everything = [f"{s}.{k}" for s, keys in known.items() for k in keys]
-    same_key = [full for full in everything if full.endswith("." + (key or section))]
-    near = same_key or difflib.get_close_matches(name, everything if dot else [*known, *everything], n=1)
+    if section == "reversible" and last in closed():
+        raise InputError(f"{where}: {name} is no setting of a run: {closed()[last]}. Leave the key out.")
+    same = [full for full in known if full.rpartition(".")[2] == last]
+    near = same or difflib.get_close_matches(name, [*known, *groups_of(make)], n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
-    accepted = (
-        f"keys of {section}: {', '.join(known[section])}" if section in known else f"sections: {', '.join(known)}"
-    )
-    raise InputError(f"{where}: unknown key {name!r}.{hint} Accepted {accepted}.")
+    within = [full for full in known if section and full.startswith(section + ".")]
+    if within:
+        names = f"keys of {section}: {', '.join(full.removeprefix(section + '.') for full in within)}"
+    elif groups_of(make):
+        names = f"sections: {', '.join(groups_of(make))}"
+    else:
+        names = f"keys: {', '.join(known)}"
+    raise InputError(f"{where}: unknown key {name!r}.{hint} Accepted {names}.")
+
+
+def closed() -> dict[str, str]:
+    """Settings of a model that recipes do not offer, and what decides them."""
+    reasons = {"grids": "calibration finds it", "innovation": "experiments have settled it (docs/experiments.md)"}
+    groups = groups_of(ReversibleConfig)
+    return {found.name: reason for group, reason in reasons.items() for found in fields(groups[group])}
+
+
+# --- values ----------------------------------------------------------------------------------------------------------
+
+
+def build(make: type[T], given: dict[str, Given], otherwise: str) -> T:
+    """The dataclass with what was given.
+
+    Args:
+        otherwise: The place of an error that no given value can be blamed for.
+
+    Raises:
+        InputError: A value is missing, has the wrong type or is out of range.
+    """
+    tree: dict[str, Any] = {}
+    for name, value in given.items():
+        *path, last = name.split(".")
+        inner = tree
+        for group in path:
+            inner = inner.setdefault(group, {})
+        inner[last] = value.value
+    try:
+        return TypeAdapter(make).validate_python(tree)
+    except ValidationError as failed:
+        problem = failed.errors(include_url=False)[0]
+    path = [part for part in problem["loc"] if isinstance(part, str)]
+    if problem["type"] == "value_error":
+        # Of __post_init__: "beta1 must be ...", of the section that the path names.
+        text = f"{'.'.join(path)}: {problem['ctx']['error']}" if path else str(problem["ctx"]["error"])
+        raise InputError(f"{blamed(text, given, otherwise)}: {text}") from None
+    known = dict(leaves(make))
+    # Behind the field's name there may be the member of a union that did not fit either.
+    name = next(".".join(path[:i]) for i in range(len(path), 0, -1) if ".".join(path[:i]) in known)
+    if problem["type"] == "missing":
+        raise InputError(f"{otherwise}: {name} is missing. Give --{name}: {accepted(known[name])}.") from None
+    value, where = given[name].value, given[name].where
+    if isinstance(value, list) and list not in kinds(known[name]):
+        raise InputError(f"{where}: {name} takes one value, got {' '.join(map(str, value))!r}.") from None
+    raise InputError(f"{where}: {name}: expected {accepted(known[name])}, got {written(value)}.") from None
+
+
+def blamed(text: str, given: dict[str, Given], otherwise: str) -> str:
+    """The place of the given value that a message is about."""
+    section, _, rest = text.partition(": ")
+    words = {word.strip(",.:;()'\"=") for word in f"{section} {section}.{rest} {rest}".replace("=", " ").split()}
+    named = [name for name in given if name in words or name.rpartition(".")[2] in words]
+    # What was typed last is what the user is looking at; then what the message is about first.
+    named.sort(key=lambda name: (given[name].where != COMMAND_LINE, text.find(name.rpartition(".")[2])))
+    return given[named[0]].where if named else otherwise
+
+
+def kinds(hint: Any) -> list[Any]:
+    """The members of a union, or the type alone: without parameters, and literals as they are."""
+    if get_origin(hint) is Literal or not get_args(hint):
+        return [hint]
+    if get_origin(hint) is list:
+        return [list]
+    return [kind for member in get_args(hint) for kind in kinds(member)]
+
+
+def accepted(hint: Any) -> str:
+    """A field's type in words."""
+    words = {str: "a text", int: "a whole number", float: "a number, like 2e-5", bool: "true or false"}
+    words |= {NoneType: "null", list: "a list of whole numbers"}
+    found = []
+    for kind in kinds(hint):
+        found += [", ".join(map(str, get_args(kind)))] if get_origin(kind) is Literal else [words[kind]]
+    found.sort(key=lambda word: word == "null")
+    return " or ".join([", ".join(found[:-1]), found[-1]] if len(found) > 1 else found)
+
+
+def written(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(str, value))}]"
+    return "null" if value is None else repr(value)

@@ -1,6 +1,6 @@
-"""What a run, a plan and an evaluation are told: keyword-only dataclasses whose field texts are the only description.
+"""What a run is told: keyword-only dataclasses whose field texts are the only description.
 
-command_line.py fills them from a YAML recipe and from options.
+command_line.py fills them from a YAML recipe and from options. `first` marks what `revffn train --help` shows.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from .config import ReversibleConfig
+from .config import ReversibleConfig, first
 
 
 class InputError(ValueError):
@@ -20,7 +20,7 @@ class InputError(ValueError):
 class ModelConfig:
     """The pretrained model."""
 
-    path: str
+    path: str = first()
     """Folder of a pretrained Hugging Face model with its tokenizer, or its name on the Hub."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision of weights, gradients and computation. See optimizer.rounding for updates of bfloat16 weights."""
@@ -30,7 +30,7 @@ class ModelConfig:
 class RunReversibleConfig(ReversibleConfig):
     """The reversible blocks; their settings travel with the model."""
 
-    coupling: Literal["innovation", "cross_branch", "none"] | None = "innovation"
+    coupling: Literal["innovation", "cross_branch", "none"] | None = first("innovation")
     """`innovation` keeps the pretrained function and exports to it; `cross_branch` is the RevFFN paper's; `none` is
     the plain model with each layer's input stored by this library's engine; null is the plain Hugging Face model,
     untouched."""
@@ -48,8 +48,7 @@ class RunReversibleConfig(ReversibleConfig):
                 "Leave it out for auto."
             )
         if self.coupling is not None:
-            # Of the other settings.
-            ReversibleConfig.from_dict(self.to_dict() | {"tile_tokens": None})
+            self.check_values()
 
     def resolve(self, calibrated: bool) -> ReversibleConfig | None:
         """What `convert` takes, with calibration or without; None leaves the model as it is.
@@ -66,126 +65,10 @@ class RunReversibleConfig(ReversibleConfig):
 
 
 @dataclass(kw_only=True)
-class PlanConfig:
-    """Say before a run what one training step takes, what fits, and what else would."""
-
-    model: str
-    """A name that is known without a network (qwen1.5-moe-a2.7b, qwen3-30b-a3b, olmoe-1b-7b, mixtral-8x7b,
-    deepseek-v2-lite, gpt-oss-20b), a folder, or a name on the Hub."""
-    batch: int
-    """Sequences per step."""
-    tokens: int
-    """Tokens per sequence."""
-    coupling: Literal["innovation", "cross_branch", "none"] = "innovation"
-    """`innovation` keeps the pretrained function; `cross_branch` is the RevFFN paper's; `none` stores layer inputs."""
-    side_bits: int = 2
-    """Innovation: bits kept per element and layer, 0 to 4."""
-    query_stream: Literal["left", "right"] = "left"
-    """Cross-branch: the stream that attention queries are made from; `left` is the paper's form."""
-    tile_tokens: int | Literal["auto"] = "auto"
-    """Tokens that a layer works on at once in backward; 0 is the whole batch, `auto` the largest that fits `gpu` (as
-    in a recipe), or 2048 if no `gpu` is given."""
-    optimizer: Literal["adafactor", "adamw", "adamw8bit", "sgd"] = "adafactor"
-    """In backward, with linear cross-entropy."""
-    rounding: Literal["stochastic", "nearest", "master"] = "stochastic"
-    """Of bfloat16 weights; `master` keeps float32 copies."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of weights, gradients and computation."""
-    weights: Literal["device", "host"] = "device"
-    """`host`: two decoder layers at a time on the device, the others in host memory."""
-    link_gb_per_s: float = 25.0
-    """With weights on the host: what a copy from pinned host memory reaches, one way. An assumption; measure yours."""
-    tflops: float = 400.0
-    """With weights on the host: matrix rate of the device in training. An assumption; measure yours."""
-    gpu: str | None = None
-    """Memory of the device, like 24GiB: the largest batch and the longest sequence that fit are looked for, and what
-    would make the run fit if it does not."""
-    alternatives: bool = True
-    """Plan the other ways of training too: takes longer. `--no-alternatives` leaves them out."""
-    check: bool = False
-    """Also run the full step on fake tensors, and compare: takes a minute or several, and exits with status 1 if the
-    prediction is off by more than 3 %."""
-    plot: str | None = None
-    """Draw a bar for each way of training into this file (needs matplotlib)."""
-    json: bool = False
-    """Print one JSON object instead of a table."""
-
-    def __post_init__(self):
-        for name in ("link_gb_per_s", "tflops"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be a number above 0, got {getattr(self, name)}.")
-        if self.tile_tokens != "auto" and self.tile_tokens < 0:
-            raise ValueError(
-                f"tile_tokens must be auto (the largest that fits), 0 (the whole batch) or at least 1, got "
-                f"{self.tile_tokens}. Leave it out for auto."
-            )
-
-
-@dataclass(kw_only=True)
-class EvaluateConfig:
-    """Score a model: `revffn evaluate MODEL --tasks ... --output FILE`. `revffn evaluate --compare FILE FILE ...` puts
-    results beside each other in a table."""
-
-    model: str
-    """Folder of a Hugging Face model with its tokenizer, of a finished run, or of a saved reversible model (the
-    exported function is evaluated then); or a name on the Hub."""
-    tasks: str
-    """Some of mmlu, gsm8k, mgsm, mgsm_cot, perplexity, mt_bench, with commas between them."""
-    output: str
-    """JSON file for the results. With the same settings a second call goes on with the tasks that it lacks. Answers
-    and judgments of mt_bench are kept in a folder beside it."""
-    limit: int | None = None
-    """Only so many questions of each task (mmlu: of each subject; mgsm: of each language; mt_bench: spread over the
-    categories), or windows of perplexity."""
-    batch_size: int = 8
-    """Sequences per forward pass."""
-    chat_template: bool = False
-    """Put the prompts of mmlu, gsm8k and mgsm into the tokenizer's chat template, examples as turns of a conversation.
-    mt_bench always does."""
-    device: str | None = None
-    """cuda, cuda:1, cpu and so on; null is the GPU if there is one."""
-    mmlu_path: str | None = None
-    """Folder with test.jsonl.gz and dev.jsonl.gz; null is cais/mmlu on the Hub."""
-    mmlu_subjects: str | None = None
-    """Only these subjects, with commas between them. Null is all 57."""
-    gsm8k_path: str | None = None
-    """Folder with test.jsonl.gz; null is openai/gsm8k on the Hub."""
-    mgsm_path: str | None = None
-    """Folder with a mgsm_<language>.tsv for each language; null is juletxara/mgsm on the Hub."""
-    text: str | None = None
-    """Text file, or its .gz, for perplexity."""
-    window: int = 1024
-    """Tokens that perplexity sees at once."""
-    stride: int | None = None
-    """Tokens from one window of perplexity to the next: the others are context. Null is half a window."""
-    mt_bench_path: str | None = None
-    """Folder with question.jsonl, reference_answer/gpt-4.jsonl and judge_prompts.jsonl of FastChat."""
-    max_new_tokens: int = 1024
-    """Longest answer of mt_bench, each turn."""
-    seed: int = 0
-    """Of the answers of mt_bench that are drawn."""
-    judge_url: str | None = None
-    """Any OpenAI-compatible endpoint, up to and with /v1. Without one mt_bench only writes answers."""
-    judge_model: str | None = None
-    """Name of the judge at that endpoint."""
-    judge_key_variable: str = "OPENAI_API_KEY"
-    """Environment variable with the endpoint's key; none is sent if it is not set."""
-    judge_attempts: int = 6
-    """Tries of one judgment while the endpoint is busy or fails, with growing pauses."""
-
-    def __post_init__(self):
-        _at_least(self, limit=1, batch_size=1, window=2, stride=1, max_new_tokens=1, judge_attempts=1)
-        if self.stride is not None and self.stride > self.window:
-            raise ValueError(f"stride must be at most the window, {self.window}, got {self.stride}.")
-        if (self.judge_url is None) != (self.judge_model is None):
-            raise ValueError("judge_url and judge_model go together. Give both or none.")
-
-
-@dataclass(kw_only=True)
 class DataConfig:
     """The conversations to learn from. Only the responses count in the loss."""
 
-    path: str = "data/databricks-dolly-15k/databricks-dolly-15k.jsonl.gz"
+    path: str = first("data/databricks-dolly-15k/databricks-dolly-15k.jsonl.gz")
     """A .jsonl, .jsonl.gz, .json or .csv file with the columns instruction, response (and context); or instruction,
     output (and input); or question, answer (and context); or messages. Looked for in the working directory, beside the
     recipe and in the source checkout. Anything else is taken for a data set on the Hub."""
@@ -195,7 +78,7 @@ class DataConfig:
     """Training examples to use, drawn by `seed`; null is all that are not held out."""
     num_heldout: int = 256
     """Examples held out for evaluation, drawn by `seed`. The same ones whatever `num_examples` is."""
-    max_length: int = 1024
+    max_length: int = first(1024)
     """Tokens per sequence; what is longer is cut at the end."""
     packing: bool = False
     """Put several examples into one sequence of `max_length` tokens, kept apart by position ids. Otherwise pad."""
@@ -203,14 +86,14 @@ class DataConfig:
     """Seed of the held-out split and of the choice of training examples."""
 
     def __post_init__(self):
-        _at_least(self, num_examples=1, num_heldout=0, max_length=8)
+        at_least(self, num_examples=1, num_heldout=0, max_length=8)
 
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
     """The optimizer of revffn/optim/in_backward.py, with a linear warm-up."""
 
-    name: Literal["adafactor", "adamw", "adamw8bit", "sgd"] = "adafactor"
+    name: Literal["adafactor", "adamw", "adamw8bit", "sgd"] = first("adafactor")
     """adafactor: second moments as row and column means, per expert. adamw: two moments in float32. adamw8bit: the
     same in 8 bits, needs torchao. sgd: no state without momentum."""
     in_backward: bool | None = None
@@ -219,7 +102,7 @@ class OptimizerConfig:
     rounding: Literal["stochastic", "nearest", "master"] = "stochastic"
     """How bfloat16 weights take an update smaller than they resolve. `nearest` loses it, `master` keeps float32 copies
     of all weights."""
-    learning_rate: float = 1e-5
+    learning_rate: float = first(1e-5)
     """Peak learning rate of stage 2."""
     stage1_learning_rate: float = 1e-3
     """Peak learning rate of stage 1."""
@@ -240,7 +123,7 @@ class OptimizerConfig:
     and the last step's stands in for it; see revffn/optim/in_backward.py."""
 
     def __post_init__(self):
-        _at_least(self, learning_rate=0, stage1_learning_rate=0, weight_decay=0, max_grad_norm=0)
+        at_least(self, learning_rate=0, stage1_learning_rate=0, weight_decay=0, max_grad_norm=0)
         for name in ("beta1", "beta2", "momentum", "warmup_ratio"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}.")
@@ -250,14 +133,14 @@ class OptimizerConfig:
 class MemoryConfig:
     """What a run may take. It is predicted before weights are loaded, and compared with what it took at the end."""
 
-    limit: str | None = None
+    limit: str | None = first(None)
     """Memory of the device, like 24GiB. A run that is predicted to take more is refused. Null is all that the GPU has,
     or the host without a GPU."""
     force: bool = False
     """Start although the prediction does not fit. `--force` on the command line is short for it."""
     linear_cross_entropy: bool = True
     """Compute the loss in chunks of tokens, never the full logits. False leaves the loss to TRL."""
-    weights: Literal["device", "host"] = "device"
+    weights: Literal["device", "host"] = first("device")
     """`host`: decoder layers and the optimizer's states of them live in host memory, two layers at a time on the
     device. Needs a coupling and the optimizer in backward; large steps hide the copies (`revffn plan` says how
     large)."""
@@ -267,16 +150,16 @@ class MemoryConfig:
 class TrainingConfig:
     """The two stages: projection adapters or predictors alone, then everything but the router."""
 
-    output_dir: str | None = None
+    output_dir: str | None = first(None)
     """Folder of the run, new or empty; null is runs/<name of the recipe>."""
     stage1_steps: int = 0
     """Optimizer steps in which only the coupling's own parameters train (projection adapters, predictors). For
     innovation 0 will do: its predictors are fitted in closed form."""
-    num_steps: int | None = None
+    num_steps: int | None = first(None)
     """Optimizer steps of stage 2; null goes by `num_epochs`."""
-    num_epochs: float = 1.0
+    num_epochs: float = first(1.0)
     """Passes over the training examples in stage 2, if `num_steps` is null."""
-    batch_size: int = 8
+    batch_size: int = first(8)
     """Sequences per device in one forward pass. Make this the real batch: it is walked in tiles of
     reversible.tile_tokens, which bound the memory."""
     gradient_accumulation_steps: int = 1
@@ -293,16 +176,16 @@ class TrainingConfig:
     themselves."""
     log_steps: int = 1
     """A line in metrics.jsonl every so many optimizer steps."""
-    save_steps: int | None = None
+    save_steps: int | None = first(None)
     """A checkpoint to resume from every so many optimizer steps; null keeps none."""
-    resume: bool = False
+    resume: bool = first(False)
     """Go on from the newest checkpoint in `output_dir`."""
     seed: int = 0
-    """Seed of the order of the data, of the random signs and of everything else random."""
+    """Seed of the order of the data and of everything else that is random."""
 
     def __post_init__(self):
-        _at_least(self, stage1_steps=0, num_steps=0, batch_size=1, gradient_accumulation_steps=1, calibration_tokens=0)
-        _at_least(self, log_steps=1, save_steps=1, router_aux_loss_coef=0)
+        at_least(self, stage1_steps=0, num_steps=0, batch_size=1, gradient_accumulation_steps=1, calibration_tokens=0)
+        at_least(self, log_steps=1, save_steps=1, router_aux_loss_coef=0)
         if self.num_epochs <= 0:
             raise ValueError(f"num_epochs must be above 0, got {self.num_epochs}.")
 
@@ -315,7 +198,7 @@ class EvaluationConfig:
     """Sequences per forward pass."""
     every_steps: int | None = None
     """Held-out loss every so many optimizer steps, written to metrics.jsonl; null is before and after only."""
-    prompt: str | None = None
+    prompt: str | None = first(None)
     """A question answered before and after training; null asks none."""
     max_new_tokens: int = 64
     """Longest answer."""
@@ -324,7 +207,7 @@ class EvaluationConfig:
     the reversible one, on the same batch: bytes kept for backward, and peak memory."""
 
     def __post_init__(self):
-        _at_least(self, batch_size=1, every_steps=1, max_new_tokens=1)
+        at_least(self, batch_size=1, every_steps=1, max_new_tokens=1)
 
 
 @dataclass(kw_only=True)
@@ -374,7 +257,7 @@ def with_tile(config: RunConfig, tile_tokens: int | None) -> RunConfig:
     return replace(config, reversible=replace(config.reversible, tile_tokens=tile_tokens))
 
 
-def _at_least(config: object, **least: float) -> None:
+def at_least(config: object, **least: float) -> None:
     for name, bound in least.items():
         value = getattr(config, name)
         if value is not None and not value >= bound:

@@ -142,7 +142,7 @@ def coupled(
     settings.setdefault("random_sign", True)  # and every factor
     settings.setdefault("stream_maps", False)  # the paper's form; adapters then start where attention contracts
     settings.setdefault("grid_growth", 2)  # all there is to spare would leave no gain to see on four layers
-    return revffn.convert(model, revffn.ReversibleConfig(**settings), calibration=calibration).train()
+    return revffn.convert(model, revffn.ReversibleConfig.from_dict(settings), calibration=calibration).train()
 
 
 # --- the twin --------------------------------------------------------------------------------------------------------
@@ -151,12 +151,13 @@ def coupled(
 def grid_scale(config, state: int, num_layers: int, width: int) -> Tensor:
     """Grid units per unit of state number `state`, by channel, float64."""
     if config.coupling != "innovation":
-        return torch.full((width,), 2.0**config.fraction_bits, dtype=torch.float64)
+        return torch.full((width,), 2.0**config.grids.fraction_bits, dtype=torch.float64)
     bits, wide_bits = (
-        config.fraction_bits + growth * state // num_layers for growth in (config.grid_growth or 0, config.wide_growth)
+        config.grids.fraction_bits + growth * state // num_layers
+        for growth in (config.grids.grid_growth or 0, config.grids.wide_growth)
     )
     scale = torch.full((width,), 2.0**bits, dtype=torch.float64)
-    scale[config.wide_channels] = 2.0**wide_bits
+    scale[config.grids.wide_channels] = 2.0**wide_bits
     return scale
 
 
@@ -227,7 +228,7 @@ def reference_layers(model, signs: Tensor | None):
             if k == 0:
                 start = hidden if layer.stream_maps is None else layer.stream_maps.entry(hidden)
                 state["left"], state["right"] = (on_grid(x, S) for x in start.chunk(2, dim=-1))
-            query = state["left"] if config.query_stream == "left" else state["right"]
+            query = state["left"] if config.cross_branch.query_stream == "left" else state["right"]
             update = cross_attention(layer, read(query, dtype), read(state["right"], dtype), kwargs)
             state["left"] = wrapped(state["left"] + on_grid(update, S), S)
             update = half_feed_forward(layer, read(state["left"], dtype))
@@ -280,7 +281,7 @@ def reference_layers(model, signs: Tensor | None):
 
 def draw_signs(model, batch_size: int) -> Tensor | None:
     config = model.reversible_config
-    if config.coupling != "innovation" or not config.random_sign:
+    if config.coupling != "innovation" or not config.innovation.random_sign:
         return None
     return 2 * torch.randint(0, 2, (len(model.model.layers), batch_size), dtype=torch.int32) - 1
 

@@ -103,7 +103,7 @@ def test_cross_branch_cannot_be_exported(recipe_file, refused, tmp_path):
     words = [
         "--reversible.coupling",
         "cross_branch",
-        "--reversible.query_stream",
+        "--reversible.cross_branch.query_stream",
         "right",
         "--training.num_steps",
         "0",
@@ -119,7 +119,7 @@ def test_other_bad_command_lines(refused, tmp_path):
     assert "Usage: revffn export RUN OUT" in refused("export", "one")
     assert "output" in refused("upcycle")
     assert "model" in refused("plan") and "model" in refused("evaluate")
-    assert "--num_expert" in refused("upcycle", "--output", "out", "--num_expert", "4")
+    assert "Did you mean num_experts?" in refused("upcycle", "--output", "out", "--num_expert", "4")
     assert "steps must be" in refused("upcycle", "--output", "out", "--steps", "0")
     assert "no model here" in refused("export", tmp_path / "nowhere", "out")
 
@@ -135,6 +135,28 @@ def test_help_of_a_command(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     assert stop.value.code == 0 and "--" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["train", "{recipe}", "--training.batch_size", "x"], "training.batch_size: expected a whole number"),
+        (["train", "{recipe}", "--reversible.side_bits", "7"], "side_bits must be 0 to 4"),
+        (["plan", "--model", "x", "--batch", "1", "--tokens", "x"], "tokens: expected a whole number"),
+        (["upcycle"], "output is missing"),
+        (["evaluate", "x", "--task", "mmlu"], "Did you mean tasks?"),
+        (["evalute"], "unknown command"),
+        (["export", "x"], "expected two folders"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_seen_before_torch_is_imported(recipe_file, words, message):
+    """Its import takes seconds, and transformers' too."""
+    words = [word.format(recipe=recipe_file()) for word in words]
+    code = "import sys; sys.argv[0] = 'revffn'; sys.modules['torch'] = sys.modules['transformers'] = None; "
+    code += f"from revffn.__main__ import main; sys.exit(main({words!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def test_as_a_program(recipe_file, tmp_path):

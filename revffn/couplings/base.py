@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -40,7 +39,7 @@ class Coupling(ABC):
     has_streams = True
     """Whether states live in int32 streams and are rebuilt; otherwise layers keep their inputs."""
     grids_grow = False
-    """Whether `grid_growth` has a meaning."""
+    """Whether `Grids.grid_growth` has a meaning."""
     keeps_function = True
     """Whether a model in eval mode computes what it did before it was converted."""
     trains_another = False
@@ -54,13 +53,13 @@ class Coupling(ABC):
 
     def resolve(self, config: ReversibleConfig, calibrated: bool) -> ReversibleConfig:
         """Put values for settings that depend on whether there will be a calibration."""
-        return config if config.stream_maps is not None else replace(config, stream_maps=False)
+        return config
 
     def validate(self, config: ReversibleConfig, hf_config: PreTrainedConfig) -> None:
         """Raise ValueError where the settings do not fit the model."""
         return
 
-    def runs(self, config: ReversibleConfig, training: bool) -> bool:
+    def runs(self, training: bool) -> bool:
         """Whether a forward call walks, in training mode and in eval mode."""
         return training
 

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..config import Grids
+
 # Relative to the (unit) variance of a channel. The map is fitted on the plain model's states and used on those of the
 # coupled one, which carry more noise: a smaller ridge fits better and predicts worse (docs/experiments.md).
 RIDGE = 0.1
@@ -141,7 +143,7 @@ def fitting(magnitude: float, margin: int) -> int:
     return min(MAX_FRACTION_BITS, 31 - margin - math.ceil(math.log2(max(magnitude, 1e-6))))
 
 
-def one_grid(magnitude: float, margin: int) -> dict[str, Any]:
-    """The grid settings of one grid for all states: 2**margin times `magnitude` is inside int32."""
+def one_grid(magnitude: float, margin: int) -> Grids:
+    """One grid for all states: 2**margin times `magnitude` is inside int32."""
     bits = max(0, fitting(magnitude, margin))
-    return {"fraction_bits": bits, "grid_growth": 0, "wide_channels": [], "wide_growth": 0}
+    return Grids(fraction_bits=bits, grid_growth=0)

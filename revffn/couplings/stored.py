@@ -26,7 +26,7 @@ class Stored(Coupling):
     name = "none"
     has_streams = False
 
-    def runs(self, config: ReversibleConfig, training: bool) -> bool:
+    def runs(self, training: bool) -> bool:
         return training and torch.is_grad_enabled()
 
     def label(self, config: ReversibleConfig) -> str:

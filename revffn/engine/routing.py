@@ -2,9 +2,10 @@
 
 A router ends in `torch.topk`. Whatever the family computes around it (softmax or sigmoid, groups, correction bias,
 renormalisation), the discrete choice is made there and nowhere else; so the choice is intercepted there, for every
-architecture in the same way. In replay the values are gathered from the freshly computed scores with the recorded
-indices: the scores keep their gradient, and no token changes its expert because a rebuilt state differs in its last
-bit.
+architecture in the same way. transformers' experts interface comes too late for it: it is handed the indices with
+their weights, and the weights of recorded indices are not to be had there. In replay the values are gathered from the
+freshly computed scores with the recorded indices: the scores keep their gradient, and no token changes its expert
+because a rebuilt state differs in its last bit.
 
 The interception costs a Python call for every operation under it. So the engine only says what it is doing
 (`routing`), and the interception opens where a family chooses (`intercept`): in the router's forward, in the block's

@@ -61,9 +61,9 @@ class Tile:
 def state_grids(config: ReversibleConfig, num_layers: int, like: Tensor) -> list[Grid]:
     """The grid of every state, s_0 to s_L, for hidden states `like` (..., D)."""
     wide = None
-    if config.wide_channels:
+    if config.grids.wide_channels:
         wide = torch.zeros(like.shape[-1], dtype=torch.bool)
-        wide[config.wide_channels] = True
+        wide[config.grids.wide_channels] = True
         wide = wide.to(like.device, non_blocking=True)
     states = range(num_layers + 1)
     bits = [tuple(config.fraction_bits_of(k, num_layers, wide) for wide in (False, True)) for k in states]
@@ -245,9 +245,9 @@ class Report:
 
     def grids_of(self, config: ReversibleConfig, num_layers: int, like: Tensor) -> list[Grid]:
         """`state_grids` with all they need by channel, made once: nothing is copied to the device in a step."""
-        bits = [config.side_bits_of(k) for k in range(num_layers)]
-        key = (config.coupling, config.fraction_bits, config.grid_growth, config.wide_growth, *bits)
-        key += (*config.wide_channels, like.shape[-1], like.device, getattr(like, "fake_mode", None))
+        bits, found = [config.side_bits_of(k) for k in range(num_layers)], config.grids
+        key = (config.coupling, found.fraction_bits, found.grid_growth, found.wide_growth, *bits)
+        key += (*found.wide_channels, like.shape[-1], like.device, getattr(like, "fake_mode", None))
         if self.grids is None or self.grids[0] != key:
             grids = state_grids(config, num_layers, like)
             for k, grid in enumerate(grids):
@@ -277,8 +277,8 @@ class Report:
                 "A stream is within a factor of two of int32's end, where values wrap around: states are rebuilt all "
                 "the same, but another function is trained. Convert with calibration data that holds such values, or "
                 "without calibration and with fewer fraction_bits (now %s%s).",
-                config.fraction_bits,
-                f", and grid_growth {config.grid_growth}" if config.grid_growth else "",
+                config.grids.fraction_bits,
+                f", and grid_growth {config.grids.grid_growth}" if config.grids.grid_growth else "",
             )
 
     def as_dict(self) -> dict[str, Any]:

@@ -29,9 +29,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-import revffn
-
-from ..recipe import EvaluateConfig, InputError
+from ..models.conversion import export, is_reversible
+from ..options import EvaluateConfig
+from ..recipe import InputError
 
 HARNESS_TASKS = ("mmlu", "gsm8k", "mgsm", "mgsm_cot")
 TASKS = (*HARNESS_TASKS, "perplexity", "mt_bench")
@@ -209,9 +209,9 @@ def load_model(folder: str, device: torch.device) -> tuple[PreTrainedModel, str]
     except OSError as error:
         raise InputError(f"model {folder!r}: {' '.join(str(error).split())[:200]}") from None
     function = "plain"
-    if revffn.is_reversible(model):
+    if is_reversible(model):
         try:
-            model, function = revffn.export(model), "exported"
+            model, function = export(model), "exported"
         except ValueError:
             function = "its own"
     return model.to(device).eval(), function
@@ -249,7 +249,9 @@ def short_sha256(content: bytes) -> str:
 
 
 def versions() -> dict[str, str]:
-    found = {"revffn": revffn.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    from .. import __version__
+
+    found = {"revffn": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     if importlib.util.find_spec("lm_eval") is not None:
         from importlib.metadata import version
 

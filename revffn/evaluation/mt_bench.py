@@ -30,7 +30,8 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import read_file
-from ..recipe import EvaluateConfig, InputError
+from ..options import EvaluateConfig
+from ..recipe import InputError
 from ..training.heldout import mode
 
 TEMPERATURES = {

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..config import ReversibleConfig
+from ..config import CrossBranchConfig, ReversibleConfig
 from ..models.known import load_config
 from .amounts import gib, parse_bytes
 from .plan import USUAL_TILE, TileChoice, check, choose_tile, label_of, plan, tiled, traffic, what_would_fit
@@ -118,7 +118,7 @@ def plot(answer: Plan, title: str, file: Path, gpu_bytes: int | None = None) -> 
 
 
 def plan_command(question: Any) -> str | None:
-    """Answer a `recipe.PlanConfig` on standard output.
+    """Answer a `options.PlanConfig` on standard output.
 
     Returns:
         What `--check` found wrong.
@@ -130,7 +130,7 @@ def plan_command(question: Any) -> str | None:
     reversible = ReversibleConfig(
         coupling=question.coupling,
         side_bits=question.side_bits,
-        query_stream=question.query_stream,
+        cross_branch=CrossBranchConfig(query_stream=question.query_stream),
         tile_tokens=USUAL_TILE if question.tile_tokens == "auto" else question.tile_tokens or None,
     ).resolve(calibrated=True)  # as `revffn train` does
     dtype = getattr(torch, question.dtype)

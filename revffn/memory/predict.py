@@ -190,19 +190,15 @@ def _update_bytes(shape: tuple[int, ...], optimizer: str, rounding: str, dtype: 
     with FakeTensorMode():
         parameter = nn.Parameter(torch.empty(shape, dtype=dtype))
         rule = OptimizerInBackward([parameter], rule=optimizer, rounding=rounding)
-        rule._state_of(parameter, rule.param_groups[0])
+        state = list(rule.state_tensors())
         parameter.grad = torch.empty_like(parameter)
         counter = LiveBytes()
-        for tensor in (
-            parameter,
-            parameter.grad,
-            *(t for t in rule.state[parameter].values() if isinstance(t, Tensor)),
-        ):
+        for tensor in (parameter, parameter.grad, *state):
             counter.add(tensor)
         counter.begin("update")
         before = counter.live_bytes
         with counter, torch.no_grad():
-            rule._update(parameter)
+            rule.step_parameter(parameter)
         rule.detach()
         counter.begin("after")
         return sum(s.num_bytes for s in counter.at_peak["update"]) - before

@@ -33,7 +33,6 @@ from ..config import ReversibleConfig
 from ..engine.host_weights import HostWeights
 from ..models.conversion import convert, default_dtype, is_reversible
 from ..models.losses import use_linear_cross_entropy
-from ..ops.update import make_code_books
 from ..optim import OptimizerInBackward, parameter_groups
 from .live_bytes import FORWARD, LiveBytes, Storage, describe, no_garbage_collection
 
@@ -309,17 +308,9 @@ class RealOptimizer:
     def __init__(self, model: PreTrainedModel, method: Method):
         rule = dict(rule=method.optimizer, rounding=method.rounding, in_backward=method.optimizer_in_backward)
         self.optimizer = OptimizerInBackward(parameter_groups(model, 0.0), **rule)
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                self.optimizer._state_of(parameter, group)
-                if method.optimizer == "adamw8bit" and parameter.device not in self.optimizer._code_books:
-                    self.optimizer._code_books[parameter.device] = make_code_books(parameter.device)
         self.step, self.detach = self.optimizer.step, self.optimizer.detach
-
-    def state_tensors(self) -> Iterator[Tensor]:
-        for state in self.optimizer.state.values():
-            yield from (value for value in state.values() if isinstance(value, Tensor))
-        yield from self.optimizer._code_books.values()
+        self.state_tensors = self.optimizer.state_tensors
+        list(self.state_tensors())
 
 
 def run_step(

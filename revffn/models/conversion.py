@@ -42,6 +42,9 @@ logger = logging.getLogger(__name__)
 class ReversibleBackbone(PreTrainedModel):
     """Mixed in front of `<stem>Model`: opens a walk for every forward call that is to be reversible."""
 
+    walks_in_eval = False
+    """Eval mode computes what was trained, also where that is another function (innovation)."""
+
     @property
     def reversible_config(self) -> ReversibleConfig:
         return ReversibleConfig.from_dict(self.config.revffn)
@@ -49,7 +52,7 @@ class ReversibleBackbone(PreTrainedModel):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         config = self.reversible_config
         coupling = config.find_coupling()
-        if not coupling.runs(config, self.training) or kwargs.get("past_key_values") is not None:
+        if not coupling.runs(self.training or self.walks_in_eval) or kwargs.get("past_key_values") is not None:
             if not self.training and torch.is_grad_enabled() and coupling.has_streams:
                 warnings.warn(
                     "A reversible model in eval mode is the plain model and stores its activations. Call "
@@ -105,7 +108,9 @@ class ReversibleForCausalLM(PreTrainedModel):
         super().__init__(config, *args, **kwargs)
         if not asked_for:
             choose_implementation(self)
-        attach(self, ReversibleConfig.from_dict(config.revffn))
+        settings = ReversibleConfig.from_dict(config.revffn)
+        config.revffn = settings.to_dict()  # in the groups of today
+        attach(self, settings)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -221,7 +226,7 @@ def convert(
         calibration: Batches (`input_ids` (B, T), optional `attention_mask`) that the plain model is run on once,
             without gradients: the grids are chosen from the hidden states, and predictors (cross_branch: adapters)
             are fitted in closed form (ridge regression). Without it predictors and adapters start as the identity or
-            its halves, and `config.fraction_bits` and `config.grid_growth` hold. Of several processes all need the
+            its halves, and `config.grids` holds. Of several processes all need the
             same batches: grids decide the function that is trained.
 
     Returns:
@@ -239,7 +244,7 @@ def convert(
     layers = model.model.layers
     if isinstance(config.side_bits, list) and len(config.side_bits) != len(layers):
         raise ValueError(f"side_bits has {len(config.side_bits)} entries; the model has {len(layers)} decoder layers.")
-    wrong = [c for c in config.wide_channels if not 0 <= c < model.config.hidden_size]
+    wrong = [c for c in config.grids.wide_channels if not 0 <= c < model.config.hidden_size]
     if wrong:
         raise ValueError(f"wide_channels {wrong} do not exist; the model has {model.config.hidden_size} channels.")
     coupling = config.find_coupling()
@@ -249,8 +254,8 @@ def convert(
     observed = None
     if calibration is not None:
         config, observed = coupling.observe(model, config, calibration)
-    if config.grid_growth is None:
-        config = replace(config, grid_growth=0)
+    if config.grids.grid_growth is None:
+        config = replace(config, grids=replace(config.grids, grid_growth=0))
     plain_type = model.config.model_type
     model.config.__class__ = CLASSES[plain_type]["config"]
     model.config.model_type = PREFIX + plain_type

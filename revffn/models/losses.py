@@ -22,7 +22,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any, Literal
 
@@ -351,3 +352,13 @@ def use_linear_cross_entropy(
 
     model.forward = MethodType(forward, model)
     return model
+
+
+@contextmanager
+def forward_for_a_while(model: PreTrainedModel) -> Iterator[None]:
+    """Afterwards the model has its class's `forward` again: `use_linear_cross_entropy` and SFTTrainer's fused head put
+    theirs on the instance, and the next stage's would wrap them once more."""
+    try:
+        yield
+    finally:
+        model.__dict__.pop("forward", None)

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any, Literal
 
@@ -251,7 +251,7 @@ class OptimizerInBackward(torch.optim.Optimizer):
                 "stepped. Put the whole batch into one backward (gradient_accumulation_steps=1; tile_tokens bounds "
                 "the memory), or give the parameter a group with in_backward=False."
             )
-        self._update(parameter)
+        self.step_parameter(parameter)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -278,7 +278,7 @@ class OptimizerInBackward(torch.optim.Optimizer):
         for parameter in waiting:
             if parameter in self._stepped:
                 raise RuntimeError(f"Parameter {self.name_of(parameter)} has stepped and holds another gradient.")
-            self._update(parameter)
+            self.step_parameter(parameter)
         squares, self._stepped, self._keep = self._stepped, {}, None
         norm = self._check(squares, stepped=True)
         if norm is not None:
@@ -331,9 +331,10 @@ class OptimizerInBackward(torch.optim.Optimizer):
         square, _, _ = update.grad_squares(grad, False, self._chunk_bytes(grad))
         return sum_over_shards(square, parameter)
 
-    def _update(self, parameter: Tensor) -> None:
+    def step_parameter(self, parameter: Tensor) -> None:
+        """Step one parameter by its gradient, which is freed: what the hook does in backward."""
         group, grad, weight = self._group_of(parameter), self._grad_of(parameter), local_part(parameter)
-        state = self._state_of(parameter, group)
+        state = self.state_of(parameter)
         state["step"] += 1
         factored = "row" in state
         chunk_bytes = self._chunk_bytes(grad)
@@ -361,8 +362,6 @@ class OptimizerInBackward(torch.optim.Optimizer):
         elif group["rule"] == "sgd":
             sgd(job)
         else:
-            if group["rule"] == "adamw8bit" and parameter.device not in self._code_books:
-                self._code_books[parameter.device] = make_code_books(parameter.device)
             adamw(job, self._code_books.get(parameter.device))
         # Operations of ours do not tell autograd that they write.
         torch.autograd.graph.increment_version(parameter)
@@ -390,9 +389,19 @@ class OptimizerInBackward(torch.optim.Optimizer):
 
     # --- state -------------------------------------------------------------------------------------------------------
 
-    def _state_of(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        state = self.state[parameter]
+    def state_tensors(self) -> Iterator[Tensor]:
+        """All that is kept from step to step; what a first step would make is made."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                yield from (value for value in self.state_of(parameter).values() if isinstance(value, Tensor))
+        yield from self._code_books.values()
+
+    def state_of(self, parameter: Tensor) -> dict[str, Any]:
+        """What is kept of one parameter, made if it is not there: `step` and, by rule, its moments."""
+        group, state = self._group_of(parameter), self.state[parameter]
         state.setdefault("step", 0)
+        if group["rule"] == "adamw8bit" and parameter.device not in self._code_books:
+            self._code_books[parameter.device] = make_code_books(parameter.device)
         shape, rule, wide = parameter.shape, group["rule"], update.wide_dtype(parameter)
 
         def zeros(name: str, shape: tuple[int, ...] = shape, dtype: torch.dtype = wide, sharded: bool = True) -> None:

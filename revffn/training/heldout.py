@@ -38,15 +38,13 @@ def coupled(model: PreTrainedModel, seed: int = 0) -> Iterator[None]:
     Args:
         seed: Of the signs that are drawn meanwhile; the random state is put back afterwards.
     """
-    settings = model.config.revffn
-    before = settings["eval_coupled"]
-    settings["eval_coupled"] = True
+    before, model.model.walks_in_eval = model.model.walks_in_eval, True
     try:
         with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
             torch.manual_seed(seed)
             yield
     finally:
-        settings["eval_coupled"] = before
+        model.model.walks_in_eval = before
 
 
 def response_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, int]:

@@ -18,9 +18,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..config import ReversibleConfig
 from ..data import batches, load_conversations, tokenize_all
 from ..memory.amounts import gib, parse_bytes
-from ..memory.plan import USUAL_TILE, TileChoice, choose_tile, plan, what_would_fit
+from ..memory.plan import USUAL_TILE, TileChoice, choose_tile, plan, tiled, what_would_fit
 from ..memory.predict import RESERVE_BYTES, Plan
 from ..memory.simulation import Method
 from ..models.architectures import ARCHITECTURES, PREFIX
@@ -38,6 +39,9 @@ class Run:
 
     config: RunConfig
     """As given, with a number (or None) for `reversible.tile_tokens`."""
+    method: Method
+    """The run in the planner's words; its `reversible` is what `convert` takes."""
+    freezes_routers: bool
     output_dir: Path
     hf_config: PreTrainedConfig
     tokenizer: Any
@@ -64,7 +68,8 @@ def check(config: RunConfig, recipe: Path | None = None) -> Run:
     checkpoint = find_checkpoint(config, output_dir)
     training, heldout = load_conversations(config.data, recipe)
     hf_config = load_hf(AutoConfig, config.model.path)
-    check_model(config, hf_config)
+    method = method_of(config)
+    check_model(config, hf_config, method.reversible)
     tokenizer = load_hf(AutoTokenizer, config.model.path)
     # transformers makes up a tokenizer of special tokens alone where a folder has none.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
@@ -85,9 +90,11 @@ def check(config: RunConfig, recipe: Path | None = None) -> Run:
             f"data.max_length={config.data.max_length} leaves no token of any response. Raise it above the prompts' "
             "length."
         )
-    config, tile = choose(config, hf_config, rows[0], checkpoint)
-    answer = check_memory(config, hf_config, rows[0])
-    return Run(config, output_dir, hf_config, tokenizer, *rows, checkpoint, answer, tile)
+    config, tile = choose(config, hf_config, method, rows[0], checkpoint)
+    method = tiled(method, config.reversible.tile_tokens)
+    answer = check_memory(config, hf_config, method, rows[0])
+    frozen = config.training.freeze_router is not False and has_routers(hf_config)
+    return Run(config, method, frozen, output_dir, hf_config, tokenizer, *rows, checkpoint, answer, tile)
 
 
 def find_checkpoint(config: RunConfig, output_dir: Path) -> Path | None:
@@ -123,7 +130,7 @@ def load_hf(auto_class: Any, path: str) -> Any:
         raise InputError(f"{path}: no usable {kind} in this folder ({' '.join(str(error).split())[:200]}).") from None
 
 
-def check_model(config: RunConfig, hf_config: PreTrainedConfig) -> None:
+def check_model(config: RunConfig, hf_config: PreTrainedConfig, reversible: ReversibleConfig | None) -> None:
     path, model_type = config.model.path, hf_config.model_type
     if model_type.startswith(PREFIX):
         raise InputError(f"{path}: the model is reversible already. Export it first: revffn export RUN {path}-plain.")
@@ -134,9 +141,6 @@ def check_model(config: RunConfig, hf_config: PreTrainedConfig) -> None:
             f"data.max_length={config.data.max_length} is longer than {path} allows "
             f"(max_position_embeddings={limit}). Set data.max_length to at most {limit}."
         )
-    if config.reversible.tile_tokens == "auto":
-        config = with_tile(config, None)  # converting takes any
-    reversible = config.reversible.resolve(config.training.calibration_tokens > 0)
     if reversible is not None:
         try:
             # A rehearsal without weights: whatever `convert` would refuse later, it refuses now.
@@ -147,8 +151,7 @@ def check_model(config: RunConfig, hf_config: PreTrainedConfig) -> None:
         if config.training.stage1_steps and not any(p.requires_grad for _, p in coupling_parameters(model)):
             raise InputError(
                 f"training.stage1_steps={config.training.stage1_steps}: nothing would train in stage 1, because "
-                f"coupling {reversible.coupling!r} has no trainable parameters. Set training.stage1_steps: 0, or "
-                "for innovation reversible.train_predictor: true."
+                f"coupling {reversible.coupling!r} adds no parameters that train. Set training.stage1_steps: 0."
             )
     if config.memory.linear_cross_entropy:
         try:
@@ -163,7 +166,9 @@ def check_model(config: RunConfig, hf_config: PreTrainedConfig) -> None:
 
 
 def method_of(config: RunConfig) -> Method:
-    """A recipe in the planner's words."""
+    """A recipe in the planner's words; while the tile is not chosen, with the whole batch."""
+    if config.reversible.tile_tokens == "auto":
+        config = with_tile(config, None)
     reversible = config.reversible.resolve(config.training.calibration_tokens > 0)
     plain = "checkpointing" if config.training.activation_checkpointing else "plain"
     return Method(
@@ -179,7 +184,11 @@ def method_of(config: RunConfig) -> Method:
 
 
 def choose(
-    config: RunConfig, hf_config: PreTrainedConfig, rows: list[dict[str, list[int]]], checkpoint: Path | None
+    config: RunConfig,
+    hf_config: PreTrainedConfig,
+    method: Method,
+    rows: list[dict[str, list[int]]],
+    checkpoint: Path | None,
 ) -> tuple[RunConfig, TileChoice | None]:
     """Put a number for `tile_tokens: auto`; a run that is resumed keeps its own, whatever it is told now.
 
@@ -202,7 +211,7 @@ def choose(
             hf_config,
             config.training.batch_size,
             longest_of(config, rows),
-            method_of(with_tile(config, None)),
+            method,
             limit_bytes=limit,
             reserve_bytes=RESERVE_BYTES if on_gpu else 0,
             largest=None if on_gpu else USUAL_TILE,
@@ -212,7 +221,9 @@ def choose(
     return with_tile(config, tile.tile_tokens), tile
 
 
-def check_memory(config: RunConfig, hf_config: PreTrainedConfig, rows: list[dict[str, list[int]]]) -> Plan | None:
+def check_memory(
+    config: RunConfig, hf_config: PreTrainedConfig, method: Method, rows: list[dict[str, list[int]]]
+) -> Plan | None:
     """Predict the largest step, and refuse a run that cannot fit.
 
     Raises:
@@ -222,7 +233,7 @@ def check_memory(config: RunConfig, hf_config: PreTrainedConfig, rows: list[dict
     limit = limit_of(config)
     if hf_config.model_type not in ARCHITECTURES:
         return None
-    batch, tokens, method = config.training.batch_size, longest_of(config, rows), method_of(config)
+    batch, tokens = config.training.batch_size, longest_of(config, rows)
     try:
         answer = plan(hf_config, batch, tokens, method, with_alternatives=False)
     except ImportError as error:

@@ -18,7 +18,7 @@ from ..memory.plan import plan
 from ..models.conversion import is_reversible, reversible_report
 from ..ops import dispatch
 from .heldout import answer, coupled, heldout_loss, peak_bytes
-from .preflight import Run, calibration, method_of
+from .preflight import Run, calibration
 from .trainer import RevFFNTrainer
 
 MODEL, METRICS, SUMMARY = "model", "metrics.jsonl", "run.json"
@@ -62,8 +62,7 @@ class Results:
         predicted = self.run.plan
         if trainer.measured is not None:
             (batch, tokens), measured = trainer.measured
-            config = self.run.config
-            predicted = plan(self.run.hf_config, batch, tokens, method_of(config), with_alternatives=False)
+            predicted = plan(self.run.hf_config, batch, tokens, self.run.method, with_alternatives=False)
         elif torch.cuda.is_available():
             measured = torch.cuda.max_memory_allocated()
         else:

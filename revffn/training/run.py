@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,10 +17,11 @@ from trl import SFTConfig
 from ..engine.host_weights import HostWeights
 from ..models.architectures import router_parameters
 from ..models.conversion import convert, coupling_parameters
+from ..models.losses import forward_for_a_while
 from ..optim import OptimizerInBackward, parameter_groups
 from ..recipe import RunConfig
 from .heldout import step_bytes
-from .preflight import Run, calibration, check, has_routers
+from .preflight import Run, calibration, check
 from .results import METRICS, MODEL, Results
 from .trainer import RevFFNTrainer, RunCallback
 
@@ -87,8 +86,7 @@ def train(config: RunConfig, recipe: Path | None = None) -> Path:
 
 def prepare(run: Run, model: PreTrainedModel, results: Results) -> None:
     """Convert the model in place, as the recipe says, and measure what that is worth."""
-    config = run.config
-    reversible = config.reversible.resolve(config.training.calibration_tokens > 0)
+    config, reversible = run.config, run.method.reversible
     sample = next(calibration(run, 1, model))
     if config.evaluation.compare_checkpointing:
         kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
@@ -111,7 +109,7 @@ def train_stage(
     """Stage 1: the coupling's parameters. Stage 2: everything in `trained` but the routers."""
     config = run.config.training
     frozen = set()
-    if config.freeze_router is not False and has_routers(run.hf_config) and stage == 2:
+    if run.freezes_routers and stage == 2:
         frozen = {id(parameter) for parameter in router_parameters(model)}
     chosen = {name for name, _ in coupling_parameters(model)} & trained if stage == 1 else trained
     for name, parameter in model.named_parameters():
@@ -126,7 +124,7 @@ def train_stage(
     optimizer.last_checkpoint = str(resumed) if resumed else None
     if store is not None:
         store.keep_states_of(optimizer)
-    with default_forward(model):
+    with forward_for_a_while(model):
         trainer = RevFFNTrainer(
             model,
             arguments,
@@ -164,16 +162,6 @@ def make_optimizer(config: RunConfig, model: PreTrainedModel) -> OptimizerInBack
         seed=config.training.seed,
         in_backward=optimizer.in_backward,
     )
-
-
-@contextmanager
-def default_forward(model: PreTrainedModel) -> Iterator[None]:
-    """SFTTrainer puts a forward with a fused head on the instance; the next stage's trainer would wrap it once
-    more."""
-    try:
-        yield
-    finally:
-        model.__dict__.pop("forward", None)
 
 
 def sft_arguments(run: Run, stage: int, aux_loss: float | None) -> SFTConfig:

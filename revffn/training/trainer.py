@@ -23,7 +23,6 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
-from ..config import GRID_SETTINGS
 from ..engine.host_weights import HostWeights
 from ..memory.live_bytes import LiveBytes
 from ..models.conversion import is_reversible, reversible_report
@@ -125,7 +124,7 @@ class RevFFNTrainer(SFTTrainer):
         saved = AutoModelForCausalLM.from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
         self.model.load_state_dict(saved.state_dict())
         if is_reversible(self.model) and is_reversible(saved):
-            self.model.config.revffn |= {name: saved.config.revffn[name] for name in GRID_SETTINGS}
+            self.model.config.revffn["grids"] = saved.reversible_config.to_dict()["grids"]
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         super()._save_checkpoint(*args, **kwargs)

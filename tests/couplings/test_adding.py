@@ -86,7 +86,7 @@ def leapfrog_twin(model, inputs):
 def test_a_coupling_from_outside_trains(leapfrog, tile_tokens):
     inputs = tiny_batch()
     model = tiny_model("qwen2_moe")
-    settings = revffn.ReversibleConfig(coupling="leapfrog", tile_tokens=tile_tokens, fraction_bits=22)
+    settings = revffn.ReversibleConfig.from_dict(dict(coupling="leapfrog", tile_tokens=tile_tokens, fraction_bits=22))
     model = revffn.convert(model, settings).train()
     expected = torch.autograd.grad(leapfrog_twin(model, inputs), list(model.parameters()), allow_unused=True)
     loss = model(**inputs).loss

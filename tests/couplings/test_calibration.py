@@ -35,7 +35,9 @@ def test_useless_calibration_is_refused(batches, message, coupling):
     model = tiny_model().train()
     before = snapshot(model)
     with pytest.raises(ValueError, match=message):
-        revffn.convert(model, ReversibleConfig(coupling=coupling, stream_maps=True), calibration=batches)
+        revffn.convert(
+            model, ReversibleConfig.from_dict(dict(coupling=coupling, stream_maps=True)), calibration=batches
+        )
     assert snapshot(model) == before
 
 
@@ -46,7 +48,9 @@ def test_calibration_that_is_not_finite_is_refused(coupling):
         model.model.layers[1].mlp.shared_expert.down_proj.weight[0, 0] = float("nan")
     before = snapshot(model)
     with pytest.raises(ValueError, match="not finite"):
-        revffn.convert(model, ReversibleConfig(coupling=coupling, stream_maps=True), calibration=CALIBRATION)
+        revffn.convert(
+            model, ReversibleConfig.from_dict(dict(coupling=coupling, stream_maps=True)), calibration=CALIBRATION
+        )
     assert snapshot(model) == before
 
 
@@ -83,24 +87,23 @@ def test_calibration_measures_the_plain_model(model_type):
         for state in zip(*runs, strict=True)
     )
     settings = model.reversible_config
-    assert settings.fraction_bits == 5 + math.ceil(-math.log2(math.sqrt(smallest)))
-    assert settings.fraction_bits + settings.grid_growth == 24  # the values are small: as fine as float32
+    assert settings.grids.fraction_bits == 5 + math.ceil(-math.log2(math.sqrt(smallest)))
+    assert settings.grids.fraction_bits + settings.grids.grid_growth == 24  # the values are small: as fine as float32
 
 
 def test_calibration_chooses_the_grids():
     """Eight times the largest value fits, in wide channels four times; the digits to spare are all taken."""
     largest = torch.tensor([60.0] * 90 + [250.0] * 6 + [26_000.0] * 4, dtype=torch.float64)
-    found = ReversibleConfig(**choose_grids(ReversibleConfig(), largest, typical=0.1))
-    assert found.wide_channels == list(range(90, 100)) and found.fraction_bits == 9
-    assert found.fraction_bits + found.grid_growth == 31 - 3 - 6
-    assert found.fraction_bits + found.wide_growth == 31 - 2 - 15
+    found = ReversibleConfig(grids=choose_grids(None, largest, typical=0.1))
+    assert found.grids.wide_channels == list(range(90, 100)) and found.grids.fraction_bits == 9
+    assert found.grids.fraction_bits + found.grids.grid_growth == 31 - 3 - 6
+    assert found.grids.fraction_bits + found.grids.wide_growth == 31 - 2 - 15
     assert [found.fraction_bits_of(k, 26) for k in (0, 1, 2, 13, 26)] == [9, 9, 10, 15, 22]
-    few = ReversibleConfig(**choose_grids(ReversibleConfig(grid_growth=6), largest, typical=0.1))
+    few = choose_grids(6, largest, typical=0.1)
     assert (few.grid_growth, few.wide_channels, few.wide_growth) == (6, [96, 97, 98, 99], 31 - 2 - 15 - 9)
-    large = ReversibleConfig(**choose_grids(ReversibleConfig(), torch.full((4,), 2.0**13), typical=100.0))
+    large = choose_grids(None, torch.full((4,), 2.0**13), typical=100.0)
     assert (large.fraction_bits, large.grid_growth, large.wide_channels) == (0, 31 - 3 - 13, [])
-    for grids, margin in ((choose_grids(ReversibleConfig(grid_growth=0), largest, 0.1), 2), (one_grid(26e3, 4), 4)):
-        none = ReversibleConfig(**grids)
+    for none, margin in ((choose_grids(0, largest, 0.1), 2), (one_grid(26e3, 4), 4)):
         assert (none.fraction_bits, none.grid_growth, none.wide_channels) == (31 - margin - 15, 0, [])
 
 
@@ -109,12 +112,12 @@ def test_calibration_chooses_the_grids():
 )
 def test_grids_that_cannot_be_are_refused(settings):
     with pytest.raises(ValueError, match="grid_growth"):
-        ReversibleConfig(**settings)
+        ReversibleConfig.from_dict(settings)
 
 
 def test_without_calibration_the_grid_stays_as_it_is():
     model = revffn.convert(tiny_model())
-    assert (model.reversible_config.fraction_bits, model.reversible_config.grid_growth) == (14, 0)
+    assert (model.reversible_config.grids.fraction_bits, model.reversible_config.grids.grid_growth) == (14, 0)
 
 
 def test_calibration_leaves_mode_hooks_and_gradients_alone():
@@ -131,14 +134,14 @@ def test_padding_does_not_enter_the_fit(settings):
     padded = tiny_batch(4, 13, seed=8, padded=True)
     other = {**padded, "input_ids": padded["input_ids"].clone()}
     other["input_ids"][padded["attention_mask"] == 0] = 77
-    config = ReversibleConfig(**settings)
+    config = ReversibleConfig.from_dict(settings)
     one, two = (revffn.convert(tiny_model(), config, calibration=[batch]) for batch in (padded, other))
     for (name, a), (_, b) in zip(revffn.coupling_parameters(one), revffn.coupling_parameters(two), strict=True):
         torch.testing.assert_close(a, b, msg=name)
 
 
 def explained(rank: int | None) -> list[float]:
-    config = revffn.ReversibleConfig(predictor_rank=rank)
+    config = revffn.ReversibleConfig.from_dict(dict(predictor_rank=rank))
     calibration = [tiny_batch(8, 40, seed=seed) for seed in range(3)]
     model = revffn.convert(tiny_model(), config, calibration=calibration)
     return list(model.config.revffn_calibration["explained"].values())
@@ -181,7 +184,9 @@ def test_fitted_predictors_bring_the_coupled_model_nearer_to_the_plain_one():
         plain = tiny_model().eval()(**inputs).logits
         distances = []
         for settings, batches in ((dict(), calibration), (dict(predictor_rank=0), None)):
-            model = revffn.convert(tiny_model(), revffn.ReversibleConfig(**settings), calibration=batches).train()
+            model = revffn.convert(
+                tiny_model(), revffn.ReversibleConfig.from_dict(settings), calibration=batches
+            ).train()
             torch.manual_seed(5)
             distances.append((model(**inputs).logits - plain).norm().item())
     assert distances[0] < 0.8 * distances[1]
@@ -200,7 +205,7 @@ def test_fitted_adapters_bring_cross_branch_nearer_to_the_plain_model(query_stre
         plain = tiny_model().eval()(**inputs).logits.log_softmax(-1)
         divergences = []
         for stream_maps in (True, False):
-            config = ReversibleConfig(**{**FITTED[query_stream], "stream_maps": stream_maps})
+            config = ReversibleConfig.from_dict({**FITTED[query_stream], "stream_maps": stream_maps})
             model = revffn.convert(tiny_model(), config, calibration=batches).eval()
             found = model(**inputs).logits.log_softmax(-1)
             divergences.append(nn.functional.kl_div(found, plain, log_target=True, reduction="sum").item())
@@ -245,7 +250,7 @@ def test_adapters_are_the_ridge_regressions_on_the_models_own_streams(query_stre
     model = tiny_model().double().eval()
     model.set_experts_implementation("eager")
     plain = seen(model)
-    revffn.convert(model, ReversibleConfig(**FITTED[query_stream]), calibration=batches)
+    revffn.convert(model, ReversibleConfig.from_dict(FITTED[query_stream]), calibration=batches)
     ours, layers = seen(model), model.model.layers
     code = model.model.coupling.entry.weight[:16]
     assert torch.equal(code, model.model.coupling.entry.weight[16:])
@@ -288,7 +293,7 @@ def test_the_streams_carry_the_principal_components_of_what_is_read():
     rows = torch.cat([s.reshape(-1, 32) for found in states for s in found[1:-1]] + [s.reshape(-1, 32) for s in last])
     rows = nn.functional.normalize(rows * scale, dim=1)
     _, _, directions = torch.linalg.svd(rows, full_matrices=False)
-    revffn.convert(model, ReversibleConfig(**FITTED["right"]), calibration=batches)
+    revffn.convert(model, ReversibleConfig.from_dict(FITTED["right"]), calibration=batches)
     code = model.model.coupling.entry.weight[:16].detach() / scale
     basis = torch.linalg.qr(code.T).Q
     torch.testing.assert_close(basis @ basis.T, directions[:16].T @ directions[:16], rtol=0, atol=1e-6)
@@ -302,17 +307,19 @@ def test_stream_maps_come_with_calibration_and_queries_from_the_right():
         ("right", None, False),
         ("left", CALIBRATION, False),
     ):
-        config = ReversibleConfig(coupling="cross_branch", query_stream=stream)
+        config = ReversibleConfig.from_dict(dict(coupling="cross_branch", query_stream=stream))
         model = revffn.convert(tiny_model(), config, calibration=calibration)
-        assert model.reversible_config.stream_maps is expected is hasattr(model.model, "coupling")
-        run_config = RunReversibleConfig(coupling="cross_branch", query_stream=stream, tile_tokens=None)
-        assert run_config.resolve(calibration is not None).stream_maps is expected
+        assert model.reversible_config.cross_branch.stream_maps is expected is hasattr(model.model, "coupling")
+        run_config = RunReversibleConfig(coupling="cross_branch", cross_branch=config.cross_branch, tile_tokens=None)
+        assert run_config.resolve(calibration is not None).cross_branch.stream_maps is expected
 
 
 def test_stream_maps_without_calibration_are_the_identity():
     inputs = tiny_batch()
     losses = [
-        revffn.convert(tiny_model(), ReversibleConfig(coupling="cross_branch", stream_maps=maps)).eval()(**inputs).loss
+        revffn.convert(tiny_model(), ReversibleConfig.from_dict(dict(coupling="cross_branch", stream_maps=maps)))
+        .eval()(**inputs)
+        .loss
         for maps in (None, True)
     ]
     assert losses[0] == losses[1]

@@ -257,7 +257,7 @@ def full_size(num_layers: int, settings: dict) -> dict[str, int]:
             config, dtype=torch.bfloat16, attn_implementation="sdpa", experts_implementation="grouped_mm"
         )
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        model = revffn.convert(model, revffn.ReversibleConfig(**settings)).train()
+        model = revffn.convert(model, revffn.ReversibleConfig.from_dict(settings)).train()
         input_ids = torch.randint(0, 1000, (1, TOKENS))
         with LiveBytes(model) as counter:
             with saved_bytes(model) as counted:

@@ -175,15 +175,15 @@ def test_residual_channel_of_30000(coupling, dtype):
     with torch.no_grad():
         model.model.embed_tokens.weight[:, 5] = 30_000.0
     calibration = [tiny_batch(4, 13, seed=7)]
-    model = revffn.convert(model, revffn.ReversibleConfig(**EXACT[coupling]), calibration=calibration).train()
-    settings = model.reversible_config
+    model = revffn.convert(model, revffn.ReversibleConfig.from_dict(EXACT[coupling]), calibration=calibration).train()
+    grids = model.reversible_config.grids
     if coupling == "innovation":  # the grid becomes finer everywhere but there
-        assert settings.grid_growth > 0 and settings.wide_channels == [5]
-        assert settings.fraction_bits + settings.wide_growth <= 29 - 15 < settings.fraction_bits + settings.grid_growth
+        assert grids.grid_growth > 0 and grids.wide_channels == [5]
+        assert grids.fraction_bits + grids.wide_growth <= 29 - 15 < grids.fraction_bits + grids.grid_growth
     elif coupling == "cross_right_maps":  # the components of all channels together are of one size
-        assert settings.fraction_bits > 27 - 15 and not settings.grid_growth
+        assert grids.fraction_bits > 27 - 15 and not grids.grid_growth
     else:
-        assert settings.fraction_bits == 27 - 15 and not settings.grid_growth
+        assert grids.fraction_bits == 27 - 15 and not grids.grid_growth
     report = check_exact(model, tiny_batch(), ill_conditioned=True)
     assert not report["saturated"]
 

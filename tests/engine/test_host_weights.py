@@ -35,7 +35,7 @@ def pair(coupling: str = "innovation", num_layers: int = 5, dtype: torch.dtype =
     """The same model twice; the second is to keep its weights in host memory."""
     torch.manual_seed(0)
     model = tiny_model(num_hidden_layers=num_layers).to(dtype)
-    revffn.convert(model, ReversibleConfig(**COUPLINGS[coupling], **settings))
+    revffn.convert(model, ReversibleConfig.from_dict(COUPLINGS[coupling] | settings))
     return model.train(), copy.deepcopy(model).train()
 
 

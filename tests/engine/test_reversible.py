@@ -627,9 +627,10 @@ def test_cross_branch_eval_is_the_coupled_function(query_stream):
     assert abs(original - eval_loss) > 1e-3
 
 
-def test_eval_coupled():
-    """An option runs eval mode coupled: the training loss, not the plain one, also without grad."""
-    model = coupled(eval_coupled=True, random_sign=False)
+def test_eval_mode_may_walk():
+    """It is then the training loss, not the plain one, also without grad."""
+    model = coupled(random_sign=False)
+    model.model.walks_in_eval = True
     inputs = tiny_batch()
     train_loss = loss_of(model, inputs).detach()
     model.eval()

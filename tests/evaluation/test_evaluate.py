@@ -284,7 +284,7 @@ def test_a_reversible_folder(coupling, function, tokenizer, tmp_path, text_file)
     """Of a run's folder the exported function is evaluated; cross_branch has only its own."""
     model = tiny_model("qwen2_moe", vocab_size=len(tokenizer))
     extra = {"query_stream": "right"} if coupling == "cross_branch" else {}
-    model = revffn.convert(model, revffn.ReversibleConfig(coupling=coupling, **extra))
+    model = revffn.convert(model, revffn.ReversibleConfig.from_dict(dict(coupling=coupling, **extra)))
     run = tmp_path / "run" / "model"
     model.save_pretrained(run)
     tokenizer.save_pretrained(run)
@@ -432,7 +432,7 @@ BAD = {
     "limit": ("--tasks mmlu --limit 0", "limit must be at least 1, got 0"),
     "half a judge": ("--tasks mt_bench --judge_url http://x/v1", "judge_url and judge_model go together"),
     "not json": ("--tasks mmlu --output mine.txt", "expected a name that ends in .json"),
-    "unknown option": ("--tasks mmlu --mmul_path x", "--mmul_path"),
+    "unknown option": ("--tasks mmlu --mmul_path x", "Did you mean mmlu_path?"),
 }  # fmt: skip
 
 

@@ -65,7 +65,7 @@ GRID = benchmark("planner")
 
 def reversible(**settings) -> Method:
     other = {name: settings.pop(name) for name in ("optimizer", "rounding") if name in settings}
-    return Method(reversible=ReversibleConfig(**{"tile_tokens": 256, **settings}), **other)
+    return Method(reversible=ReversibleConfig.from_dict({"tile_tokens": 256, **settings}), **other)
 
 
 # --- counted ---------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ def config(**overrides):
 
 
 def reversible(**settings) -> Method:
-    return Method(reversible=ReversibleConfig(tile_tokens=32, **settings), optimizer="sgd")
+    return Method(reversible=ReversibleConfig.from_dict(dict(tile_tokens=32, **settings)), optimizer="sgd")
 
 
 # --- the counter -----------------------------------------------------------------------------------------------------
@@ -78,7 +78,9 @@ COUPLINGS = {
 @pytest.mark.parametrize("coupling", COUPLINGS)
 def test_fake_tensors_take_what_real_ones_take(coupling):
     """The same step on real tensors, in float32, has the same bytes alive at the peak of every phase."""
-    method = Method(reversible=ReversibleConfig(tile_tokens=32, **COUPLINGS[coupling]), dtype=torch.float32)
+    method = Method(
+        reversible=ReversibleConfig.from_dict(dict(tile_tokens=32, **COUPLINGS[coupling])), dtype=torch.float32
+    )
     fake = simulate_step(config(), 3, 32, method)
     real = run_step(build(config(), method), 3, 32, method)
     assert fake["leaked_bytes"] == real["leaked_bytes"] == 0

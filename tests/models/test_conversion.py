@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2MoeConfig, Qwen3MoeConfig
 
 import revffn
-from revffn.config import GRID_SETTINGS
+from revffn.config import CrossBranchConfig, Grids, InnovationConfig, ReversibleConfig
 from revffn.models.architectures import ARCHITECTURES, router_parameters
 
 COUPLINGS = {
@@ -56,7 +56,7 @@ def test_convert_keeps_weights_and_adds_couplings(model_type, coupling):
     original = tiny_model(model_type)
     model = tiny_model(model_type)
     parameters = dict(model.named_parameters())
-    converted = revffn.convert(model, revffn.ReversibleConfig(**COUPLINGS[coupling]))
+    converted = revffn.convert(model, revffn.ReversibleConfig.from_dict(COUPLINGS[coupling]))
     assert converted is model and revffn.is_reversible(model) and not revffn.is_reversible(original)
     assert model.config.model_type == f"revffn_{model_type}" == model.config.to_dict()["model_type"]
     assert isinstance(model, type(original))
@@ -79,7 +79,7 @@ def test_mode_and_frozen_parameters_stay(trained):
 
 
 def test_predictors_train_if_asked():
-    model = revffn.convert(tiny_model(), revffn.ReversibleConfig(train_predictor=True))
+    model = revffn.convert(tiny_model(), revffn.ReversibleConfig.from_dict(dict(train_predictor=True)))
     assert all(p.requires_grad for _, p in revffn.coupling_parameters(model)) and revffn.coupling_parameters(model)
 
 
@@ -148,7 +148,7 @@ def test_refused_before_anything_changes(make, settings, message):
     model = make()
     before = snapshot(model)
     with pytest.raises(ValueError, match=message):
-        revffn.convert(model, revffn.ReversibleConfig(**settings), calibration=CALIBRATION)
+        revffn.convert(model, revffn.ReversibleConfig.from_dict(settings), calibration=CALIBRATION)
     assert snapshot(model) == before
 
 
@@ -211,14 +211,14 @@ def test_grids_are_saved_and_loaded(tmp_path):
     model = with_random_couplings(coupled(calibrate=False, **grids))
     model.save_pretrained(tmp_path)
     loaded = aligned(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).train())
-    assert {name: getattr(loaded.reversible_config, name) for name in GRID_SETTINGS} == grids
+    assert loaded.reversible_config.grids == Grids(**grids)
     inputs = tiny_batch()
     (loss, grads), (loaded_loss, loaded_grads) = run(model, inputs), run(loaded, inputs)
     assert torch.equal(loss, loaded_loss)
     assert all(torch.equal(grads[name], loaded_grads[name]) for name in grads)
     config = json.loads((tmp_path / "config.json").read_text())
     for name in ("grid_growth", "wide_growth", "wide_channels"):
-        del config["revffn"][name]
+        del config["revffn"]["grids"][name]
     (tmp_path / "config.json").write_text(json.dumps(config))
     older = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).train()
     assert [older.reversible_config.fraction_bits_of(k, 4) for k in (0, 4)] == [8, 8]
@@ -434,7 +434,7 @@ def test_full_size(name, place, coupling):
         assert sum(p.numel() for p in model.parameters()) == num_parameters
         # Conversion outside a torch.device block must find the place by itself.
     with FakeTensorMode(allow_non_fake_inputs=True) if place == "fake" else torch.device("cpu"):
-        revffn.convert(model, revffn.ReversibleConfig(**settings))
+        revffn.convert(model, revffn.ReversibleConfig.from_dict(settings))
     added = revffn.coupling_parameters(model)
     D, L = model.config.hidden_size, model.config.num_hidden_layers
     expected = {"innovation": (L - 1) * (D * D + D), "cross_left": L * 5 * D * D // 2, "none": 0}[coupling]
@@ -458,9 +458,41 @@ def test_meta_model_can_be_filled(tmp_path):
     assert_same_weights(empty, model)
 
 
-def test_settings_of_before_are_left_out():
-    """Of models that were saved with them; another unknown one is refused."""
-    old = revffn.ReversibleConfig(coupling="cross_branch").to_dict() | {"max_drift": 0.05, "anchor_layers": [1]}
-    assert revffn.ReversibleConfig.from_dict(old) == revffn.ReversibleConfig(coupling="cross_branch")
-    with pytest.raises(ValueError, match="Unknown reversible settings \\['drift'\\]"):
-        revffn.ReversibleConfig.from_dict(old | {"drift": 1})
+OF_BEFORE = dict(
+    coupling="cross_branch", side_bits=[1, 2], random_sign=True, plain_layers=2, predictor_rank=5,
+    train_predictor=True, query_stream="right", stream_maps=True, num_iterations=9, fraction_bits=11, grid_growth=3,
+    wide_channels=[4], wide_growth=2, offload_inputs=True, tile_tokens=64, verify="report", eval_coupled=False,
+    max_drift=0.05, anchor_layers=[1],
+)  # fmt: skip
+"""Every setting that a config.json has had, when none was in a group."""
+
+
+def test_settings_of_before_are_read():
+    """Into their groups; those that are gone are left out; an unknown one is refused wherever it stands."""
+    config = ReversibleConfig.from_dict(OF_BEFORE)
+    assert config == ReversibleConfig(
+        coupling="cross_branch",
+        side_bits=[1, 2],
+        offload_inputs=True,
+        tile_tokens=64,
+        verify="report",
+        cross_branch=CrossBranchConfig(query_stream="right", stream_maps=True, num_iterations=9),
+        innovation=InnovationConfig(random_sign=True, plain_layers=2, predictor_rank=5, train_predictor=True),
+        grids=Grids(fraction_bits=11, grid_growth=3, wide_channels=[4], wide_growth=2),
+    )
+    assert ReversibleConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(ValueError, match="Unknown reversible settings \\['drift', 'grids.drift'\\]"):
+        ReversibleConfig.from_dict(OF_BEFORE | {"drift": 1, "grids": {"drift": 1}})
+
+
+def test_a_model_of_before_computes_what_it_did(tmp_path):
+    """Saved with settings that stood in no group."""
+    model = with_random_couplings(coupled(calibrate=False, predictor_rank=5, fraction_bits=8, side_bits=1))
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    groups = [config["revffn"].pop(name) for name in ("cross_branch", "innovation", "grids")]
+    config["revffn"] |= {name: value for group in groups for name, value in group.items()} | {"eval_coupled": False}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    older = aligned(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).train())
+    assert older.reversible_config == model.reversible_config and older.config.revffn == model.config.revffn
+    assert torch.equal(run(older, tiny_batch())[0], run(model, tiny_batch())[0])

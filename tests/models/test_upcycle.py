@@ -35,6 +35,7 @@ from revffn.models.upcycle import (
     upcycle,
 )
 from revffn.models.upcycle_command import upcycle_command
+from revffn.options import UpcycleConfig
 
 PRESERVED_NATS = 1e-3
 # fp32, relative to the largest logit; worst seen 8.4e-07, CPU, 2026-11-24
@@ -302,7 +303,7 @@ def text(tmp_path):
 @torch.no_grad()
 def test_command_writes_a_checkpoint_and_a_table(source, text, tmp_path, capsys):
     output = tmp_path / "deep" / "moe"
-    report = upcycle_command(str(output), source=source, text=text, steps=3, num_heldout=20)
+    report = upcycle_command(UpcycleConfig(output=str(output), source=source, text=text, steps=3, num_heldout=20))
     printed = capsys.readouterr().out
     for key in ("loss_dense", "loss_noise", "loss_specialised", "loss_permuted"):
         assert f"{report[key]:.4f}" in printed
@@ -321,11 +322,11 @@ def test_command_refuses_and_leaves_nothing(source, text, tmp_path):
     full.mkdir()
     (full / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="is not empty. Give a new or empty folder"):
-        upcycle_command(str(full), source=source, text=text)
+        upcycle_command(UpcycleConfig(output=str(full), source=source, text=text))
     with pytest.raises(ValueError, match="is a file"):
-        upcycle_command(str(full / "notes.txt"), source=source, text=text)
+        upcycle_command(UpcycleConfig(output=str(full / "notes.txt"), source=source, text=text))
     with pytest.raises(ValueError, match="cannot write to"):
-        upcycle_command(str(full / "notes.txt" / "moe"), source=source, text=text)
+        upcycle_command(UpcycleConfig(output=str(full / "notes.txt" / "moe"), source=source, text=text))
     assert [path.name for path in full.iterdir()] == ["notes.txt"]
 
     before = sorted(tmp_path.iterdir())
@@ -338,7 +339,9 @@ def test_command_refuses_and_leaves_nothing(source, text, tmp_path):
         ({"dtype": "float16"}, "dtype must be"),
     ):
         with pytest.raises(ValueError, match=message):
-            upcycle_command(new, **{"source": source, "text": text, "steps": 1, "num_heldout": 20, **changes})
+            upcycle_command(
+                UpcycleConfig(output=new, **{"source": source, "text": text, "steps": 1, "num_heldout": 20, **changes})
+            )
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -353,7 +356,9 @@ def test_command_cleans_up_after_an_interruption(source, text, tmp_path, monkeyp
     monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", interrupted)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(KeyboardInterrupt):
-        upcycle_command(str(tmp_path / "deep" / "moe"), source=source, text=text, steps=1, num_heldout=20)
+        upcycle_command(
+            UpcycleConfig(output=str(tmp_path / "deep" / "moe"), source=source, text=text, steps=1, num_heldout=20)
+        )
     assert seen and sorted(tmp_path.iterdir()) == before
 
 

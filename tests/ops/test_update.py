@@ -346,7 +346,7 @@ def test_kernels_need_little_memory(rule, monkeypatch):
     with FakeTensorMode():
         weight = nn.Parameter(torch.empty(60, 2816, 2048, dtype=torch.bfloat16))
         optimizer = build(rule, [weight])
-        optimizer._state_of(weight, optimizer.param_groups[0])
+        optimizer.state_of(weight)
         weight.grad = torch.empty_like(weight)
         with LiveBytes() as memory, torch.no_grad():
             for tensor in (weight, weight.grad, *optimizer.state[weight].values()):

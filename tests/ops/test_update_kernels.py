@@ -60,7 +60,7 @@ def step(options, dtype, rounding, shapes, bad=False):
     )
     found = []
     for i, weight in enumerate(weights):
-        state = optimizer._state_of(weight, optimizer.param_groups[0])
+        state = optimizer.state_of(weight)
         for name in sorted(state):
             if torch.is_tensor(state[name]):
                 if state[name].dtype == torch.uint8:

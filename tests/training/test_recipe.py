@@ -4,17 +4,19 @@ Run: pytest tests/training/test_recipe.py
 """
 
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
 from revffn import ReversibleConfig
-from revffn.command_line import from_words, load_run_config, sections
+from revffn.command_line import from_words, leaves, load_run_config
+from revffn.config import groups_of
 from revffn.memory.amounts import parse_bytes
 from revffn.memory.plan import choose_tile, plan
 from revffn.models.known import load_config
-from revffn.recipe import InputError, RunConfig, with_tile
+from revffn.options import EvaluateConfig, PlanConfig, UpcycleConfig
+from revffn.recipe import InputError, RunConfig, RunReversibleConfig, with_tile
 from revffn.training.preflight import method_of
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -73,7 +75,7 @@ def test_tiles_are_automatic_until_a_number_is_put(recipe):
     assert config.reversible.tile_tokens == "auto"
     with pytest.raises(ValueError, match="no number yet"):
         config.reversible.resolve(calibrated=True)
-    told = dict(coupling="none", side_bits=[1, 2, 2], stream_maps=False)
+    told = dict(coupling="none", side_bits=[1, 2, 2])
     for size in (None, 512):
         resolved = with_tile(config, size).reversible.resolve(calibrated=True)
         assert resolved == ReversibleConfig(tile_tokens=size, **told)
@@ -95,8 +97,32 @@ BAD_RECIPES = {
     ),
     "key in the wrong section": (TEXT.replace("freeze_router", "packing"), "Did you mean data.packing?"),
     "a key of before": (TEXT.replace("coupling: none", "max_drift: 0.1"), "line 5: reversible.max_drift is gone"),
+    "a key that moved": (
+        TEXT.replace("coupling: none", "query_stream: left"),
+        "line 5: unknown key 'reversible.query_stream'. Did you mean reversible.cross_branch.query_stream?",
+    ),
+    "what calibration finds": (
+        TEXT.replace("coupling: none", "grid_growth: 0"),
+        "line 5: reversible.grid_growth is no setting of a run: calibration finds it. Leave the key out.",
+    ),
+    "what is settled": (
+        TEXT.replace("coupling: none", "random_sign: true"),
+        "line 5: reversible.random_sign is no setting of a run: experiments have settled it",
+    ),
+    "unknown in a group": (
+        TEXT.replace("coupling: none", "cross_branch: {query: left}"),
+        "line 5: unknown key 'reversible.cross_branch.query'. Did you mean reversible.cross_branch.query_stream?",
+    ),
     "wrong type": (TEXT.replace("num_steps: 10", "num_steps: many"), "line 11: training.num_steps: "),
-    "wrong choice": (TEXT.replace("coupling: none", "coupling: no"), "line 5: invalid choice"),
+    "wrong choice": (
+        TEXT.replace("coupling: none", "coupling: no"),
+        "line 5: reversible.coupling: expected innovation, cross_branch, none or null, got 'no'.",
+    ),
+    "wrong in a list": (
+        TEXT.replace("[1, 2, 2]", "[1, x]"),
+        "line 4: reversible.side_bits: expected a whole number or a",
+    ),
+    "a list for one": (TEXT.replace("1e-5", "[1, 2]"), "line 7: optimizer.learning_rate takes one value, got '1 2'"),
     "out of range": (TEXT.replace("1e-5", "-1"), "line 7: optimizer: learning_rate must be at least 0"),
     "range of the core": (TEXT.replace("[1, 2, 2]", "9"), "line 4: reversible: side_bits must be 0 to 4"),
     "nothing to train": (
@@ -125,11 +151,12 @@ BAD_WORDS = {
     "unknown key": ("--optimizer.learning_rat 1", "command line: unknown key 'optimizer.learning_rat'. Did you mean"),
     "no section": ("--learning_rate 1", "Did you mean optimizer.learning_rate?"),
     "wrong type": ("--optimizer.beta1 x", "command line: optimizer.beta1: expected a number, like 2e-5, got 'x'."),
-    "no value": ("--optimizer.beta1", "command line: "),
+    "no value": ("--optimizer.beta1", "command line: optimizer.beta1 needs a value: a number, like 2e-5."),
+    "half a number": ("--training.num_steps 2.5", "training.num_steps: expected a whole number or null, got '2.5'."),
     "too many": ("--optimizer.beta1 0.1 0.2", "command line: optimizer.beta1 takes one value"),
     "no size of a tile": (
         "--reversible.tile_tokens autoo",
-        "reversible.tile_tokens: expected null, a whole number or auto, got 'autoo'.",
+        "reversible.tile_tokens: expected a whole number, auto or null, got 'autoo'.",
     ),
     "a negative tile": ("--reversible.tile_tokens -3", "null (the whole batch) or at least 1, got -3. Leave it out"),
     "no option": ("optimizer.beta1 1", "command line: expected --section.key value"),
@@ -153,17 +180,53 @@ def test_a_recipe_that_is_not_there(tmp_path):
         load_run_config(tmp_path / "nothing.yaml")
 
 
-def test_help_has_every_field_with_its_text(capsys):
+def help_of(config, word, capsys) -> str:
     with pytest.raises(SystemExit) as stop:
-        from_words(RunConfig, ["--help"], "revffn train RECIPE")
-    out = capsys.readouterr().out
+        from_words(config, [word], "revffn a command")
     assert stop.value.code == 0
-    assert all(f"--{section}.{key}" in out for section, keys in sections().items() for key in keys)
-    assert "low bits of the innovation kept" in out and "Peak learning rate of stage 2" in out
+    return capsys.readouterr().out
 
 
-def test_the_reversible_section_is_the_core_s_config():
-    assert sections()["reversible"] == [field.name for field in fields(ReversibleConfig)]
+def test_help_has_first_what_a_newcomer_needs(capsys):
+    """On two screens; everything is in the other, in full."""
+    out, all_of_it = (help_of(RunConfig, word, capsys) for word in ("--help", "--help-all"))
+    assert "--training.batch_size" in out and "--optimizer.beta1" not in out and "--help-all" in out
+    assert len(out.splitlines()) <= 80 and max(map(len, out.splitlines())) <= 100
+    for name, _ in leaves(RunConfig):
+        assert f"--{name} " in all_of_it
+    assert "--reversible.cross_branch.query_stream left | right  (left)" in all_of_it
+    assert "--training.num_epochs X  (1.0)" in all_of_it and "--training.seed N  (0)" in all_of_it
+    assert "adamw's decay rate of the first moment." in all_of_it
+
+
+@pytest.mark.parametrize("config", [PlanConfig, EvaluateConfig, UpcycleConfig])
+def test_help_of_other_commands_has_every_option_with_its_text(config, capsys):
+    lines = help_of(config, "--help", capsys).splitlines()
+    for name, _ in leaves(config):
+        (place,) = [i for i, line in enumerate(lines) if line.startswith(f"--{name} ")]
+        assert lines[place + 1].startswith("    ") and len(lines[place + 1]) > 8
+
+
+def test_switches_need_no_value():
+    words = "--model x --batch 2 --tokens 8".split()
+    assert from_words(PlanConfig, words, "revffn plan") == PlanConfig(model="x", batch=2, tokens=8)
+    changed = from_words(PlanConfig, [*words, "--no-alternatives", "--json", "--tile-tokens", "0"], "revffn plan")
+    assert changed == PlanConfig(model="x", batch=2, tokens=8, alternatives=False, json=True, tile_tokens=0)
+
+
+def test_few_dials():
+    """What a run may say of the reversible blocks; what calibration finds and experiments settled is not offered."""
+    offered = [name for name, _ in leaves(RunReversibleConfig)]
+    own = [f"cross_branch.{field.name}" for field in fields(groups_of(ReversibleConfig)["cross_branch"])]
+    assert offered == ["coupling", "side_bits", "offload_inputs", "tile_tokens", "verify", *own]
+    assert [field.name for field in fields(RunReversibleConfig)] == [field.name for field in fields(ReversibleConfig)]
+
+
+def test_groups_in_a_recipe(recipe):
+    text = TEXT.replace("coupling: none", "cross_branch:\n    query_stream: right\n    stream_maps: null")
+    config = load_run_config(recipe(text), ["--reversible.cross_branch.num_iterations", "4"])
+    told = replace(config.reversible.cross_branch, query_stream="right", num_iterations=4)
+    assert config.reversible.cross_branch == told and told.stream_maps is None
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.name)

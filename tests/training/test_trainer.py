@@ -49,7 +49,7 @@ def moved(before, after):
 
 COUPLINGS = {
     "innovation": ["--reversible.coupling", "innovation"],
-    "cross_branch": ["--reversible.coupling", "cross_branch", "--reversible.query_stream", "right"],
+    "cross_branch": ["--reversible.coupling", "cross_branch", "--reversible.cross_branch.query_stream", "right"],
     "none": ["--reversible.coupling", "none"],
     "plain": ["--reversible.coupling", "null", "--training.activation_checkpointing", "true"],
 }
@@ -124,7 +124,7 @@ def test_export_says_what_it_costs(recipe_file, tmp_path, capsys):
     rows = check(load_run_config(recipe_file(), ["--training.output_dir", str(tmp_path / "other")])).heldout
     with coupled(model):
         again = heldout_loss(model, rows, 8, 0)["loss"]
-    assert again == pytest.approx(trained, rel=1e-5) and model.reversible_config.eval_coupled is False
+    assert again == pytest.approx(trained, rel=1e-5) and model.model.walks_in_eval is False
     capsys.readouterr()
     assert main(["export", str(folder), str(tmp_path / "plain")]) == 0
     captured = capsys.readouterr()
@@ -161,14 +161,14 @@ def test_stage_1_moves_the_coupling_only(recipe_file, model_folder):
 
 @pytest.mark.parametrize(
     "dtype, stage1_steps, where",
-    [("float32", 0, "device"), ("bfloat16", 4, "device"), ("bfloat16", 4, "host")],  # stage 1 trains predictors
+    [("float32", 0, "device"), ("bfloat16", 4, "device"), ("bfloat16", 4, "host")],
 )
 def test_a_resumed_run_equals_one_that_did_not_stop(recipe_file, tmp_path, dtype, stage1_steps, where, monkeypatch):
     """Stopped after 3 steps of 4 (of the last, or of the only stage), gone on from the checkpoint at 2; with weights
     on the host it still equals the resident run."""
     recipe = recipe_file("optimizer:\n  learning_rate: 1e-3\n")
     same = ["--training.num_steps", "4", "--training.stage1_steps", str(stage1_steps), "--training.save_steps", "2"]
-    same += ["--reversible.train_predictor", str(stage1_steps > 0)]
+    same += COUPLINGS["cross_branch"] if stage1_steps else []
     same += ["--model.dtype", dtype]  # bf16 weights are rounded stochastically
     whole = run(recipe, *same, "--training.output_dir", str(tmp_path / "whole"))
     halves = ["--training.output_dir", str(tmp_path / "halves"), "--memory.weights", where]
@@ -403,7 +403,7 @@ def test_the_trainer_alone_resumes_with_all_weights(tokenizer, tmp_path):
         return model
 
     whole = trained(0, calibration=[{"input_ids": torch.arange(3, 40)[None]}])
-    assert whole.reversible_config.grid_growth > 0
+    assert whole.reversible_config.grids.grid_growth > 0
     resumed = trained(1, resume_from_checkpoint=str(tmp_path / "0" / "checkpoint-2"))
     assert resumed.reversible_config == whole.reversible_config
     assert not moved(whole.state_dict(), resumed.state_dict())

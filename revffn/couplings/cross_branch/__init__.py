@@ -45,9 +45,11 @@ class CrossBranch(StreamCoupling):
     )
 
     def resolve(self, config: ReversibleConfig, calibrated: bool) -> ReversibleConfig:
-        if config.stream_maps is not None:
+        own = config.cross_branch
+        if own.stream_maps is not None:
             return config
-        return replace(config, stream_maps=calibrated and config.query_stream == "right")
+        fitted = calibrated and own.query_stream == "right"
+        return replace(config, cross_branch=replace(own, stream_maps=fitted))
 
     def validate(self, config: ReversibleConfig, hf_config: PreTrainedConfig) -> None:
         if hf_config.hidden_size % 2:
@@ -56,32 +58,32 @@ class CrossBranch(StreamCoupling):
             )
 
     def label(self, config: ReversibleConfig) -> str:
-        return f"cross_branch {config.query_stream}"
+        return f"cross_branch {config.cross_branch.query_stream}"
 
     def layer_module(self, hidden_size: int, layer: int, config: ReversibleConfig) -> Adapters:
         return Adapters(hidden_size, layer, config)
 
     def model_module(self, hidden_size: int, config: ReversibleConfig) -> StreamMaps | None:
-        return StreamMaps(hidden_size) if config.stream_maps else None
+        return StreamMaps(hidden_size) if config.cross_branch.stream_maps else None
 
     def observe(
         self, model: PreTrainedModel, config: ReversibleConfig, batches: Iterable[dict[str, Tensor]]
     ) -> tuple[ReversibleConfig, Any]:
-        if config.stream_maps:
+        if config.cross_branch.stream_maps:
             return config, see_states(model, batches)
         seen = see_magnitudes(model, batches)
         grid = one_grid(float(seen.largest.max()), MARGIN)
-        if config.query_stream == "left":
+        if config.cross_branch.query_stream == "left":
             # A grid much finer than what the model computes with would only have more low bits to keep.
             kept = LEFT_DIGITS[min(model.dtype.itemsize, 4)] + math.ceil(-math.log2(max(seen.typical, 1e-6)))
-            grid["fraction_bits"] = max(0, min(grid["fraction_bits"], kept))
-        return replace(config, **grid), seen
+            grid = replace(grid, fraction_bits=max(0, min(grid.fraction_bits, kept)))
+        return replace(config, grids=grid), seen
 
     def fit(self, model: PreTrainedModel, observed: Any) -> dict[str, Any]:
-        if model.reversible_config.stream_maps:
+        if model.reversible_config.cross_branch.stream_maps:
             notes = fit_adapters(model, observed)
             grid = one_grid(notes.pop("largest_stream_value"), MARGIN)
-            model.config.revffn["fraction_bits"] = grid["fraction_bits"]
+            model.config.revffn["grids"]["fraction_bits"] = grid.fraction_bits
             return notes
         largest = float(observed.largest.max())
         return {"num_tokens": observed.num_rows, "largest_hidden_state": largest, "explained": {}}

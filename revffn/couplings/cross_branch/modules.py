@@ -30,7 +30,7 @@ class Adapters(Added):
     def __init__(self, hidden_size: int, layer: int, config: ReversibleConfig):
         super().__init__()
         half = hidden_size // 2
-        self.query_stream = config.query_stream
+        self.query_stream = config.cross_branch.query_stream
         self.query_up = nn.Linear(half, hidden_size, bias=False)
         self.key_value_up = nn.Linear(half, hidden_size, bias=False)
         self.attention_down = nn.Linear(hidden_size, half, bias=False)

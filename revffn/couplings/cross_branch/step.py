@@ -94,7 +94,7 @@ class LeftInverse:
 
     def keep(self, x: Tensor, y: Tensor, evaluation: Evaluation) -> tuple[Tensor, ...]:
         """Forward: solve as backward will, and keep what the solution lacks of x (b, T, H)."""
-        look, most = is_concrete(y), self.walk.config.num_iterations
+        look, most = is_concrete(y), self.walk.config.cross_branch.num_iterations
         # Further evaluations than fill the memory of past ones need no further memory.
         found = self.solve(y, evaluation.rng, evaluation, most if look else min(most, DEPTH + 2), look)
         lack = lack_of(found.x, x, None if look else usual_width(self.walk.dtype))
@@ -140,7 +140,7 @@ def cross_branch_step(
         return (half_feed_forward(layer, Read.apply(c1, s1, grid, dtype), sums),)
 
     k, rng = layer.layer_index, uses_rng(layer)
-    reads = (0, 1) if walk.config.query_stream == "left" else (1,)
+    reads = (0, 1) if walk.config.cross_branch.query_stream == "left" else (1,)
     function = attend_left if len(reads) == 2 else attend_right
     # Without gradients there is no way back, and nothing to solve for.
     inverse = LeftInverse(layer, walk, tile) if len(reads) == 2 and torch.is_grad_enabled() else None

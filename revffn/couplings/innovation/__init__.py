@@ -34,14 +34,9 @@ class Innovation(StreamCoupling):
     step = staticmethod(innovation_step)
 
     def validate(self, config: ReversibleConfig, hf_config: PreTrainedConfig) -> None:
-        num_layers = hf_config.num_hidden_layers
-        if config.plain_layers >= num_layers > 1:
-            raise ValueError(
-                f"plain_layers={config.plain_layers} leaves none of the model's {num_layers} layers to couple."
-            )
-
-    def runs(self, config: ReversibleConfig, training: bool) -> bool:
-        return training or config.eval_coupled
+        num_layers, plain_layers = hf_config.num_hidden_layers, config.innovation.plain_layers
+        if plain_layers >= num_layers > 1:
+            raise ValueError(f"plain_layers={plain_layers} leaves none of the model's {num_layers} layers to couple.")
 
     def label(self, config: ReversibleConfig) -> str:
         return f"innovation m={config.side_bits}"
@@ -51,24 +46,24 @@ class Innovation(StreamCoupling):
             yield {"side_bits": 1}, f"side_bits 1 instead of {config.side_bits} (a worse held-out loss)"
 
     def num_special_layers(self, config: ReversibleConfig) -> int:
-        return config.plain_layers
+        return config.innovation.plain_layers
 
     def layer_module(self, hidden_size: int, layer: int, config: ReversibleConfig) -> PredictorOfLayer:
         return PredictorOfLayer(hidden_size, layer, config)
 
     def trains_what_it_adds(self, config: ReversibleConfig) -> bool:
-        return config.train_predictor
+        return config.innovation.train_predictor
 
     def observe(
         self, model: PreTrainedModel, config: ReversibleConfig, batches: Iterable[dict[str, Tensor]]
     ) -> tuple[ReversibleConfig, Any]:
         """Choose the grids, and regress s_{k-1} - s_k on s_k for every coupled layer k."""
-        predicting = config.predictor_rank != 0
-        coupled = range(config.plain_layers, len(model.model.layers)) if predicting else ()
+        rank = config.innovation.predictor_rank
+        coupled = range(config.innovation.plain_layers, len(model.model.layers)) if rank != 0 else ()
         seen = see_magnitudes(model, batches, coupled)
-        grids = choose_grids(config, seen.largest, seen.typical)
-        solutions = {index: regress(seen.moments.pop(index), config.predictor_rank) for index in coupled}
-        return replace(config, **grids), (seen, solutions)
+        grids = choose_grids(config.grids.grid_growth, seen.largest, seen.typical)
+        solutions = {index: regress(seen.moments.pop(index), rank) for index in coupled}
+        return replace(config, grids=grids), (seen, solutions)
 
     def fit(self, model: PreTrainedModel, observed: Any) -> dict[str, Any]:
         seen, solutions = observed
@@ -84,7 +79,7 @@ class Innovation(StreamCoupling):
             grids[k].gain_by_channel(grids[k - 2], config.side_bits_of(k - 1), like)
 
     def begin(self, walk: Walk, hidden: Tensor) -> None:
-        if walk.config.random_sign:
+        if walk.config.innovation.random_sign:
             # From the default generator: seeds, checkpoints of its state and ranks then behave as they do for dropout.
             shape = (walk.num_layers, hidden.shape[0])
             walk.signs = 2 * torch.randint(0, 2, shape, dtype=torch.int32, device=hidden.device) - 1

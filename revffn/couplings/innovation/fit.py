@@ -5,13 +5,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, initialization
 
-from ...config import ReversibleConfig
+from ...config import Grids, ReversibleConfig
 from .. import observe
 from ..base import Added
 from ..observe import MAX_FRACTION_BITS, fitting, one_grid, ridge_weight
@@ -49,29 +48,28 @@ class PredictorOfLayer(nn.Module):
 
     def __init__(self, hidden_size: int, layer: int, config: ReversibleConfig):
         super().__init__()
-        coupled = layer >= config.plain_layers
+        coupled, rank = layer >= config.innovation.plain_layers, config.innovation.predictor_rank
         self.side_bits: int | None = config.side_bits_of(layer) if coupled else None
-        self.predictor = (
-            Predictor(hidden_size, config.predictor_rank) if coupled and config.predictor_rank != 0 else None
-        )
+        self.predictor = Predictor(hidden_size, rank) if coupled and rank != 0 else None
 
 
-def choose_grids(config: ReversibleConfig, largest: Tensor, typical: float) -> dict[str, Any]:
-    """`fraction_bits`, `grid_growth`, `wide_channels` and `wide_growth`.
+def choose_grids(most: int | None, largest: Tensor, typical: float) -> Grids:
+    """The grids that suit what was seen.
 
     Args:
+        most: Digits that the last grid may have more than the first; None: as many as int32 has.
         largest: (D,) the largest magnitude seen in each channel.
         typical: Of the state with the smallest values: the root mean square of the median channel.
     """
     plain = one_grid(float(largest.max()), MARGIN)
-    widest = plain["fraction_bits"]
-    if config.grid_growth == 0:
+    widest = plain.fraction_bits
+    if most == 0:
         return plain
     # The first grid rounds a typical value by about one per cent, once: the first layers add much more to it. The last
     # leaves a factor of 8 for what training and other text bring, but in the wide channels, which have a factor of 4.
     first = max(0, min(widest, 5 + math.ceil(-math.log2(max(typical, 1e-6)))))
     fit = torch.tensor([fitting(magnitude, 3) for magnitude in largest.tolist()])
-    most = MAX_FRACTION_BITS - first if config.grid_growth is None else config.grid_growth
+    most = MAX_FRACTION_BITS - first if most is None else most
 
     def spare(growth: int) -> float:
         """Digits won, on average over the channels. That wide ones may come nearer to the end counts as nothing won:
@@ -84,7 +82,7 @@ def choose_grids(config: ReversibleConfig, largest: Tensor, typical: float) -> d
         return plain
     wide = torch.nonzero(fit < first + growth).flatten().tolist()
     wide_growth = min(growth, widest - first) if wide else 0
-    return {"fraction_bits": first, "grid_growth": growth, "wide_channels": wide, "wide_growth": wide_growth}
+    return Grids(fraction_bits=first, grid_growth=growth, wide_channels=wide, wide_growth=wide_growth)
 
 
 def regress(moments: Tensor, rank: int | None) -> tuple[Tensor, Tensor | None, Tensor, float]:
