@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
+EXPERIMENTS = RESULTS.parents[1] / "experiments" / "results"
 NO_RESULTS = "*No results yet.*"
 
 T_QUANTILE = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
@@ -192,5 +193,5 @@ def mean_gap(workloads: dict[str, dict[int, dict]], plain: dict[str, dict[int, d
     return statistics.mean(means) if means else float("inf")
 
 
-TABLES = {"quality": quality, "quality_ridge": partial(quality, "quality_ridge_0.001")}
+TABLES = {"quality": quality, "quality_ridge": partial(quality, EXPERIMENTS / "quality_ridge_0.001")}
 TABLES |= {"curves": curves, "overview": overview}

@@ -25,7 +25,15 @@ from revffn.__main__ import main
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [
     file
-    for pattern in ("*.md", "docs/*.md", "recipes/*.md", "benchmarks/*.md", "data/*/*.md")
+    for pattern in (
+        "*.md",
+        "docs/*.md",
+        "recipes/*.md",
+        "benchmarks/*.md",
+        "examples/*.md",
+        "experiments/*.md",
+        "data/*/*.md",
+    )
     for file in sorted(ROOT.glob(pattern))
     if file.name != "CHANGELOG.md"
 ]

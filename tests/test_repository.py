@@ -15,7 +15,9 @@ import revffn
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [
-    file for pattern in ("*.md", "docs/*.md", "recipes/*.md", "data/*/*.md") for file in sorted(ROOT.glob(pattern))
+    file
+    for pattern in ("*.md", "docs/*.md", "recipes/*.md", "examples/*.md", "experiments/*.md", "data/*/*.md")
+    for file in sorted(ROOT.glob(pattern))
 ]
 
 
@@ -81,6 +83,15 @@ def test_modules_import_only_from_those_above_them():
                 continue  # from a folder's own modules in its __init__, or the other way round
             order = order_in(PACKAGE.joinpath(*here[:level]))
             assert order.index(path[level]) < order.index(here[level]), f"{file} imports {'.'.join(path)}"
+
+
+def test_experiments_depend_on_the_rest_and_never_the_reverse():
+    names = {file.stem for file in (ROOT / "experiments").glob("*.py")}
+    for file in [*PACKAGE.rglob("*.py"), *(ROOT / "benchmarks").glob("*.py"), *(ROOT / "examples").glob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            found = [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            found += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not names & {name.partition(".")[0] for name in found}, file
 
 
 @pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))

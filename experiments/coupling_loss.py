@@ -1,9 +1,9 @@
 """What the innovation coupling costs a pretrained model before any training, in nats of held-out loss.
 
-    python benchmarks/coupling_loss.py --model runs/smollm2-moe --parts features chosen_signs settings \
-        --output benchmarks/results/coupling_loss.json
-    python benchmarks/coupling_loss.py --model runs/smollm2-moe --parts grids \
-        --output benchmarks/results/coupling_loss_grids.json
+    python experiments/coupling_loss.py --model runs/smollm2-moe --parts features chosen_signs settings \
+        --output experiments/results/coupling_loss.json
+    python experiments/coupling_loss.py --model runs/smollm2-moe --parts grids \
+        --output experiments/results/coupling_loss_grids.json
 
 `settings`: the library's coupling by ridge, calibration rows, m and sign. `features`: the share of the last update's
 energy that a predictor explains on held-out tokens, by what it sees. `token_groups`: the same with a map for each
@@ -20,15 +20,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import quality
 import torch
-from simulate import git_state
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -37,6 +36,11 @@ import revffn
 from revffn.couplings import observe
 from revffn.data import batches
 from revffn.training.heldout import coupled, heldout_loss
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import quality  # noqa: E402
+from simulate import git_state  # noqa: E402
 
 WORKLOAD = quality.WORKLOADS["dolly"]
 HELDOUT_ROWS = 32
