@@ -5,7 +5,9 @@ They belong to a model and travel with it in `config.json`. What belongs to a ru
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+import functools
+import warnings
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 if TYPE_CHECKING:
@@ -103,6 +105,28 @@ class InnovationConfig:
             raise ValueError(f"predictor_rank must be None (full) or at least 0, got {self.predictor_rank}.")
 
 
+def accept_old_names(cls: type) -> type:
+    """`query_stream="right"` for `cross_branch=CrossBranchConfig(query_stream="right")`, as it was before there were
+    groups; a warning says so."""
+    made = cls.__init__
+
+    @functools.wraps(made)
+    def __init__(self: Any, **values: Any) -> None:
+        homes = home_of(cls)
+        old = {name: values.pop(name) for name in list(values) if name in homes}
+        for group in dict.fromkeys(homes[name] for name in old):
+            given = {name: value for name, value in old.items() if homes[name] == group}
+            kind = groups_of(cls)[group]
+            words = f"{group}={kind.__name__}({', '.join(f'{name}={value!r}' for name, value in given.items())})"
+            warnings.warn(f"{', '.join(given)}: in a group now. Write {words}.", FutureWarning, stacklevel=2)
+            values[group] = replace(values[group], **given) if group in values else kind(**given)
+        made(self, **values)
+
+    cls.__init__ = __init__
+    return cls
+
+
+@accept_old_names
 @dataclass(kw_only=True)
 class ReversibleConfig:
     """How a model's decoder layers are made reversible. Travels with the model in `config.json`."""
@@ -177,12 +201,11 @@ class ReversibleConfig:
         Raises:
             ValueError: A setting is unknown, or has a value that is not accepted.
         """
-        groups = groups_of(cls)
-        group_of = {f.name: group for group, made in groups.items() for f in fields(made)}
+        groups, homes = groups_of(cls), home_of(cls)
         known, inside = {f.name for f in fields(cls)}, {group: dict(values.get(group) or {}) for group in groups}
         flat = {name: value for name, value in values.items() if name not in groups and name not in RETIRED}
-        for name in [name for name in flat if name in group_of]:
-            inside[group_of[name]][name] = flat.pop(name)
+        for name in [name for name in flat if name in homes]:
+            inside[homes[name]][name] = flat.pop(name)
         unknown = sorted(set(flat) - known)
         for group, made in groups.items():
             unknown += [f"{group}.{name}" for name in sorted(set(inside[group]) - {f.name for f in fields(made)})]
@@ -195,6 +218,11 @@ def groups_of(config: type) -> dict[str, type]:
     """The fields of a dataclass that are dataclasses themselves."""
     hints = get_type_hints(config)
     return {f.name: hints[f.name] for f in fields(config) if is_dataclass(hints[f.name])}
+
+
+def home_of(config: type) -> dict[str, str]:
+    """The group of every field of a group."""
+    return {f.name: group for group, made in groups_of(config).items() for f in fields(made)}
 
 
 def choose(config: Any, name: str, accepted: tuple) -> None:

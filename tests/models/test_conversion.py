@@ -485,6 +485,16 @@ def test_settings_of_before_are_read():
         ReversibleConfig.from_dict(OF_BEFORE | {"drift": 1, "grids": {"drift": 1}})
 
 
+def test_names_of_before_are_accepted_with_a_word():
+    with pytest.warns(FutureWarning, match=r"Write cross_branch=CrossBranchConfig\(query_stream='right'\)"):
+        config = ReversibleConfig(coupling="cross_branch", query_stream="right")
+    assert config == ReversibleConfig(coupling="cross_branch", cross_branch=CrossBranchConfig(query_stream="right"))
+    with pytest.warns(FutureWarning), pytest.raises(ValueError, match="num_iterations must be at least 1"):
+        ReversibleConfig(num_iterations=0)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'query'"):
+        ReversibleConfig(query="right")
+
+
 def test_a_model_of_before_computes_what_it_did(tmp_path):
     """Saved with settings that stood in no group."""
     model = with_random_couplings(coupled(calibrate=False, predictor_rank=5, fraction_bits=8, side_bits=1))
