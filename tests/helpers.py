@@ -221,6 +221,8 @@ def reference_layers(model, signs: Tensor | None):
     scales = [grid_scale(config, k, num_layers, width) for k in range(num_layers + 1)]
 
     def forward(layer, hidden, *args, walk=None, **kwargs):
+        if walk is not None:
+            walk.layers_run += 1  # it stands for the layer, and says so
         k, dtype = layer.layer_index, layer.input_layernorm.weight.dtype
         dtype = state.setdefault("dtype", hidden.dtype)
         S = scales[k + 1]

@@ -3,6 +3,7 @@
     routing.py       expert choices, recorded in forward and replayed
     experts.py       experts_implementation="revffn", in transformers' interface
     dense.py         norms, rotary embedding and SwiGLU as fused operations
+    captured.py      what transformers captures of modules, as the untiled layer gives it
     recompute.py     a sublayer as it ran in forward, run again in backward on the same code path
     walk.py          one forward call, its tiles and streams, and the way back; what it measured
     nodes.py         the autograd nodes that a walk is made of, but for a coupling's own

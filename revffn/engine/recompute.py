@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .captured import paused
 from .dense import fused_parts
 from .routing import RecordRouting, ReplayRouting, routing
 
@@ -108,7 +109,7 @@ class Evaluation:
         `rng`: the states of random numbers, of which `side_tensors` hands over the last.
         """
         carriers = tuple(carrier_like(s.shape, s.device, torch.float32) for s in streams)
-        with torch.no_grad(), self.rng_state(rng), self.autocast_state(), fused_parts(self.device.type):
+        with torch.no_grad(), paused(), self.rng_state(rng), self.autocast_state(), fused_parts(self.device.type):
             return self.function(*carriers, *streams)
 
     def side_tensors(self) -> tuple[Tensor, ...]:

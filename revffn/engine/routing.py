@@ -123,12 +123,33 @@ def choosing_classes(modeling: ModuleType) -> dict[type, type]:
     return found
 
 
+_MADE: dict[type, type] = {}
+"""Intercepting classes of classes that are no family's."""
+
+
 def intercept(block: nn.Module, router: nn.Module, classes: dict[type, type]) -> None:
     """Give a sparse block or its router the class that intercepts; if neither is known to choose, to the block: slower
-    and as right."""
-    found = [part for part in (block, router) if type(part) in classes]
-    for part in found:
-        part.__class__ = classes[type(part)]
-    if not found and type(block) not in classes.values() and type(router) not in classes.values():
-        known = classes.setdefault(type(block), intercepting(type(block), "forward", f"RevFFN{type(block).__name__}"))
-        block.__class__ = known
+    and as right.
+
+    Args:
+        classes: What `choosing_classes` found for the family. A class that was put in place of one of them, and is
+            made from it, is intercepted in the same method.
+    """
+    found = False
+    for part in (block, router):
+        family = next((cls for cls in type(part).__mro__ if cls in classes), None)
+        if family is not None:
+            found, cls = True, type(part)
+            part.__class__ = classes[cls] if cls is family else _made(cls, choosing_method(family))
+    if not found:
+        block.__class__ = _made(type(block), "forward")
+
+
+def _made(cls: type, method: str) -> type:
+    if cls in _MADE.values():
+        return cls
+    if cls not in _MADE:
+        made = intercepting(cls, method, f"RevFFN{cls.__name__}")
+        made.__module__ = __name__
+        _MADE[cls] = globals()[made.__name__] = made  # found there when a model is pickled
+    return _MADE[cls]

@@ -87,6 +87,7 @@ class Walk:
         self.grids: list[Grid] = []
         self.signs: Tensor | None = None
         self.kept: list[Tensor] = []
+        self.layers_run = 0
         self.dtype: torch.dtype = torch.float32
         self.batch_size = 0
         # (2,) int32: whether an update was not finite, which a cast to int32 hides and `Finish` shows again; the

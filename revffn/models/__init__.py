@@ -2,6 +2,7 @@
 
 serving.py          what vLLM and llama.cpp want of an exported folder
 architectures.py    what differs from family to family, a row each
+modules.py          which class every module gets, and which models are refused
 layers.py           decoder layers and the final norm in a walk
 conversion.py       convert and export
 losses.py           linear cross-entropy, never the full logits

@@ -35,6 +35,7 @@ from ..engine.sublayers import TiledExperts
 from ..engine.walk import Report, Walk
 from .architectures import ARCHITECTURES, PREFIX, Architecture, find_architecture, plain_model_type
 from .layers import ReversibleLayer, ReversibleNorm
+from .modules import check_modules, own_class, remove_idle_patches
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,13 @@ class ReversibleBackbone(PreTrainedModel):
         return ReversibleConfig.from_dict(self.config.revffn)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            # A compiled model runs its layers as they are: what they save is dropped and made again, which a
+            # compiler would not see. What stands around them is compiled.
+            return torch.compiler.disable(self.run)(*args, **kwargs)
+        return self.run(*args, **kwargs)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
         config = self.reversible_config
         coupling = config.find_coupling()
         if not coupling.runs(self.training or self.walks_in_eval) or kwargs.get("past_key_values") is not None:
@@ -72,11 +80,22 @@ class ReversibleBackbone(PreTrainedModel):
         walk = Walk(config, len(self.layers), self.reversible_report)
         self.norm.walk = walk if coupling.has_streams else None
         try:
-            return super().forward(*args, walk=walk, **kwargs)
+            outputs = super().forward(*args, walk=walk, **kwargs)
+            if walk.layers_run != len(self.layers) or self.norm.walk is not None:
+                raise RuntimeError(self.not_run(walk))
+            return outputs
         except BaseException:
             self.norm.walk = None
             walk.discard()
             raise
+
+    def not_run(self, walk: Walk) -> str:
+        patched = [name for name, module in self.named_modules() if "forward" in module.__dict__]
+        return (
+            f"The model is reversible, but {len(self.layers) - walk.layers_run} of its {len(self.layers)} layers did "
+            "not run so: something was put in place of their forward after the conversion"
+            f"{' (' + ', '.join(patched[:4]) + ')' if patched else ''}. Take it away, or convert after it."
+        )
 
     def leave_out_unused_mask(self, kwargs: dict[str, Any]) -> None:
         """The family makes a sliding-window mask (B, 1, T, T) also when no layer uses one: 16 GiB at T = 131,072."""
@@ -110,7 +129,7 @@ class ReversibleForCausalLM(PreTrainedModel):
             choose_implementation(self)
         settings = ReversibleConfig.from_dict(config.revffn)
         config.revffn = settings.to_dict()  # in the groups of today
-        attach(self, settings)
+        attach(self, settings, make_added(self, settings))
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -124,9 +143,9 @@ class ReversibleForCausalLM(PreTrainedModel):
         return self.model.reversible_config
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        logger.warning(
-            "gradient_checkpointing_enable() is ignored: a reversible model rebuilds its activations already."
-        )
+        logger.warning("Activation checkpointing is ignored: a reversible model rebuilds its activations already.")
+
+    activation_checkpointing_enable = gradient_checkpointing_enable
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -240,7 +259,7 @@ def convert(
     config = config or ReversibleConfig()
     if is_reversible(model):
         raise ValueError("The model is reversible already. Call revffn.export(model) first to convert it anew.")
-    row = find_architecture(model)
+    find_architecture(model)
     layers = model.model.layers
     if isinstance(config.side_bits, list) and len(config.side_bits) != len(layers):
         raise ValueError(f"side_bits has {len(config.side_bits)} entries; the model has {len(layers)} decoder layers.")
@@ -249,53 +268,63 @@ def convert(
         raise ValueError(f"wide_channels {wrong} do not exist; the model has {model.config.hidden_size} channels.")
     coupling = config.find_coupling()
     coupling.validate(config, model.config)
-    assert all(type(layer).__name__ == row.class_stem + "DecoderLayer" for layer in layers)
+    plain_type = model.config.model_type
+    check_modules(model, CLASSES[plain_type])
     config = config.resolve(calibrated=calibration is not None)
     observed = None
     if calibration is not None:
         config, observed = coupling.observe(model, config, calibration)
     if config.grids.grid_growth is None:
         config = replace(config, grids=replace(config.grids, grid_growth=0))
-    plain_type = model.config.model_type
+    added = make_added(model, config)  # may fail for want of memory: nothing has been changed yet
+    remove_idle_patches(model)
     model.config.__class__ = CLASSES[plain_type]["config"]
     model.config.model_type = PREFIX + plain_type
     model.config.revffn = config.to_dict()
     model.__class__ = CLASSES[plain_type]["causal"]
     choose_implementation(model)
-    attach(model, config)
+    attach(model, config, added)
     notes = None if observed is None else coupling.fit(model, observed)
     if notes is not None:
         model.config.revffn_calibration = notes
     return model
 
 
-def attach(model: PreTrainedModel, config: ReversibleConfig) -> None:
-    """Give a plain model's backbone and layers their reversible classes, and every layer its coupling."""
+def make_added(model: PreTrainedModel, config: ReversibleConfig) -> tuple[list[nn.Module], nn.Module | None]:
+    """What the coupling adds to every layer, and to the model."""
+    coupling, hidden_size = config.find_coupling(), model.config.hidden_size
+    of_layers = []
+    for index, layer in enumerate(model.model.layers):
+        weight = next(p for p in layer.self_attn.parameters() if p.is_floating_point())
+        with torch.device(weight.device), default_dtype(weight.dtype):
+            of_layers.append(coupling.layer_module(hidden_size, index, config))
+    weight = model.model.norm.weight
+    with torch.device(weight.device), default_dtype(weight.dtype):
+        return of_layers, coupling.model_module(hidden_size, config)
+
+
+def attach(model: PreTrainedModel, config: ReversibleConfig, added: tuple[list[nn.Module], nn.Module | None]) -> None:
+    """Give a plain model's backbone and layers their reversible classes, and what `make_added` made."""
     row, model_type = find_architecture(model), plain_model_type(model.config.model_type)
     classes, coupling, hidden_size = CLASSES[model_type], config.find_coupling(), model.config.hidden_size
-    model.model.__class__ = classes["backbone"]
+    layers, norm = model.model.layers, model.model.norm
+    of_layers, maps = added
+    model.model.__class__ = own_class(classes["backbone"], model.model)
     model.model.reversible_report = Report()
-    assert type(model.model.norm) is classes["norm"].__bases__[1], type(model.model.norm)
-    model.model.norm.__class__ = classes["norm"]
+    norm.__class__ = own_class(classes["norm"], norm)
     for part in (model, model.model):
         # 5.17 has a plain dictionary by class, which would keep a model alive; later versions a weak one by model.
         key = str(type(part)) if type(_CAN_RECORD_REGISTRY) is dict else part
         _CAN_RECORD_REGISTRY[key] = type(part)._can_record_outputs
-    for index, layer in enumerate(model.model.layers):
-        layer.__class__ = classes["layer"]
+    for index, layer in enumerate(layers):
+        layer.__class__ = own_class(classes["layer"], layer)
         layer.behaviour, layer.layer_index = coupling, index
         layer.query_modules, layer.key_value_modules = row.query_modules, row.key_value_modules
         if hasattr(layer.mlp, "experts"):
-            layer.mlp.experts.__class__ = classes["experts"]
+            layer.mlp.experts.__class__ = own_class(classes["experts"], layer.mlp.experts)
             intercept(layer.mlp, getattr(layer.mlp, row.router), CHOOSING[model_type])
         fuse_parts(layer, sys.modules[classes["layer"].__bases__[1].__module__], DENSE[model_type])
-        weight = next(p for p in layer.self_attn.parameters() if p.is_floating_point())
-        with torch.device(weight.device), default_dtype(weight.dtype):
-            layer.coupling = coupling.layer_module(hidden_size, index, config)
-        layer.coupling.train(layer.training)
-    weight = model.model.norm.weight
-    with torch.device(weight.device), default_dtype(weight.dtype):
-        maps = coupling.model_module(hidden_size, config)
+        layer.coupling = of_layers[index].train(layer.training)
     if maps is not None:
         model.model.coupling = maps.train(model.training)
         # Those who use them do not own them.

@@ -9,12 +9,15 @@ names and hooks stay the layer's own; what a coupling adds lives in `layer.coupl
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..couplings import Coupling
+from ..engine.captured import as_one_layer
 from ..engine.dense import RunsInWalk, is_plain, norm_kind
 from ..engine.nodes import Enter, Finish, Read, read_normed
 from ..engine.recompute import Evaluation
@@ -33,14 +36,33 @@ class ReversibleLayer(nn.Module):
     stream_maps: nn.Module | None = None
     """The model's, in its first layer and its final norm; they belong to the backbone."""
 
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """transformers' switch, which is off: what a walk keeps is less, and it recomputes by itself."""
+        return False
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, on: bool) -> None:
+        pass
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        # A walk goes past what `compile()` has put on the layer: a compiler would not see what is dropped.
+        return super().__call__(*args, **kwargs) if kwargs.get("walk") is None else self._call_impl(*args, **kwargs)
+
     def forward(self, hidden_states: Tensor, *args: Any, walk: Walk | None = None, **kwargs: Any) -> Tensor:
         if walk is None:
             return self.behaviour.plain(self, hidden_states, args, kwargs)
-        return self.behaviour.run(self, walk, hidden_states, kwargs)
+        walk.layers_run += 1
+        with as_one_layer(lambda: len(walk.tiles)):
+            return self.behaviour.run(self, walk, hidden_states, kwargs)
 
     def plain(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer as its family wrote it."""
         return super().forward(hidden_states, *args, **kwargs)
+
+
+_WITHIN: ContextVar[nn.Module | None] = ContextVar("revffn_patched_norm", default=None)
+"""The norm whose patch runs."""
 
 
 class ReversibleNorm(RunsInWalk, nn.Module):
@@ -53,9 +75,34 @@ class ReversibleNorm(RunsInWalk, nn.Module):
     walk: Walk | None = None
     stream_maps: nn.Module | None = None
 
+    patch: Callable[[Tensor], Tensor] | None = None
+    """What was put in place of `forward` on the instance (a kernel): it stays in force, and reads the streams."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        if "forward" not in self.__dict__:
+            return super().__call__(*args, **kwargs)
+        self.patch = self.__dict__.pop("forward")
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            self.__dict__["forward"], self.patch = self.patch, None
+
+    def patched(self) -> Callable[[Tensor], Tensor] | None:
+        return self.patch or self.__dict__.get("forward")
+
     def plain(self, hidden_states: Tensor) -> Tensor:
         """The norm of a hidden state, or of what two streams side by side say it is."""
-        return super().forward(hidden_states if self.stream_maps is None else self.stream_maps.exit(hidden_states))
+        if _WITHIN.get() is self:  # a patch that calls what it stands for
+            return super().forward(hidden_states)
+        patch = self.patched()
+        hidden_states = hidden_states if self.stream_maps is None else self.stream_maps.exit(hidden_states)
+        if patch is None:
+            return super().forward(hidden_states)
+        before = _WITHIN.set(self)
+        try:
+            return patch(hidden_states)
+        finally:
+            _WITHIN.reset(before)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         walk, self.walk = self.walk, None
@@ -64,7 +111,7 @@ class ReversibleNorm(RunsInWalk, nn.Module):
         grid, used = walk.grids[-1], walk.config.find_coupling().norm_reads
 
         def function(*carriers_and_streams: Tensor) -> tuple[Tensor]:
-            if len(used) == 1 and is_plain(self) and norm_kind(self) is not None:
+            if len(used) == 1 and self.patched() is None and is_plain(self) and norm_kind(self) is not None:
                 return (read_normed(*carriers_and_streams, grid, self, walk.dtype)[2],)
             pairs = zip(carriers_and_streams[: len(used)], carriers_and_streams[len(used) :], strict=True)
             values = [Read.apply(carrier, stream, grid, walk.dtype) for carrier, stream in pairs]

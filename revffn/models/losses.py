@@ -305,6 +305,8 @@ def use_linear_cross_entropy(
             "(`del model._loss_function`) or do without use_linear_cross_entropy."
         )
     previous = model.__dict__.get("forward")
+    # Asked for anew, with other settings perhaps: in place of what stands there.
+    previous = getattr(previous, "stands_before", previous)
 
     # The signature is that of the class: Trainer and generate() read it.
     @functools.wraps(type(model).forward)
@@ -350,6 +352,7 @@ def use_linear_cross_entropy(
         outputs.logits = None
         return outputs if return_dict else outputs.to_tuple()
 
+    forward.stands_before = previous
     model.forward = MethodType(forward, model)
     return model
 

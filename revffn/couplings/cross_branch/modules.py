@@ -127,18 +127,25 @@ def cross_attention(layer: nn.Module, x_query: Tensor, x_key_value: Tensor, kwar
 def full_cross_attention(layer: nn.Module, x_query: Tensor, x_key_value: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """The same without P_down: (B, T, D)."""
     adapters, norm = layer.coupling, layer.input_layernorm
-    attn = layer.self_attn
+    attn = uncompiled(layer.self_attn)
     query = norm(adapters.query_up(x_query))
     key_value = norm(adapters.key_value_up(x_key_value))
     name = next(n for n in layer.query_modules if getattr(attn, n, None) is not None)
     with queries_from(getattr(attn, name), query):
-        return first_tensor(attn(hidden_states=key_value, **kwargs))
+        return first_tensor(attn._call_impl(hidden_states=key_value, **kwargs))
 
 
 def attention_of_queries(layer: nn.Module, x_query: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """`cross_attention` where keys and values come from elsewhere: (B, T, H) -> (B, T, H)."""
     query = layer.input_layernorm(layer.coupling.query_up(x_query))
-    return layer.coupling.attention_down(first_tensor(layer.self_attn(hidden_states=query, **kwargs)))
+    attended = uncompiled(layer.self_attn)._call_impl(hidden_states=query, **kwargs)
+    return layer.coupling.attention_down(first_tensor(attended))
+
+
+def uncompiled(attn: nn.Module) -> nn.Module:
+    """The attention to call by `_call_impl`, past `compile()`: a compiler takes hooks for what they were when it first
+    saw them, and the queries come by one."""
+    return getattr(attn, "_orig_mod", attn)
 
 
 def half_feed_forward(layer: nn.Module, y1: Tensor, sums: dict[str, GradientSum] | None = None) -> Tensor:
