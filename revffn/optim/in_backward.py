@@ -22,6 +22,7 @@ Not supported: float16 (a gradient scaler would find no gradients), sparse gradi
 
 from __future__ import annotations
 
+import logging
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -35,8 +36,10 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from ..ops import update
-from ..ops.update import block_size, make_code_books
-from .rules import RULES, Job, adafactor, adamw, local_part, sgd, sharding, sum_over_shards, zeros_for
+from ..ops.update import make_code_books
+from .rules import RULES, Job, adafactor, adamw, local_part, make_state, sgd, sharding, sum_over_shards
+
+logger = logging.getLogger(__name__)
 
 CPU_CHUNK_BYTES = 2**21
 
@@ -57,10 +60,10 @@ class OptimizerInBackward(torch.optim.Optimizer):
         loss.backward()                  # weights move here, gradients are freed here
         optimizer.step()                 # checks the gradients, reports grad_norm, advances counters
 
-    Learning-rate schedulers, `state_dict`, parameter groups and `zero_grad` (nothing left to do) work as usual. A
-    parameter that is used several times in one graph, as tied embeddings are, gets one complete gradient from autograd
-    and then steps. Where its gradient comes in parts (several graphs), put it in a group with `in_backward=False`: it
-    keeps its gradient and steps in `step()`.
+    Learning-rate schedulers, `state_dict` and parameter groups work as usual; `zero_grad` gives up a step that was
+    broken off. A parameter that is used several times in one graph, as tied embeddings are, gets one complete gradient
+    from autograd and then steps. Where its gradient comes in parts (several graphs), put it in a group with
+    `in_backward=False`: it keeps its gradient and steps in `step()`.
 
     One backward per step. A second gradient before `step()` raises: the first has already moved the weights, so two
     small batches would be two updates, not one of their sum. Give the model the whole batch and let it be walked in
@@ -249,7 +252,8 @@ class OptimizerInBackward(torch.optim.Optimizer):
             raise RuntimeError(
                 f"Parameter {self.name_of(parameter)} got a second gradient before optimizer.step(), after it had "
                 "stepped. Put the whole batch into one backward (gradient_accumulation_steps=1; tile_tokens bounds "
-                "the memory), or give the parameter a group with in_backward=False."
+                "the memory), or give the parameter a group with in_backward=False. If the backward before this one "
+                "was broken off, call optimizer.zero_grad()."
             )
         self.step_parameter(parameter)
 
@@ -287,6 +291,27 @@ class OptimizerInBackward(torch.optim.Optimizer):
                 past = group["past_norm"]
                 group["past_norm"] = norm if past == 0 else self.norm_decay * past + (1 - self.norm_decay) * norm
         return value
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients. After a backward that was broken off (out of memory, interrupted) this gives up the step
+        that it began, and says which parameters had stepped: they keep what they have learnt, and the optimizer is
+        ready for another batch."""
+        stepped, self._stepped, self._keep = list(self._stepped.items()), {}, None
+        squares = _values(dict(stepped))
+        if squares:
+            finite = next((i for i, square in enumerate(squares) if not math.isfinite(square)), len(squares))
+            for parameter, _ in stepped[finite:]:  # masked: these did not step
+                self.state[parameter]["step"] -= 1
+            names = [self.name_of(parameter) for parameter, _ in stepped[:finite]]
+            said = ", ".join(names if len(names) < 6 else [*names[:3], "...", *names[-2:]])
+            logger.warning(
+                "zero_grad() before step(): a step was given up in which %d of %d parameters had stepped already "
+                "(%s). They keep their update, the others do not get one.",
+                len(names),
+                len(self._places),
+                said,
+            )
+        super().zero_grad(set_to_none)
 
     @property
     def grad_norm(self) -> float | None:
@@ -402,33 +427,7 @@ class OptimizerInBackward(torch.optim.Optimizer):
         state.setdefault("step", 0)
         if group["rule"] == "adamw8bit" and parameter.device not in self._code_books:
             self._code_books[parameter.device] = make_code_books(parameter.device)
-        shape, rule, wide = parameter.shape, group["rule"], update.wide_dtype(parameter)
-
-        def zeros(name: str, shape: tuple[int, ...] = shape, dtype: torch.dtype = wide, sharded: bool = True) -> None:
-            if name not in state:
-                state[name] = zeros_for(parameter, shape, dtype, sharded)
-
-        if rule == "adafactor":
-            if parameter.dim() > 1 and group["factored"]:
-                zeros("row", shape[:-1])
-                # The columns of a sharded matrix are the same on all shards, those of an expert belong to one.
-                zeros("col", (*shape[:-2], shape[-1]), sharded=parameter.dim() > 2)
-            else:
-                zeros("exp_avg_sq")
-            if group["momentum"]:
-                zeros("exp_avg", dtype=torch.bfloat16)
-        elif rule == "sgd" and group["momentum"]:
-            zeros("momentum")
-        elif rule == "adamw8bit" and (block := block_size(parameter)):
-            for name in ("exp_avg", "exp_avg_root"):
-                zeros(name, dtype=torch.uint8)
-                # A scale of zero makes every code zero.
-                zeros(f"{name}_scale", (*shape[:-1], shape[-1] // block))
-        elif rule.startswith("adamw"):
-            zeros("exp_avg")
-            zeros("exp_avg_sq")
-        if self.rounding == "master" and parameter.dtype != wide and "master" not in state:
-            state["master"] = parameter.detach().to(wide)
+        make_state(parameter, group, state, self.rounding == "master")
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

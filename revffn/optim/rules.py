@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import zeros as sharded_zeros
 
 from ..ops import update
-from ..ops.update import sum_segments
+from ..ops.update import block_size, sum_segments
 
 RULES = "adafactor", "adamw", "adamw8bit", "sgd"
 
@@ -113,3 +113,34 @@ def zeros_for(parameter: Tensor, shape: tuple[int, ...], dtype: torch.dtype, sha
     if isinstance(parameter, DTensor) and sharded:
         return sharded_zeros(*shape, dtype=dtype, device_mesh=parameter.device_mesh, placements=parameter.placements)
     return torch.zeros(shape, dtype=dtype, device=parameter.device)
+
+
+def make_state(parameter: Tensor, group: dict[str, Any], state: dict[str, Any], master: bool) -> None:
+    """What a rule keeps of a parameter, zeros at first, beside what `state` has already."""
+    shape, rule, wide = parameter.shape, group["rule"], update.wide_dtype(parameter)
+
+    def zeros(name: str, shape: tuple[int, ...] = shape, dtype: torch.dtype = wide, sharded: bool = True) -> None:
+        if name not in state:
+            state[name] = zeros_for(parameter, shape, dtype, sharded)
+
+    if rule == "adafactor":
+        if parameter.dim() > 1 and group["factored"]:
+            zeros("row", shape[:-1])
+            # The columns of a sharded matrix are the same on all shards, those of an expert belong to one.
+            zeros("col", (*shape[:-2], shape[-1]), sharded=parameter.dim() > 2)
+        else:
+            zeros("exp_avg_sq")
+        if group["momentum"]:
+            zeros("exp_avg", dtype=torch.bfloat16)
+    elif rule == "sgd" and group["momentum"]:
+        zeros("momentum")
+    elif rule == "adamw8bit" and (block := block_size(parameter)):
+        for name in ("exp_avg", "exp_avg_root"):
+            zeros(name, dtype=torch.uint8)
+            # A scale of zero makes every code zero.
+            zeros(f"{name}_scale", (*shape[:-1], shape[-1] // block))
+    elif rule.startswith("adamw"):
+        zeros("exp_avg")
+        zeros("exp_avg_sq")
+    if master and parameter.dtype != wide and "master" not in state:
+        state["master"] = parameter.detach().to(wide)

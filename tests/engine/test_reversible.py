@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import revffn
 from revffn.engine.walk import Walk
-from revffn.models.architectures import router_parameters
+from revffn.models.architectures import ARCHITECTURES, router_parameters
 from revffn.optim import OptimizerInBackward, parameter_groups
 
 
@@ -367,6 +367,34 @@ def test_router_logits_are_those_of_plain_autograd(coupling):
     assert len(ours) == len(expected) > 0
     for a, b in zip(ours, expected, strict=True):
         assert torch.equal(a, b)
+
+
+ASKED = {"output_router_logits": "router_logits", "output_attentions": "attentions"}
+
+
+@couplings
+@pytest.mark.parametrize("model_type", [t for t in ARCHITECTURES if t not in ("llama", "qwen3")])
+def test_what_transformers_captures_is_the_untiled_models(model_type, coupling):
+    """Router logits and attentions, one of each layer, whatever the tiles; and the load-balancing loss of a mask."""
+    if model_type == "gpt_oss":
+        asked = dict(output_router_logits=True)
+    else:
+        asked = dict(output_router_logits=True, output_attentions=True)
+    outputs = []
+    for tile_tokens in (None, 22, 11, 4):
+        model = coupled(model_type, tile_tokens=tile_tokens, **COUPLINGS[coupling])
+        model.set_attn_implementation("eager")
+        torch.manual_seed(5)
+        outputs.append(model(**tiny_batch(padded=True), **asked))
+    whole, *tiled = outputs
+    for found in tiled:
+        torch.testing.assert_close(found.loss, whole.loss)
+        for name in (ASKED[key] for key in asked):
+            expected = getattr(whole, name, None) or ()
+            assert len(getattr(found, name, None) or ()) == len(expected)
+            for a, b in zip(getattr(found, name, None) or (), expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)  # sums in another order
+    assert len(whole.attentions or ()) == (0 if "output_attentions" not in asked else 4)
 
 
 @pytest.mark.parametrize("coupling", ["innovation", "cross_right", "cross_left"])

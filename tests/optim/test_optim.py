@@ -188,6 +188,45 @@ def test_learning_rate_schedule_acts_in_backward():
         schedule.step()
 
 
+@pytest.mark.parametrize("in_backward", [True, False])
+@rules
+def test_a_broken_backward_is_given_up_by_zero_grad(rule, in_backward, caplog):
+    """Out of memory half-way: `zero_grad()` names what had stepped, and the optimizer goes on from there as one does
+    that has the same weights and states."""
+    model = coupled(calibrate=False).train()
+    optimizer = build(rule, model.named_parameters(), lr=1e-3, in_backward=in_backward)
+    train(model, optimizer, 1)
+    before = copy.deepcopy(model.state_dict())
+
+    def out_of_memory(grad):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    handle = model.model.layers[1].self_attn.q_proj.weight.register_hook(out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        model(**tiny_batch(8, 11, seed=5)).loss.backward()
+    handle.remove()
+    if in_backward:
+        with pytest.raises(RuntimeError, match=r"broken off, call optimizer\.zero_grad\(\)"):
+            model(**tiny_batch(8, 11, seed=5)).loss.backward()
+    optimizer.zero_grad()
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    said = [record.getMessage() for record in caplog.records if "given up" in record.getMessage()]
+    if in_backward:
+        assert len(said) == 1 and f"{len(moved)} of " in said[0] and "number 0" not in said[0]
+        assert "lm_head.weight" in moved and "model.layers.1.self_attn.q_proj.weight" not in moved
+    else:
+        assert not moved and not said
+    assert all(parameter.grad is None for parameter in model.parameters())
+    other = coupled(calibrate=False).train()
+    other.load_state_dict(copy.deepcopy(model.state_dict()))
+    others = build(rule, other.named_parameters(), lr=1e-3, in_backward=in_backward)
+    others.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    caplog.clear()
+    assert train(model, optimizer, 2, start=7) == train(other, others, 2, start=7)
+    assert_same(model, other)
+    assert not caplog.records
+
+
 def test_step_before_any_backward_and_closure():
     weight = nn.Parameter(torch.zeros(3))
     optimizer = OptimizerInBackward([weight], rule="sgd", lr=1.0)
