@@ -65,6 +65,7 @@ def export(words: list[str]) -> None:
 
     from .models.architectures import fit_for_servers
     from .models.conversion import export as plain_model
+    from .models.loading import load_causal_lm
 
     try:
         # A rehearsal without weights: what export refuses, it refuses before they are read.
@@ -72,7 +73,7 @@ def export(words: list[str]) -> None:
             plain_model(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)))
     except ValueError as error:
         raise InputError(f"{folder}: {error}") from None
-    plain = plain_model(AutoModelForCausalLM.from_pretrained(folder, dtype="auto"))
+    plain = plain_model(load_causal_lm(folder, "auto"))
     about_servers = fit_for_servers(plain)
     plain.save_pretrained(out)
     if (folder / "tokenizer_config.json").is_file():

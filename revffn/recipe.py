@@ -24,6 +24,8 @@ class ModelConfig:
     """Folder of a pretrained Hugging Face model with its tokenizer, or its name on the Hub."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision of weights, gradients and computation. See optimizer.rounding for updates of bfloat16 weights."""
+    trust_remote_code: bool = False
+    """Run the code that a model's folder brings. False refuses such a model."""
 
 
 @dataclass(kw_only=True)

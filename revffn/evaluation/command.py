@@ -22,7 +22,6 @@ import torch
 import transformers
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -30,6 +29,7 @@ from transformers import (
 )
 
 from ..models.conversion import export, is_reversible
+from ..models.loading import load_causal_lm
 from ..options import EvaluateConfig
 from ..recipe import InputError
 
@@ -204,11 +204,7 @@ def find_model(given: str) -> tuple[str, PretrainedConfig, PreTrainedTokenizerBa
 
 def load_model(folder: str, device: torch.device) -> tuple[PreTrainedModel, str]:
     """A model, and which function is evaluated: plain, exported, or its own (cross_branch, which has no other)."""
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    except OSError as error:
-        raise InputError(f"model {folder!r}: {' '.join(str(error).split())[:200]}") from None
-    function = "plain"
+    model, function = load_causal_lm(folder, "auto"), "plain"
     if is_reversible(model):
         try:
             model, function = export(model), "exported"

@@ -27,7 +27,7 @@ from ..memory.simulation import Method
 from ..models.architectures import ARCHITECTURES, PREFIX
 from ..models.conversion import convert, coupling_parameters
 from ..models.losses import check_plain_loss
-from ..recipe import InputError, RunConfig, with_tile
+from ..recipe import InputError, ModelConfig, RunConfig, with_tile
 
 # Read by transformers itself; the first one that a config has bounds the sequence length.
 LENGTH_LIMITS = ("max_position_embeddings", "n_positions")
@@ -67,13 +67,19 @@ def check(config: RunConfig, recipe: Path | None = None) -> Run:
     output_dir = Path(config.training.output_dir)
     checkpoint = find_checkpoint(config, output_dir)
     training, heldout = load_conversations(config.data, recipe)
-    hf_config = load_hf(AutoConfig, config.model.path)
+    hf_config = load_hf(AutoConfig, config.model)
     method = method_of(config)
     check_model(config, hf_config, method.reversible)
-    tokenizer = load_hf(AutoTokenizer, config.model.path)
+    tokenizer = load_hf(AutoTokenizer, config.model)
     # transformers makes up a tokenizer of special tokens alone where a folder has none.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise InputError(f"{config.model.path}: no usable tokenizer in this folder. Copy the tokenizer's files there.")
+    if len(tokenizer) > hf_config.get_text_config().vocab_size:
+        raise InputError(
+            f"{config.model.path}: the tokenizer has {len(tokenizer)} tokens, the model's embedding "
+            f"{hf_config.get_text_config().vocab_size}. Take the tokenizer that belongs to the model, or resize the "
+            "embedding (model.resize_token_embeddings) and save both."
+        )
     if not tokenizer.chat_template:
         raise InputError(
             f"{config.model.path}: the tokenizer has no chat template, so conversations cannot be written as "
@@ -116,12 +122,18 @@ def find_checkpoint(config: RunConfig, output_dir: Path) -> Path | None:
     )
 
 
-def load_hf(auto_class: Any, path: str) -> Any:
-    """`from_pretrained` with one line when it fails."""
+def load_hf(auto_class: Any, model: ModelConfig) -> Any:
+    """`from_pretrained` with one line when it fails. (Not told about its code, transformers asks the terminal.)"""
+    path = model.path
     try:
-        return auto_class.from_pretrained(path)
+        return auto_class.from_pretrained(path, trust_remote_code=model.trust_remote_code)
     except Exception as error:  # OSError, ValueError, hub errors: to the user all mean that nothing usable is there
         kind = {"AutoConfig": "model", "AutoTokenizer": "tokenizer"}[auto_class.__name__]
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"{path}: the {kind} is code of its own, which is not run unasked. Read it, then set "
+                "model.trust_remote_code: true."
+            ) from None
         if not Path(path).is_dir():
             raise InputError(
                 f"model.path {path!r}: no such folder, and no {kind} of that name can be had from the Hub. Correct "

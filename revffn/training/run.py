@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from datasets import Dataset, disable_progress_bars
 from transformers import (
-    AutoModelForCausalLM,
     PreTrainedModel,
     PrinterCallback,
     set_seed,
@@ -17,6 +16,7 @@ from trl import SFTConfig
 from ..engine.host_weights import HostWeights
 from ..models.architectures import router_parameters
 from ..models.conversion import convert, coupling_parameters
+from ..models.loading import load_causal_lm
 from ..models.losses import forward_for_a_while
 from ..optim import OptimizerInBackward, parameter_groups
 from ..recipe import RunConfig
@@ -49,8 +49,9 @@ def train(config: RunConfig, recipe: Path | None = None) -> Path:
     disable_progress_bars()
     set_seed(config.training.seed)
     print(f"Loading {run.checkpoint or config.model.path}", flush=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        run.checkpoint or config.model.path, dtype=getattr(torch, config.model.dtype)
+    trust = config.model.trust_remote_code
+    model = load_causal_lm(
+        run.checkpoint or config.model.path, getattr(torch, config.model.dtype), trust_remote_code=trust
     )
     store = None
     if config.memory.weights == "host":
