@@ -131,7 +131,7 @@ class Chat:
 
     def by_change(self, turn: int) -> Span | None:
         """What changes with the message, from behind the words that ask for it to the end of the turn."""
-        place = self.changed(turn, self.text)
+        place = self.changed(turn, self.text, once=True)
         if place is None:
             if turn == len(self.messages) - 1:
                 raise self.refuse("the chat template leaves out the last response")
@@ -190,11 +190,11 @@ class Chat:
         except InputError:
             return None
 
-    def changed(self, turn: int, text: str, number: int | None = None) -> Span | None:
+    def changed(self, turn: int, text: str, number: int | None = None, once: bool = False) -> Span | None:
         """The part of `text`, which is the first `number` messages, that changes with message `turn`.
 
         Raises:
-            InputError: The template writes it at several places.
+            InputError: The template writes it at several places, and it has to be `once`.
         """
         messages = self.messages[:number]
         for other, probes in changes(messages[turn], text):
@@ -204,7 +204,7 @@ class Chat:
                 continue
             if not any(map(changed.__contains__, probes)):
                 continue
-            if any(changed.count(probe) > 1 for probe in probes):
+            if once and any(changed.count(probe) > 1 for probe in probes):
                 raise self.refuse(
                     f"the chat template writes message {turn + 1} ({messages[turn]['role']}) at several places, so "
                     "responses cannot be told apart from the rest"

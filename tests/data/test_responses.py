@@ -144,6 +144,11 @@ def test_an_answer_is_found_at_its_place(written, name, answer):
     assert written(template, user("red Say red. user assistant é🙂"), said(answer)) == [answer + "<|im_end|>\n"]
 
 
+def test_a_question_may_be_written_twice_and_repeated_by_the_answer(written):
+    template = "# {{ messages[0].content }}\n" + CHAT_TEMPLATE
+    assert written(template, user("Say red."), said("Say red. Red.")) == ["Say red. Red.<|im_end|>\n"]
+
+
 IMPOSSIBLE = {
     "written twice": ("{{ messages[-1].content }}: " + LOOP + "{{ m.content }} {% endfor %}", "at several places"),
     "not written": (LOOP + "{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}", "leaves out the last"),
