@@ -72,8 +72,8 @@ class DataConfig:
 
     path: str = first("data/databricks-dolly-15k/databricks-dolly-15k.jsonl.gz")
     """A .jsonl, .jsonl.gz, .json or .csv file with the columns instruction, response (and context); or instruction,
-    output (and input); or question, answer (and context); or messages. Looked for in the working directory, beside the
-    recipe and in the source checkout. Anything else is taken for a data set on the Hub."""
+    output (and input); or question, answer (and context); or messages (and tools). Looked for in the working
+    directory, beside the recipe and in the source checkout. Anything else is taken for a data set on the Hub."""
     split: str = "train"
     """Split of a data set on the Hub."""
     num_examples: int | None = None
@@ -82,6 +82,12 @@ class DataConfig:
     """Examples held out for evaluation, drawn by `seed`. The same ones whatever `num_examples` is."""
     max_length: int = first(1024)
     """Tokens per sequence; what is longer is cut at the end."""
+    learn: Literal["all_responses", "last_response"] = "all_responses"
+    """Which responses of a conversation of several turns count in the loss; the others are read as part of the
+    prompt."""
+    max_dropped: float = 0.05
+    """Largest share of the training examples that may be left out because their prompts fill `max_length`. How many
+    were is printed and recorded in run.json; above this share the run is refused."""
     packing: bool = False
     """Put several examples into one sequence of `max_length` tokens, kept apart by position ids. Otherwise pad."""
     seed: int = 0
@@ -89,6 +95,8 @@ class DataConfig:
 
     def __post_init__(self):
         at_least(self, num_examples=1, num_heldout=0, max_length=8)
+        if not 0 <= self.max_dropped <= 1:
+            raise ValueError(f"max_dropped is a share: it must be from 0 to 1, got {self.max_dropped}.")
 
 
 @dataclass(kw_only=True)

@@ -5,6 +5,7 @@ Run: pytest tests/test_main.py
 """
 
 import json
+import re
 import subprocess
 import sys
 
@@ -43,6 +44,8 @@ BAD_OVERRIDES = {
 
 
 BAD_OVERRIDES |= {
+    "a share that is none": ("--data.max_dropped nan", "max_dropped is a share: it must be from 0 to 1, got nan"),
+    "another word for turns": ("--data.learn all", "data.learn"),
     "two ways to add up": ("--optimizer.in_backward true --training.gradient_accumulation_steps 2", "walked in tiles"),
     "unknown optimizer": ("--optimizer.name adam", "optimizer.name"),
     "no amount": ("--memory.limit much", "memory.limit: 'much' is not an amount of memory. Write it like 24GiB"),
@@ -54,6 +57,23 @@ BAD_OVERRIDES |= {
 def test_bad_settings(recipe_file, refused, name):
     words, message = BAD_OVERRIDES[name]
     assert message in refused("train", recipe_file(), *words.split())
+
+
+def test_examples_that_are_left_out_are_counted_or_refused(recipe_file, data_file, refused, capsys, tmp_path):
+    recipe = recipe_file()
+    records = [{"instruction": "red " * 200, "response": "x"}] * 30 + [{"instruction": "red", "response": "x"}] * 10
+    words = [recipe, "--data.path", data_file(records, "long.jsonl"), "--data.num_heldout", "0"]
+    line = refused("train", *words)
+    assert "30 of 40 training examples, more than data.max_dropped=0.05 allows" in line
+    enough, share = re.search(r"data.max_length to at least (\d+), or data.max_dropped to ([\d.]+)", line).groups()
+    assert int(enough) > 200 and share == "0.75"
+    words = [str(word) for word in ("train", *words, "--training.num_steps", 1, "--data.max_dropped", share)]
+    assert main(words) == 0
+    said = "Data: 40 examples, 10 learnt, 30 left out (no response token within max_length=64)\n"
+    assert said in capsys.readouterr().out
+    recorded = json.loads((tmp_path / "run" / "run.json").read_text())["data"]
+    assert recorded["training"]["examples"] == 40 and recorded["training"]["left_out"] == 30
+    assert recorded["heldout"]["examples"] == 0
 
 
 def test_a_run_that_cannot_fit_is_forced(recipe_file, tmp_path, refused):

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..config import ReversibleConfig
-from ..data import batches, load_conversations, tokenize_all
+from ..data import Counts, batches, check_left_out, load_conversations, tokenize_and_count
 from ..memory.amounts import gib, parse_bytes
 from ..memory.plan import USUAL_TILE, TileChoice, choose_tile, plan, tiled, what_would_fit
 from ..memory.predict import RESERVE_BYTES, Plan
@@ -48,6 +48,8 @@ class Run:
     training: list[dict[str, list[int]]]
     """Tokenized, as `data.tokenize` returns them."""
     heldout: list[dict[str, list[int]]]
+    counts: dict[str, Counts]
+    """What became of the examples: `training` and `heldout`."""
     checkpoint: Path | None
     """Where to resume from."""
     plan: Plan | None
@@ -90,17 +92,17 @@ def check(config: RunConfig, recipe: Path | None = None) -> Run:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise InputError(f"{config.model.path}: the tokenizer has neither a padding nor an end token. Add one to it.")
-    rows = [tokenize_all(examples, tokenizer, config.data.max_length) for examples in (training, heldout)]
-    if not rows[0] or (heldout and not rows[1]):
-        raise InputError(
-            f"data.max_length={config.data.max_length} leaves no token of any response. Raise it above the prompts' "
-            "length."
-        )
+    data, rows, counts = config.data, [], {}
+    for name, examples in (("training", training), ("heldout", heldout)):
+        found, counts[name] = tokenize_and_count(examples, tokenizer, data.max_length, data.learn)
+        # Held-out examples are only measured: enough that there is one.
+        check_left_out(counts[name], data.max_dropped if name == "training" else 1.0, data.max_length)
+        rows.append(found)
     config, tile = choose(config, hf_config, method, rows[0], checkpoint)
     method = tiled(method, config.reversible.tile_tokens)
     answer = check_memory(config, hf_config, method, rows[0])
     frozen = config.training.freeze_router is not False and has_routers(hf_config)
-    return Run(config, method, frozen, output_dir, hf_config, tokenizer, *rows, checkpoint, answer, tile)
+    return Run(config, method, frozen, output_dir, hf_config, tokenizer, *rows, counts, checkpoint, answer, tile)
 
 
 def find_checkpoint(config: RunConfig, output_dir: Path) -> Path | None:

@@ -81,6 +81,7 @@ class Results:
             "model_type": self.model.config.model_type,
             "num_parameters": self.model.num_parameters(),
             "config": asdict(self.run.config),
+            "data": {name: counts.summary() for name, counts in self.run.counts.items()},
             "tile": None if self.run.tile is None else asdict(self.run.tile),
             "versions": {name: installed(name) for name in packages},
             "kernels": dispatch.describe(),

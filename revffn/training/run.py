@@ -43,6 +43,9 @@ def train(config: RunConfig, recipe: Path | None = None) -> Path:
     """
     run = check(config, recipe)
     config = run.config
+    for name, counts in (("Data", run.counts["training"]), ("Held-out data", run.counts["heldout"])):
+        if counts.examples:
+            print(counts.line(name, config.data.max_length), flush=True)
     if run.tile is not None:
         print(run.tile, flush=True)
     # The trainer passes over the tokenized data several times; a bar each says nothing.
