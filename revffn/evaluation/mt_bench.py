@@ -286,7 +286,6 @@ class Bench:
     """One run of MT-Bench: what is read and checked before the model is loaded, and where it goes."""
 
     def __init__(self, config: EvaluateConfig):
-        assert config.mt_bench_path is not None
         self.config = config
         self.material = read_material(Path(config.mt_bench_path))
         questions, limit = self.material.questions, config.limit or len(self.material.questions)

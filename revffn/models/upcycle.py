@@ -130,7 +130,11 @@ def upcycle(
     model = Qwen2MoeForCausalLM(config).to(device=dense.device, dtype=dense.dtype)
     kept = {name: weight for name, weight in dense.state_dict().items() if ".mlp." not in name}
     result = model.load_state_dict(kept, strict=False)
-    assert not result.unexpected_keys and all(".mlp." in name for name in result.missing_keys), result
+    strange = [*result.unexpected_keys, *(name for name in result.missing_keys if ".mlp." not in name)]
+    if strange:
+        raise ValueError(
+            f"{type(dense).__name__} has no place for, or lacks, {', '.join(strange[:3])}: take a Llama or a Qwen2."
+        )
 
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
