@@ -36,6 +36,8 @@ class Architecture:
     plain_loss: bool = True
     """Whether the loss is `loss_function(lm_head(hidden_states), labels)` and nothing between: linear cross-entropy
     can take its place."""
+    keeps_packed_apart: bool = True
+    """Whether examples in one sequence, told apart by position ids that begin anew, do not see each other."""
     fit_for_servers: Callable[[PreTrainedModel], list[str]] = serving.as_it_is
     """See serving.py."""
     package: str | None = None
@@ -60,7 +62,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "deepseek_v2": Architecture("DeepseekV2", **_DEEPSEEK),
     "deepseek_v3": Architecture("DeepseekV3", **_DEEPSEEK),
     "glm4_moe": Architecture("Glm4Moe", num_dense_layers="first_k_dense_replace"),
-    "gpt_oss": Architecture("GptOss", router="router"),
+    # It makes its masks without looking at the position ids.
+    "gpt_oss": Architecture("GptOss", router="router", keeps_packed_apart=False),
     "llama": Architecture("Llama", router=None),
     "qwen3": Architecture("Qwen3", router=None),
 }

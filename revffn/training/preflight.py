@@ -167,6 +167,13 @@ def check_model(config: RunConfig, hf_config: PreTrainedConfig, reversible: Reve
                 f"training.stage1_steps={config.training.stage1_steps}: nothing would train in stage 1, because "
                 f"coupling {reversible.coupling!r} adds no parameters that train. Set training.stage1_steps: 0."
             )
+    row = ARCHITECTURES.get(model_type)
+    if config.data.packing and not (row and row.keeps_packed_apart):
+        raise InputError(
+            f"data.packing: true, but packed examples of model_type={model_type!r} "
+            f"{'see each other in attention' if row else 'are not known to be kept apart in attention'}. Set "
+            "data.packing: false."
+        )
     if config.memory.linear_cross_entropy:
         try:
             check_plain_loss(model_type)
