@@ -13,7 +13,6 @@ import glob
 import hashlib
 import importlib.util
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ..files import write_text
 from ..models.conversion import export, is_reversible
 from ..options import EvaluateConfig
 from ..recipe import InputError
@@ -296,9 +296,7 @@ def results_of(output: Path, about: dict[str, Any]) -> dict[str, Any]:
 
 def write_results(output: Path, results: dict[str, Any]) -> None:
     """The whole file or none of it."""
-    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    partial.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, output)
+    write_text(output, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_results(file: Path) -> dict[str, Any]:
