@@ -125,7 +125,8 @@ def last_good(output_dir: Path) -> str:
 
 
 def delete_old(folder: Path, limit: int | None, best: str | None = None) -> None:
-    """Keep the newest complete checkpoints of a stage, and the best one; only complete ones count.
+    """Keep the newest complete checkpoints of a stage, and the best one; only complete ones count, and what is
+    incomplete goes once a newer one is complete.
 
     Args:
         folder: Of the stage.
@@ -138,8 +139,9 @@ def delete_old(folder: Path, limit: int | None, best: str | None = None) -> None
     complete = [path for path in everything if wrong_with(path, contents=False) is None]
     if len(complete) < limit:
         return
+    kept = {*complete[-limit:], *([Path(best)] if best else [])}
     for path in everything:
-        if step_of(path) < step_of(complete[-limit]) and (best is None or path != Path(best)):
+        if step_of(path) < step_of(complete[-1]) and path not in kept:
             remove_folder(path)
 
 

@@ -105,6 +105,7 @@ def check(config: RunConfig, recipe: Path | None = None) -> Run:
             f"data.max_length={config.data.max_length} leaves no token of any response. Raise it above the prompts' "
             "length."
         )
+    resume.check_data(found, rows[0], output_dir)
     config, tile = choose(config, hf_config, method, rows[0], checkpoint)
     method = tiled(method, config.reversible.tile_tokens)
     answer = check_memory(config, hf_config, method, rows[0])
@@ -135,7 +136,7 @@ def check_folder(output_dir: Path) -> None:
                 raise OSError(f"{folder} cannot be written to")
     except (OSError, ValueError) as error:
         raise InputError(
-            f"training.output_dir {str(output_dir)[:200]}: {reason(error)}. Name another folder, or make this one usable."
+            f"training.output_dir {str(output_dir)[:200]}: {reason(error)}. Name a folder that can be written to."
         ) from None
     check_free(output_dir)
 
@@ -292,7 +293,7 @@ def check_disk(config: RunConfig, hf_config: PreTrainedConfig, method: Method, o
     if free + there < needed:
         raise InputError(
             f"training.output_dir {output_dir}: the run is going to write up to {needed:,} bytes (checkpoints with "
-            f"states of the optimizer, and the model), and {free:,} are free there. Make room, name a folder elsewhere, or "
+            f"the optimizer's states, and the model), and {free:,} are free there. Make room, name another folder, or "
             "keep no checkpoints (training.save_steps: null)."
         )
 

@@ -20,7 +20,7 @@ from ..models.conversion import is_reversible, reversible_report
 from ..ops import dispatch
 from .heldout import answer, coupled, heldout_loss, peak_bytes
 from .preflight import Run, calibration
-from .resume import MODEL, SUMMARY
+from .resume import MODEL, SUMMARY, digest
 from .trainer import RevFFNTrainer
 
 
@@ -36,6 +36,7 @@ class Results:
         self.memory: dict[str, Any] = {}
         self.start = time.perf_counter() - run.resume.seconds
         self.finished = False
+        self.data_sha256 = digest(run.training)
 
     def seconds(self) -> float:
         """Of the run until now: of all its sessions, each from the checkpoint that it began with."""
@@ -87,6 +88,7 @@ class Results:
             "model_type": self.model.config.model_type,
             "num_parameters": self.model.num_parameters(),
             "config": asdict(self.run.config),
+            "data_sha256": self.data_sha256,
             "tile": None if self.run.tile is None else asdict(self.run.tile),
             "versions": {name: installed(name) for name in packages},
             "kernels": dispatch.describe(),

@@ -6,6 +6,7 @@ any other that differs would make another run under the same name, and is refuse
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -175,6 +176,25 @@ def compare(recorded: dict[str, Any], config: RunConfig, output_dir: Path) -> No
             f"training.resume: not the settings of the run in {output_dir}: {'; '.join(differing)}. Give the recorded "
             "ones, or name another training.output_dir."
         )
+
+
+def check_data(found: Resume, rows: list[dict[str, list[int]]], output_dir: Path) -> None:
+    """Refuse other examples than the run has trained on: a file or a tokenizer may have changed under its name.
+
+    Raises:
+        InputError: They differ.
+    """
+    recorded = found.summary.get("data_sha256")
+    if found.checkpoint is not None and recorded not in (None, digest(rows)):
+        raise InputError(
+            f"training.resume: data.path holds not the examples, or the tokenizer not the tokens, that the run in "
+            f"{output_dir} has trained on. Put them back, or name another training.output_dir."
+        )
+
+
+def digest(rows: list[dict[str, list[int]]]) -> str:
+    """Of tokenized examples."""
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
 def leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -140,17 +140,17 @@ class RevFFNTrainer(SFTTrainer):
             self.model.config.revffn["grids"] = saved.reversible_config.to_dict()["grids"]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """`Trainer` loads both or neither, silently: here each that is there, and the schedule goes on in any case."""
+        """`Trainer` loads both or neither, silently: here each that is there. The learning rate is that of the present
+        schedule, which ends elsewhere if the run is longer now, and not that of the one before."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None or self.args.world_size > 1:
             return
         optimizer, scheduler = (Path(checkpoint) / f"{name}.pt" for name in ("optimizer", "scheduler"))
-        if scheduler.is_file() == optimizer.is_file():
-            if scheduler.is_file():
-                return
-        elif optimizer.is_file():
+        if optimizer.is_file() and not scheduler.is_file():
             self.optimizer.load_state_dict(torch.load(optimizer, map_location="cpu", weights_only=True))
         schedule, step = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler), self.state.global_step
+        if not hasattr(schedule, "lr_lambdas"):
+            return
         schedule.last_epoch = step
         schedule._last_lr = [
             base * rule(step) for base, rule in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
@@ -225,6 +225,8 @@ class RunCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.interrupts.in_step = True
+        # A checkpoint brings its own, but the run may have been told others now.
+        state.compute_steps(args, state.max_steps)
         if state.is_world_process_zero:
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=f"stage {self.stage}", unit="step")
             self.forget_after(state.global_step)
