@@ -493,6 +493,6 @@ def of_copies() -> str:
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() < 2:
         return ""
     return (
-        " DistributedDataParallel averages gradients over processes once each has been made, and by then its parameter "
+        " DistributedDataParallel averages gradients over processes once they are made, and by then each parameter "
         "has stepped in backward. Shard the model with FSDP2, or use OptimizerInBackward(in_backward=False)."
     )
