@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from collections.abc import Callable
@@ -29,6 +30,9 @@ def train(words: list[str]) -> None:
 
     check_one_process()
     config = command_line.load_run_config(words[0], words[1:])
+    missing = [name for name in ("trl", "datasets", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise recipe.InputError(not_installed(missing[0]))
     # After the recipe, because the imports take seconds.
     from .engine.recompute import StateMismatchError
     from .optim import NonFiniteGradientError
@@ -206,8 +210,12 @@ def in_one_line(command: Callable[[list[str]], None], words: list[str]) -> tuple
         package = (error.name or "").partition(".")[0]
         if package not in EXTRA_OF:
             raise
-        return 2, f"the package {package} is not installed. Install it with: pip install 'revffn[{EXTRA_OF[package]}]'"
+        return 2, not_installed(package)
     return 0, ""
+
+
+def not_installed(package: str) -> str:
+    return f"the package {package} is not installed. Install it with: pip install 'revffn[{EXTRA_OF[package]}]'"
 
 
 if __name__ == "__main__":
