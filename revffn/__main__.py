@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import importlib.util
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+EXTRA_OF = {"trl": "train", "datasets": "train", "accelerate": "train", "gguf": "upcycle", "matplotlib": "plot"}
+EXTRA_OF |= {"lm_eval": "evaluate", "torchao": "lowbit"}
+"""The extra that brings a package."""
 ACCEPTED_GAP = 0.02
 """Nats that export may cost without a warning."""
 
@@ -23,7 +26,13 @@ def train(words: list[str]) -> None:
             f"command line: the recipe comes first, got {words[0]!r}. Usage: revffn train RECIPE [--section.key "
             "value ...]"
         )
+    from .training.processes import check_one_process
+
+    check_one_process()
     config = command_line.load_run_config(words[0], words[1:])
+    missing = [name for name in ("trl", "datasets", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise recipe.InputError(not_installed(missing[0]))
     # After the recipe, because the imports take seconds.
     from .engine.recompute import StateMismatchError
     from .optim import NonFiniteGradientError
@@ -63,6 +72,7 @@ def export(words: list[str]) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    from .files import new_folder
     from .models.architectures import fit_for_servers
     from .models.conversion import export as plain_model
     from .models.loading import load_causal_lm
@@ -75,9 +85,10 @@ def export(words: list[str]) -> None:
         raise InputError(f"{folder}: {error}") from None
     plain = plain_model(load_causal_lm(folder, "auto"))
     about_servers = fit_for_servers(plain)
-    plain.save_pretrained(out)
-    if (folder / "tokenizer_config.json").is_file():
-        AutoTokenizer.from_pretrained(folder).save_pretrained(out)
+    with new_folder(out) as partial:
+        plain.save_pretrained(partial)
+        if (folder / "tokenizer_config.json").is_file():
+            AutoTokenizer.from_pretrained(folder).save_pretrained(partial)
     print(f"{out}: {type(plain).__name__}, loadable without revffn.")
     for line in about_servers:
         print(line)
@@ -86,10 +97,16 @@ def export(words: list[str]) -> None:
 
 def report_gap(run: Path) -> None:
     """What dropping the coupling costs, as the run measured it."""
+    from .files import read_json
+
     if not (run / "run.json").is_file():
         return
-    summary = json.loads((run / "run.json").read_text())
-    exported, trained = (summary["heldout"].get(when) for when in ("after", "after, as trained"))
+    try:
+        heldout = read_json(run / "run.json")["heldout"]
+    except (ValueError, KeyError, TypeError) as error:
+        print(f"revffn export: warning: what export costs is not known: {error}.", file=sys.stderr)
+        return
+    exported, trained = (heldout.get(when) for when in ("after", "after, as trained"))
     if exported is None or trained is None:
         return
     gap = exported["loss"] - trained["loss"]
@@ -154,7 +171,8 @@ def main(words: list[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit status: 0, or 2 after one line on stderr about what the user gave.
+        The exit status: 0; or after one line on stderr 2 for what the user gave, 1 for what the machine did not let
+        be written or read, 130 or 143 for Ctrl-C or SIGTERM.
     """
     words = sys.argv[1:] if words is None else words
     if not words or words[0] in ("-h", "--help"):
@@ -165,17 +183,40 @@ def main(words: list[str] | None = None) -> int:
         return 0
     # TRL reports each run's model and machine over the network unless told not to.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    from .recipe import InputError
-
     if words[0] not in COMMANDS:
         print(f"revffn: unknown command {words[0]!r}. Commands: {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
+    status, line = in_one_line(COMMANDS[words[0]], words[1:])
+    if line:
+        print(f"revffn {words[0]}: {' '.join(line.split())}", file=sys.stderr)
+    return status
+
+
+def in_one_line(command: Callable[[list[str]], None], words: list[str]) -> tuple[int, str]:
+    """Run a command: its exit status, and what is to be said if that is not 0."""
+    from .faults import Interrupts
+    from .files import describe
+    from .recipe import InputError
+
     try:
-        COMMANDS[words[0]](words[1:])
+        with Interrupts():
+            command(words)
     except InputError as error:
-        print(f"revffn {words[0]}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+        return 2, str(error)
+    except OSError as error:
+        return 1, describe(error)
+    except KeyboardInterrupt as error:
+        return getattr(error, "status", 130), str(error) or "stopped."
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRA_OF:
+            raise
+        return 2, not_installed(package)
+    return 0, ""
+
+
+def not_installed(package: str) -> str:
+    return f"the package {package} is not installed. Install it with: pip install 'revffn[{EXTRA_OF[package]}]'"
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .recipe import DataConfig, at_least
+from .recipe import DataConfig, at_least, check_seed
 
 
 @dataclass(kw_only=True)
@@ -54,6 +54,7 @@ class PlanConfig:
     """Print one JSON object instead of a table."""
 
     def __post_init__(self):
+        at_least(self, batch=1, tokens=1)
         for name in ("link_gb_per_s", "tflops"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be a number above 0, got {getattr(self, name)}.")
@@ -118,6 +119,7 @@ class EvaluateConfig:
 
     def __post_init__(self):
         at_least(self, limit=1, batch_size=1, window=2, stride=1, max_new_tokens=1, judge_attempts=1)
+        check_seed(self)
         if self.stride is not None and self.stride > self.window:
             raise ValueError(f"stride must be at most the window, {self.window}, got {self.stride}.")
         if (self.judge_url is None) != (self.judge_model is None):
@@ -164,6 +166,7 @@ class UpcycleConfig:
     """Seed of all that is random."""
 
     def __post_init__(self):
-        at_least(self, steps=1, batch_size=1, num_heldout=1, noise=0)
+        at_least(self, steps=1, batch_size=1, num_heldout=1, noise=0, learning_rate=0)
+        check_seed(self)
         if self.dtype not in ("bfloat16", "float32"):
             raise ValueError(f"dtype must be 'bfloat16' or 'float32', got {self.dtype!r}.")

@@ -5,10 +5,15 @@ command_line.py fills them from a YAML recipe and from options. `first` marks wh
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from .config import ReversibleConfig, first
+
+LARGEST = 2**31 - 1
+"""Of every number in a recipe."""
+LARGEST_SEED = 2**32 - 1
 
 
 class InputError(ValueError):
@@ -97,6 +102,7 @@ class DataConfig:
         at_least(self, num_examples=1, num_heldout=0, max_length=8)
         if not 0 <= self.max_dropped <= 1:
             raise ValueError(f"max_dropped is a share: it must be from 0 to 1, got {self.max_dropped}.")
+        check_seed(self)
 
 
 @dataclass(kw_only=True)
@@ -188,16 +194,21 @@ class TrainingConfig:
     """A line in metrics.jsonl every so many optimizer steps."""
     save_steps: int | None = first(None)
     """A checkpoint to resume from every so many optimizer steps; null keeps none."""
-    resume: bool = first(False)
-    """Go on from the newest checkpoint in `output_dir`."""
+    save_on_interrupt: bool = False
+    """On Ctrl-C or SIGTERM finish the step and save a checkpoint. False stops at once: resuming repeats what came
+    after the last checkpoint."""
+    resume: bool | Literal["weights"] = first(False)
+    """Go on from the newest complete checkpoint in `output_dir`. `weights`: also from one whose optimizer, schedule or
+    random state is missing, which makes another run."""
     seed: int = 0
     """Seed of the order of the data and of everything else that is random."""
 
     def __post_init__(self):
         at_least(self, stage1_steps=0, num_steps=0, batch_size=1, gradient_accumulation_steps=1, calibration_tokens=0)
         at_least(self, log_steps=1, save_steps=1, router_aux_loss_coef=0)
-        if self.num_epochs <= 0:
-            raise ValueError(f"num_epochs must be above 0, got {self.num_epochs}.")
+        check_seed(self)
+        if not 0 < self.num_epochs < math.inf:
+            raise ValueError(f"num_epochs must be a number above 0, got {self.num_epochs}.")
 
 
 @dataclass(kw_only=True)
@@ -268,7 +279,19 @@ def with_tile(config: RunConfig, tile_tokens: int | None) -> RunConfig:
 
 
 def at_least(config: object, **least: float) -> None:
+    """Refuse numbers below their bound, and such as no run can mean: not finite, or too large to count anything."""
     for name, bound in least.items():
         value = getattr(config, name)
-        if value is not None and not value >= bound:
+        if value is None:
+            continue
+        if not value >= bound:
             raise ValueError(f"{name} must be at least {bound}, got {value}.")
+        if value > LARGEST:
+            raise ValueError(f"{name} must be at most {LARGEST}, got {value}.")
+
+
+def check_seed(config: object) -> None:
+    """Refuse a seed that numpy or torch would refuse later."""
+    seed = config.seed
+    if not 0 <= seed <= LARGEST_SEED:
+        raise ValueError(f"seed must be 0 to {LARGEST_SEED}, got {seed}.")

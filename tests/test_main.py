@@ -53,6 +53,22 @@ BAD_OVERRIDES |= {
 }
 
 
+BAD_OVERRIDES |= {
+    "negative seed": ("--training.seed -1", "seed must be 0 to 4294967295, got -1"),
+    "huge seed": ("--training.seed 4294967296", "seed must be 0 to 4294967295"),
+    "huge data seed": (f"--data.seed {10**30}", "seed"),
+    "no number of epochs": ("--training.num_epochs nan", "num_epochs must be a number above 0, got nan"),
+    "endless epochs": ("--training.num_epochs inf", "num_epochs must be a number above 0, got inf"),
+    "infinite decay": ("--optimizer.weight_decay inf", "weight_decay must be at most 2147483647, got inf"),
+    "infinite rate": ("--optimizer.learning_rate inf", "learning_rate must be at most"),
+    "no rate": ("--optimizer.stage1_learning_rate nan", "stage1_learning_rate must be at least 0, got nan"),
+    "no momentum": ("--optimizer.momentum nan", "momentum must be at least 0 and below 1, got nan"),
+    "endless steps": (f"--training.num_steps {10**20}", "num_steps must be at most"),
+    "no load balance": ("--training.router_aux_loss_coef inf", "router_aux_loss_coef must be at most"),
+    "half a resume": ("--training.resume optimizer", "training.resume: expected true or false or weights"),
+}
+
+
 @pytest.mark.parametrize("name", BAD_OVERRIDES)
 def test_bad_settings(recipe_file, refused, name):
     words, message = BAD_OVERRIDES[name]
@@ -177,6 +193,15 @@ def test_mistakes_are_seen_before_torch_is_imported(recipe_file, words, message)
     code += f"from revffn.__main__ import main; sys.exit(main({words!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("package", ["trl", "datasets", "accelerate"])
+def test_without_the_extra_train(recipe_file, package):
+    code = f"import sys; sys.argv[0] = 'revffn'; sys.modules['{package}'] = None; "
+    code += f"from revffn.__main__ import main; sys.exit(main(['train', {str(recipe_file())!r}]))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("revffn")]
+    assert done.returncode == 2 and "pip install 'revffn[train]'" in line and "Traceback" not in done.stderr
 
 
 def test_as_a_program(recipe_file, tmp_path):

@@ -13,7 +13,6 @@ import glob
 import hashlib
 import importlib.util
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ..files import write_text
 from ..models.conversion import export, is_reversible
 from ..models.loading import load_causal_lm
 from ..options import EvaluateConfig
@@ -292,9 +292,7 @@ def results_of(output: Path, about: dict[str, Any]) -> dict[str, Any]:
 
 def write_results(output: Path, results: dict[str, Any]) -> None:
     """The whole file or none of it."""
-    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    partial.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, output)
+    write_text(output, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_results(file: Path) -> dict[str, Any]:

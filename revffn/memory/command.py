@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..config import CrossBranchConfig, ReversibleConfig
+from ..files import new_file
 from ..models.known import load_config
 from .amounts import gib, parse_bytes
 from .plan import USUAL_TILE, TileChoice, check, choose_tile, label_of, plan, tiled, traffic, what_would_fit
@@ -114,7 +115,8 @@ def plot(answer: Plan, title: str, file: Path, gpu_bytes: int | None = None) -> 
     axes.xaxis.grid(True, color="#e5e9f0")
     axes.set_axisbelow(True)
     figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=9)
-    figure.savefig(file, dpi=150)
+    with new_file(file) as partial:
+        figure.savefig(partial, dpi=150)
 
 
 def plan_command(question: Any) -> str | None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
-import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..data import load_conversations
+from ..files import new_folder
 from ..options import UpcycleConfig
 from ..recipe import DataConfig
 from .upcycle import (
@@ -84,7 +82,7 @@ def upcycle_command(config: UpcycleConfig) -> dict[str, Any]:
     model.to(dtype).float()
     losses, load = measure(model, held_rows)
     permuted, _ = measure(model, held_rows, permute_routing=True, seed=config.seed)
-    with _new_folder(folder) as partial:
+    with new_folder(folder) as partial:
         model.to(dtype).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
 
@@ -158,21 +156,3 @@ def _check_output(output: str) -> Path:
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise ValueError(f"output {output!r}: cannot write to {str(nearest)!r}. Give a place that can be written to.")
     return folder
-
-
-@contextlib.contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` that becomes it if all goes well, and else vanishes with the parents made for it."""
-    made = [parent for parent in folder.parents if not parent.exists()]
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial)
-        for parent in made:
-            parent.rmdir()
-        raise

@@ -281,7 +281,9 @@ class OptimizerInBackward(torch.optim.Optimizer):
             self._check({p: self._square(p) for p in waiting}, stepped=False)
         for parameter in waiting:
             if parameter in self._stepped:
-                raise RuntimeError(f"Parameter {self.name_of(parameter)} has stepped and holds another gradient.")
+                raise RuntimeError(
+                    f"Parameter {self.name_of(parameter)} has stepped and holds another gradient.{of_copies()}"
+                )
             self.step_parameter(parameter)
         squares, self._stepped, self._keep = self._stepped, {}, None
         norm = self._check(squares, stepped=True)
@@ -483,3 +485,13 @@ def _mix(*values: int) -> int:
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
         state ^= state >> 31
     return state >> 1
+
+
+def of_copies() -> str:
+    """What another gradient means where there are several processes."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() < 2:
+        return ""
+    return (
+        " DistributedDataParallel averages gradients over processes once they are made, and by then each parameter "
+        "has stepped in backward. Shard the model with FSDP2, or use OptimizerInBackward(in_backward=False)."
+    )

@@ -6,28 +6,34 @@ mistake is one line: what was given, what is accepted, what to do.
 
 from __future__ import annotations
 
-import json
+import math
 import os
+import shutil
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..config import ReversibleConfig
 from ..data import Counts, batches, check_left_out, load_conversations, tokenize_and_count
+from ..files import existing_parent, read_json, reason
 from ..memory.amounts import gib, parse_bytes
 from ..memory.plan import USUAL_TILE, TileChoice, choose_tile, plan, tiled, what_would_fit
-from ..memory.predict import RESERVE_BYTES, Plan
+from ..memory.predict import RESERVE_BYTES, Plan, count
 from ..memory.simulation import Method
 from ..models.architectures import ARCHITECTURES, PREFIX
 from ..models.conversion import convert, coupling_parameters
 from ..models.losses import check_plain_loss
 from ..recipe import InputError, ModelConfig, RunConfig, with_tile
+from . import resume
+from .checkpoint import KEPT, STAGES, checkpoints
+from .lock import check_free
+from .processes import check_one_process
+from .resume import Resume
 
 # Read by transformers itself; the first one that a config has bounds the sequence length.
 LENGTH_LIMITS = ("max_position_embeddings", "n_positions")
@@ -50,24 +56,33 @@ class Run:
     heldout: list[dict[str, list[int]]]
     counts: dict[str, Counts]
     """What became of the examples: `training` and `heldout`."""
-    checkpoint: Path | None
+    resume: Resume
     """Where to resume from."""
     plan: Plan | None
     """What the largest step of stage 2 is predicted to take; None for a model that the planner does not know."""
     tile: TileChoice | None
     """Where the run was not told `tile_tokens`: what was chosen, and why."""
 
+    @property
+    def checkpoint(self) -> Path | None:
+        return self.resume.checkpoint
+
 
 def check(config: RunConfig, recipe: Path | None = None) -> Run:
     """Look at everything that can be wrong without loading weights or writing.
 
+    A run that is finished is not looked at any further: `resume.finished` says so.
+
     Raises:
         InputError: One line with the remedy.
     """
+    check_one_process()
     if config.training.output_dir is None:
         raise InputError("training.output_dir is not set. Name the folder of the run.")
     output_dir = Path(config.training.output_dir)
-    checkpoint = find_checkpoint(config, output_dir)
+    check_folder(output_dir)
+    found = resume.find(config, output_dir)
+    checkpoint = found.checkpoint
     training, heldout = load_conversations(config.data, recipe)
     hf_config = load_hf(AutoConfig, config.model)
     method = method_of(config)
@@ -94,34 +109,44 @@ def check(config: RunConfig, recipe: Path | None = None) -> Run:
         raise InputError(f"{config.model.path}: the tokenizer has neither a padding nor an end token. Add one to it.")
     data, rows, counts = config.data, [], {}
     for name, examples in (("training", training), ("heldout", heldout)):
-        found, counts[name] = tokenize_and_count(examples, tokenizer, data.max_length, data.learn)
+        kept, counts[name] = tokenize_and_count(examples, tokenizer, data.max_length, data.learn)
         # Held-out examples are only measured: enough that there is one.
         check_left_out(counts[name], data.max_dropped if name == "training" else 1.0, data.max_length)
-        rows.append(found)
+        rows.append(kept)
+    resume.check_data(found, rows[0], output_dir)
     config, tile = choose(config, hf_config, method, rows[0], checkpoint)
     method = tiled(method, config.reversible.tile_tokens)
     answer = check_memory(config, hf_config, method, rows[0])
+    check_disk(config, hf_config, method, output_dir)
     frozen = config.training.freeze_router is not False and has_routers(hf_config)
-    return Run(config, method, frozen, output_dir, hf_config, tokenizer, *rows, counts, checkpoint, answer, tile)
+    return Run(config, method, frozen, output_dir, hf_config, tokenizer, *rows, counts, found, answer, tile)
 
 
-def find_checkpoint(config: RunConfig, output_dir: Path) -> Path | None:
-    """The checkpoint to resume from, if asked; refuses a folder that holds something otherwise."""
-    if not config.training.resume:
-        if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-            raise InputError(
-                f"training.output_dir {output_dir} is not empty. Name another folder, delete this one, or set "
-                "training.resume: true."
-            )
-        return None
-    for stage in ("stage2", "stage1"):
-        found = get_last_checkpoint(output_dir / stage) if (output_dir / stage).is_dir() else None
-        if found:
-            return Path(found)
-    raise InputError(
-        f"training.resume: no checkpoint in {output_dir}. Runs keep them if training.save_steps is set; start "
-        "without resume."
-    )
+def check_folder(output_dir: Path) -> None:
+    """Refuse a folder that cannot be made or written to, or that another run is writing to.
+
+    Raises:
+        InputError: What is in the way.
+    """
+    parent = existing_parent(output_dir)
+    inside = output_dir.absolute().relative_to(parent).parts
+    # The longest name that a run makes in there.
+    longest = output_dir.absolute() / "stage2" / ".checkpoint-1000000.old.partial-1000000" / ("x" * 40)
+    try:
+        if any(len(os.fsencode(part)) > os.pathconf(parent, "PC_NAME_MAX") - 32 for part in inside):
+            raise OSError("file name too long")
+        if len(os.fsencode(longest)) >= os.pathconf(parent, "PC_PATH_MAX"):
+            raise OSError("path too long")
+        if inside and os.path.lexists(parent / inside[0]):
+            raise OSError(f"{parent / inside[0]} is not a folder")
+        for folder in (parent, *(() if inside else (output_dir / stage for stage in STAGES))):
+            if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
+                raise OSError(f"{folder} cannot be written to")
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"training.output_dir {str(output_dir)[:200]}: {reason(error)}. Name a folder that can be written to."
+        ) from None
+    check_free(output_dir)
 
 
 def load_hf(auto_class: Any, model: ModelConfig) -> Any:
@@ -219,7 +244,7 @@ def choose(
     asked = config.reversible.tile_tokens
     if config.reversible.coupling is None or hf_config.model_type not in ARCHITECTURES:
         return (with_tile(config, None) if asked == "auto" else config), None
-    saved = json.loads((checkpoint / "config.json").read_text()).get("revffn", {}) if checkpoint else {}
+    saved = read_json(checkpoint / "config.json").get("revffn", {}) if checkpoint else {}
     if "tile_tokens" in saved:
         if asked == saved["tile_tokens"]:
             return config, None
@@ -269,6 +294,50 @@ def check_memory(
         f"{gib(answer.peak_bytes + reserve)}, more than the {gib(limit)} there are. What would fit: {remedy}. "
         "memory.limit says how much there is; --force starts all the same."
     )
+
+
+def check_disk(config: RunConfig, hf_config: PreTrainedConfig, method: Method, output_dir: Path) -> None:
+    """Refuse a run for whose checkpoints and model there is no room.
+
+    Raises:
+        InputError: Says how much is needed, and how much there is.
+    """
+    try:
+        counts = count(hf_config, replace(method, weights="device"))
+    except Exception:  # an architecture that the planner does not know
+        return
+    needed = disk_bytes(config, counts.weight_bytes, counts.optimizer_bytes)
+    there = sum(
+        file.stat().st_size for stage in STAGES for path in checkpoints(output_dir / stage) for file in path.rglob("*")
+    )
+    free = shutil.disk_usage(existing_parent(output_dir)).free
+    if free + there < needed:
+        raise InputError(
+            f"training.output_dir {output_dir}: the run is going to write up to {needed:,} bytes (checkpoints with "
+            f"the optimizer's states, and the model), and {free:,} are free there. Make room, name another folder, or "
+            "keep no checkpoints (training.save_steps: null)."
+        )
+
+
+def disk_bytes(config: RunConfig, weights: int, states: int) -> int:
+    """The most that a run has on the disk at a time; a new checkpoint is there before an old one goes."""
+    training = config.training
+    first, second = (
+        number_of_checkpoints(steps, training.save_steps) for steps in (training.stage1_steps, training.num_steps)
+    )
+    if training.save_on_interrupt:
+        second = max(second, 1)
+    kept = min(first, KEPT) * weights  # in stage 1 there are next to no states
+    checkpoint = weights + states
+    most = [min(first, KEPT + 1) * weights, kept + min(second, KEPT + 1) * checkpoint]
+    return max(*most, kept + min(second, KEPT) * checkpoint + weights)
+
+
+def number_of_checkpoints(steps: int | None, every: int | None) -> float:
+    """That a stage makes; its last step has one too."""
+    if every is None:
+        return 0
+    return math.inf if steps is None else math.ceil(steps / every)
 
 
 def longest_of(config: RunConfig, rows: list[dict[str, list[int]]]) -> int:

@@ -13,15 +13,15 @@ from transformers import (
     PreTrainedModel,
 )
 
+from ..files import write_text
 from ..memory.amounts import gib
 from ..memory.plan import plan
 from ..models.conversion import is_reversible, reversible_report
 from ..ops import dispatch
 from .heldout import answer, coupled, heldout_loss, peak_bytes
 from .preflight import Run, calibration
+from .resume import MODEL, SUMMARY, digest
 from .trainer import RevFFNTrainer
-
-MODEL, METRICS, SUMMARY = "model", "metrics.jsonl", "run.json"
 
 
 class Results:
@@ -34,7 +34,13 @@ class Results:
         self.bytes: dict[str, dict[str, int]] = {}
         self.num_tokens: dict[str, int] = {}
         self.memory: dict[str, Any] = {}
-        self.start = time.perf_counter()
+        self.start = time.perf_counter() - run.resume.seconds
+        self.finished = False
+        self.data_sha256 = digest(run.training)
+
+    def seconds(self) -> float:
+        """Of the run until now: of all its sessions, each from the checkpoint that it began with."""
+        return time.perf_counter() - self.start
 
     def heldout(self) -> dict[str, float | int]:
         evaluation = self.run.config.evaluation
@@ -78,10 +84,12 @@ class Results:
     def summary(self) -> dict[str, Any]:
         packages = ("revffn", "torch", "transformers", "trl", "datasets", "accelerate")
         return {
+            "finished": self.finished,
             "model_type": self.model.config.model_type,
             "num_parameters": self.model.num_parameters(),
             "config": asdict(self.run.config),
             "data": {name: counts.summary() for name, counts in self.run.counts.items()},
+            "data_sha256": self.data_sha256,
             "tile": None if self.run.tile is None else asdict(self.run.tile),
             "versions": {name: installed(name) for name in packages},
             "kernels": dispatch.describe(),
@@ -91,18 +99,18 @@ class Results:
             "answers": self.answers,
             "step_bytes": self.bytes,
             "memory": self.memory,
-            "peak_bytes": peak_bytes(),
-            "seconds": time.perf_counter() - self.start,
+            "peak_bytes": max(peak_bytes(), self.run.resume.summary.get("peak_bytes", 0)),
+            "seconds": self.seconds(),
             "num_tokens": self.num_tokens,
             "reversible_report": reversible_report(self.model) if is_reversible(self.model) else None,
         }
 
     def write(self) -> None:
-        (self.run.output_dir / SUMMARY).write_text(json.dumps(self.summary(), indent=2) + "\n")
+        write_text(self.run.output_dir / SUMMARY, json.dumps(self.summary(), indent=2) + "\n")
 
     def read(self) -> None:
         """Take over what the run had measured before it was interrupted."""
-        before = json.loads((self.run.output_dir / SUMMARY).read_text())
+        before = self.run.resume.summary
         self.losses, self.answers, self.bytes = before["heldout"], before["answers"], before["step_bytes"]
         self.num_tokens, self.memory = before["num_tokens"], before["memory"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -14,15 +15,21 @@ from transformers import (
 from trl import SFTConfig
 
 from ..engine.host_weights import HostWeights
+from ..faults import Interrupts
+from ..files import new_folder, remove_partials
 from ..models.architectures import router_parameters
 from ..models.conversion import convert, coupling_parameters
 from ..models.loading import load_causal_lm
 from ..models.losses import forward_for_a_while
 from ..optim import OptimizerInBackward, parameter_groups
 from ..recipe import RunConfig
+from .checkpoint import KEPT, STAGES, step_of
+from .faults import in_one_line
 from .heldout import step_bytes
+from .lock import locked
 from .preflight import Run, calibration, check
-from .results import METRICS, MODEL, Results
+from .results import Results
+from .resume import METRICS, MODEL
 from .trainer import RevFFNTrainer, RunCallback
 
 
@@ -40,9 +47,30 @@ def train(config: RunConfig, recipe: Path | None = None) -> Path:
 
     Raises:
         InputError: The settings, the data or the model do not fit. Nothing has been written then.
+        Interrupted: Ctrl-C or SIGTERM; a KeyboardInterrupt. The message is one line, and says how to go on.
+        StorageError: Something could not be written or read; an OSError. The message is one line, and names the last
+            complete checkpoint.
     """
-    run = check(config, recipe)
+    with in_one_line(output_dir_of(config)), Interrupts(config.training.save_on_interrupt) as interrupts:
+        run = check(config, recipe)
+        for line in run.resume.says:
+            print(line, flush=True)
+        if run.resume.finished:
+            return run.output_dir
+        with locked(run.output_dir):
+            carry_out(run, interrupts)
+    return run.output_dir
+
+
+def output_dir_of(config: RunConfig) -> Path:
+    return Path(config.training.output_dir or ".")
+
+
+def carry_out(run: Run, interrupts: Interrupts) -> None:
+    """A run that has been checked, in a folder that is held."""
     config = run.config
+    for folder in (run.output_dir, *(run.output_dir / stage for stage in STAGES)):
+        remove_partials(folder)
     for name, counts in (("Data", run.counts["training"]), ("Held-out data", run.counts["heldout"])):
         if counts.examples:
             print(counts.line(name, config.data.max_length), flush=True)
@@ -67,25 +95,26 @@ def train(config: RunConfig, recipe: Path | None = None) -> Path:
         prepare(run, model, results)
         if store is not None:
             store.refresh()
-        run.output_dir.mkdir(parents=True, exist_ok=True)
-        results.write()
+        (run.output_dir / METRICS).unlink(missing_ok=True)
     else:
         results.read()
+    results.write()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     stages = [2] if config.training.num_steps != 0 else []
     if config.training.stage1_steps and not (run.checkpoint and run.checkpoint.parent.name == "stage2"):
         stages.insert(0, 1)
     for stage in stages:
-        train_stage(run, model, stage, trained, results, store)
+        train_stage(run, model, stage, trained, results, store, interrupts)
         if stage == 1:
             results.measure("after_stage1")
             results.write()
     results.measure("after", ask=True)
-    model.save_pretrained(run.output_dir / MODEL)
-    run.tokenizer.save_pretrained(run.output_dir / MODEL)
+    with new_folder(run.output_dir / MODEL) as folder:
+        model.save_pretrained(folder)
+        run.tokenizer.save_pretrained(folder)
+    results.finished = True
     results.write()
     print(results.table(), flush=True)
-    return run.output_dir
 
 
 def prepare(run: Run, model: PreTrainedModel, results: Results) -> None:
@@ -108,7 +137,13 @@ def prepare(run: Run, model: PreTrainedModel, results: Results) -> None:
 
 
 def train_stage(
-    run: Run, model: PreTrainedModel, stage: int, trained: set[str], results: Results, store: HostWeights | None
+    run: Run,
+    model: PreTrainedModel,
+    stage: int,
+    trained: set[str],
+    results: Results,
+    store: HostWeights | None,
+    interrupts: Interrupts,
 ) -> None:
     """Stage 1: the coupling's parameters. Stage 2: everything in `trained` but the routers."""
     config = run.config.training
@@ -122,7 +157,9 @@ def train_stage(
     if aux_loss is None and (stage == 1 or frozen):
         aux_loss = 0.0
     arguments = sft_arguments(run, stage, aux_loss)
-    callback = RunCallback(stage, run.output_dir / METRICS, results.heldout, run.config.evaluation.every_steps)
+    callback = RunCallback(
+        stage, run.output_dir / METRICS, results.heldout, run.config.evaluation.every_steps, interrupts
+    )
     resumed = run.checkpoint if run.checkpoint and run.checkpoint.parent.name == f"stage{stage}" else None
     optimizer = make_optimizer(run.config, model)
     optimizer.last_checkpoint = str(resumed) if resumed else None
@@ -140,15 +177,32 @@ def train_stage(
             train_dataset=Dataset.from_list(run.training),
             processing_class=run.tokenizer,
             callbacks=[callback],
+            seconds=results.seconds,
         )
         trainer.remove_callback(PrinterCallback)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+        # A checkpoint of the last step leaves nothing to train: `Trainer` would take one more step.
+        if resumed is None or step_of(resumed) < number_of_steps(trainer):
+            try:
+                trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+            finally:
+                callback.close()
+            results.num_tokens[f"stage{stage}"] = int(trainer._total_train_tokens)
+            if stage == 2:
+                results.note_memory(trainer)
+        else:
+            callback.forget_after(step_of(resumed))
+            results.num_tokens[f"stage{stage}"] = run.resume.num_tokens
     optimizer.detach()
-    results.num_tokens[f"stage{stage}"] = int(trainer._total_train_tokens)
-    if stage == 2:
-        results.note_memory(trainer)
+
+
+def number_of_steps(trainer: RevFFNTrainer) -> int:
+    """Optimizer steps of the whole stage."""
+    if trainer.args.max_steps > 0:
+        return trainer.args.max_steps
+    steps = math.ceil(len(trainer.get_train_dataloader()) / trainer.args.gradient_accumulation_steps)
+    return math.ceil(trainer.args.num_train_epochs * steps)
 
 
 def make_optimizer(config: RunConfig, model: PreTrainedModel) -> OptimizerInBackward:
@@ -195,7 +249,7 @@ def sft_arguments(run: Run, stage: int, aux_loss: float | None) -> SFTConfig:
         logging_steps=training.log_steps,
         save_strategy="no" if training.save_steps is None else "steps",
         save_steps=training.save_steps or 500,
-        save_total_limit=2,
+        save_total_limit=KEPT,
         disable_tqdm=True,
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import (
@@ -20,14 +22,16 @@ from transformers import (
     PreTrainedModel,
     TrainerCallback,
 )
-from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 from ..engine.host_weights import HostWeights
+from ..faults import Interrupts
+from ..files import append_line, new_folder, write_text
 from ..memory.live_bytes import LiveBytes
 from ..models.conversion import is_reversible, reversible_report
 from ..models.losses import use_linear_cross_entropy
 from ..optim import OptimizerInBackward
+from .checkpoint import delete_old, read_manifest, readable_lines, write_manifest
 from .heldout import peak_bytes
 
 
@@ -36,7 +40,8 @@ class RevFFNTrainer(SFTTrainer):
 
     Activation checkpointing is off for a reversible model, which rebuilds its activations already. With an
     `OptimizerInBackward` given as `optimizers=(optimizer, None)`, `max_grad_norm` is left to it and `grad_norm` is the
-    one it measured. Every log also has `tokens_per_second` since the last one, `peak_bytes` of the process (allocated
+    one it measured. In one process a checkpoint is written beside its name and closed with a manifest
+    (checkpoint.py). Every log also has `tokens_per_second` since the last one, `peak_bytes` of the process (allocated
     on a GPU, resident on a CPU) and, for a reversible model, the counts of `reversible_report`.
 
     Args:
@@ -45,6 +50,7 @@ class RevFFNTrainer(SFTTrainer):
         measure_step: Count live tensors during one step; on a CPU, where nobody else does. `measured` has them then.
         loaded_from: A checkpoint that `model` has been loaded from already; resuming from it does not read it again.
         host_weights: Where the model's layers live, if in host memory; `measure_step` leaves that out.
+        seconds: How long the run has taken until now, for the manifest.
     """
 
     def __init__(
@@ -56,13 +62,16 @@ class RevFFNTrainer(SFTTrainer):
         measure_step: bool = False,
         loaded_from: str | Path | None = None,
         host_weights: HostWeights | None = None,
+        seconds: Callable[[], float] | None = None,
         **kwargs: Any,
     ):
         if is_reversible(model):
             args.gradient_checkpointing = args.activation_checkpointing = False
         self.last_log: tuple[float, float] | None = None
         self.linear_cross_entropy, self.measure_step = linear_cross_entropy, measure_step
-        self.loaded_from, self.host_weights = loaded_from, host_weights
+        self.loaded_from, self.host_weights, self.seconds = loaded_from, host_weights, seconds
+        self.saving_to: Path | None = None
+        """Where a checkpoint is being written, instead of the output folder."""
         self.measured: tuple[tuple[int, ...], int] | None = None
         """Shape (B, T) of the step that was measured, and the bytes of tensors at its peak."""
         self.in_backward: OptimizerInBackward | None = None
@@ -119,6 +128,10 @@ class RevFFNTrainer(SFTTrainer):
         """`Trainer` reads weights by the names in the file, which are not those of fused experts: it would warn, and
         leave the experts as they are. `from_pretrained` converts them. Grids are no weights, and decide the function
         that is trained."""
+        try:
+            self._total_train_tokens = read_manifest(Path(resume_from_checkpoint)).get("num_tokens", 0)
+        except ValueError:
+            pass  # another trainer's
         if str(resume_from_checkpoint) == str(self.loaded_from):
             return
         saved = AutoModelForCausalLM.from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
@@ -126,10 +139,51 @@ class RevFFNTrainer(SFTTrainer):
         if is_reversible(self.model) and is_reversible(saved):
             self.model.config.revffn["grids"] = saved.reversible_config.to_dict()["grids"]
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        super()._save_checkpoint(*args, **kwargs)
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """`Trainer` loads both or neither, silently: here each that is there. The learning rate is that of the present
+        schedule, which ends elsewhere if the run is longer now, and not that of the one before."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or self.args.world_size > 1:
+            return
+        optimizer, scheduler = (Path(checkpoint) / f"{name}.pt" for name in ("optimizer", "scheduler"))
+        if optimizer.is_file() and not scheduler.is_file():
+            self.optimizer.load_state_dict(torch.load(optimizer, map_location="cpu", weights_only=True))
+        schedule, step = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler), self.state.global_step
+        if not hasattr(schedule, "lr_lambdas"):
+            return
+        schedule.last_epoch = step
+        schedule._last_lr = [
+            base * rule(step) for base, rule in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(self.optimizer.param_groups, schedule._last_lr, strict=True):
+            group["lr"] = rate
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self.saving_to is None else str(self.saving_to)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Beside its name, with a manifest, or not at all."""
+        if self.args.world_size > 1 or self.args.push_to_hub:
+            return super()._save_checkpoint(model, trial)
+        final = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+        with new_folder(final) as partial:
+            self.saving_to = partial
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.saving_to = None
+            written = partial / final.name
+            if self.state.best_model_checkpoint == str(written):
+                self.state.best_model_checkpoint = str(final)
+                self.state.save_to_json(str(written / "trainer_state.json"))
+            for path in sorted(written.iterdir()):
+                path.rename(partial / path.name)
+            written.rmdir()
+            about = {} if self.seconds is None else {"seconds": self.seconds()}
+            write_manifest(partial, num_tokens=int(self._total_train_tokens), **about)
+        delete_old(final.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
         if self.in_backward is not None:
-            self.in_backward.last_checkpoint = get_last_checkpoint(self.args.output_dir)
+            self.in_backward.last_checkpoint = str(final)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training and "loss" in logs:
@@ -162,22 +216,33 @@ FIXED_POINT = ("iterations", "contraction", "kept_bits", "kept_rows")
 
 
 class RunCallback(TrainerCallback):
-    """The progress bar, metrics.jsonl, and the held-out loss on the way."""
+    """The progress bar, metrics.jsonl, the held-out loss on the way, and interruptions that wait for a step's end."""
 
-    def __init__(self, stage: int, metrics: Path, evaluate: Any, every_steps: int | None):
+    def __init__(self, stage: int, metrics: Path, evaluate: Any, every_steps: int | None, interrupts: Interrupts):
         self.stage, self.metrics, self.evaluate, self.every_steps = stage, metrics, evaluate, every_steps
+        self.interrupts = interrupts
         self.bar: tqdm | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.interrupts.in_step = True
+        # A checkpoint brings its own, but the run may have been told others now.
+        state.compute_steps(args, state.max_steps)
         if state.is_world_process_zero:
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=f"stage {self.stage}", unit="step")
             self.forget_after(state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
+        if self.interrupts.received and self.interrupts.after_step:
+            control.should_save = True
+        else:
+            self.interrupts.between_steps()
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
         if self.every_steps and state.global_step % self.every_steps == 0 and state.global_step < state.max_steps:
             self.write(state, {"heldout_loss": self.evaluate()["loss"]})
+
+    def on_save(self, args, state, control, **kwargs):
+        self.interrupts.between_steps()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" not in (logs or {}):
@@ -189,6 +254,11 @@ class RunCallback(TrainerCallback):
             self.bar.set_postfix_str(f"loss {logs['loss']:.3f}, {speed} tokens/s, {memory}")
 
     def on_train_end(self, args, state, control, **kwargs):
+        self.interrupts.in_step = False
+        self.interrupts.between_steps()
+
+    def close(self) -> None:
+        """Whatever ends the training: what follows begins on a line of its own."""
         if self.bar is not None:
             self.bar.close()
 
@@ -196,11 +266,9 @@ class RunCallback(TrainerCallback):
         """Steps after the checkpoint that a run resumes from are made again."""
         if not self.metrics.exists():
             return
-        lines = [json.loads(line) for line in self.metrics.read_text().splitlines()]
-        kept = [line for line in lines if (line["stage"], line["step"]) <= (self.stage, step)]
-        self.metrics.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        kept = [line for line in readable_lines(self.metrics) if (line["stage"], line["step"]) <= (self.stage, step)]
+        write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, state: Any, values: dict[str, Any]) -> None:
         if state.is_world_process_zero:
-            with self.metrics.open("a") as file:
-                file.write(json.dumps({"stage": self.stage, "step": state.global_step, **values}) + "\n")
+            append_line(self.metrics, json.dumps({"stage": self.stage, "step": state.global_step, **values}))

@@ -282,12 +282,11 @@ def test_tiles_are_chosen_once_and_recorded(recipe_file, capsys, monkeypatch):
     assert in_model == summary["config"]["reversible"]["tile_tokens"] == summary["tile"]["tile_tokens"] == 256
     assert summary["tile"]["reason"].startswith("the largest that fits")
     assert f"Tiles: 256 tokens ({summary['tile']['reason']})" in capsys.readouterr().out
-    for words in ([], ["--reversible.tile_tokens", "64"]):
-        shutil.rmtree(folder / "stage2" / "checkpoint-2", ignore_errors=True)
-        run(recipe, *same, "--training.resume", "true", *words)
+    for steps, words in ((3, []), (4, ["--reversible.tile_tokens", "64"])):
+        run(recipe, *same, "--training.resume", "true", "--training.num_steps", str(steps), *words)
         summary, in_model = told(folder)
         assert in_model == summary["config"]["reversible"]["tile_tokens"] == 256
-        assert "checkpoint-1" in summary["tile"]["reason"]
+        assert f"checkpoint-{steps - 1}" in summary["tile"]["reason"]
 
 
 def test_tiles_on_a_cpu_and_numbers_that_are_given(recipe_file, tmp_path):

@@ -1,0 +1,422 @@
+"""Nothing is lost: checkpoints are whole or not counted, a run goes on as the run it was, faults end in one line.
+
+Run: pytest tests/training/test_resume.py
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_trainer import metrics, moved, run, weights
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from revffn import files
+from revffn.__main__ import main
+from revffn.command_line import load_run_config
+from revffn.training import checkpoint, lock, preflight, trainer
+from revffn.training.checkpoint import MANIFEST, checkpoints, delete_old, newest, write_manifest, wrong_with
+from revffn.training.preflight import disk_bytes
+from revffn.training.trainer import RevFFNTrainer
+
+FOUR = ("--training.num_steps", "4", "--training.save_steps", "2")
+RESUME = ("--training.resume", "true")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, model_folder):
+    """`finished()`: a copy of a finished run of four steps with checkpoints at 2 and 4, and its recipe."""
+    made = tmp_path_factory.mktemp("finished")
+    from conftest import RECORDS
+
+    data = made / "data.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    recipe = made / "recipe.yaml"
+    recipe.write_text(
+        f"model:\n  path: {model_folder()}\n  dtype: float32\n"
+        f"data:\n  path: {data}\n  num_heldout: 8\n  max_length: 64\n"
+        f"training:\n  output_dir: {made / 'run'}\n  num_steps: 4\n  save_steps: 2\n  batch_size: 4\n"
+        "optimizer:\n  learning_rate: 1e-3\n"
+    )
+    run(recipe)
+
+    def copy(where: Path):
+        shutil.copytree(made / "run", where / "run")
+        return recipe, where / "run", ["train", str(recipe), "--training.output_dir", str(where / "run"), *RESUME]
+
+    return copy
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def said(capsys):
+    """The one line on stderr."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("revffn")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+# --- files and checkpoints -------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_whole_or_not_there(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "old").touch()
+    with pytest.raises(ZeroDivisionError), files.new_folder(tmp_path / "a") as partial:
+        (partial / "half").touch()
+        raise ZeroDivisionError
+    assert [p.name for p in tmp_path.rglob("*")] == ["a", "old"]
+    with files.new_folder(tmp_path / "a") as partial:
+        (partial / "new").touch()
+    assert [p.name for p in tmp_path.rglob("*")] == ["a", "new"]
+    with pytest.raises(ZeroDivisionError), files.new_folder(tmp_path / "b" / "c"):
+        raise ZeroDivisionError
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "missing", "no manifest", "cut manifest", "odd manifest"])
+def test_what_makes_a_checkpoint_incomplete(tmp_path, damage):
+    (tmp_path / "weights").write_bytes(b"weights")
+    write_manifest(tmp_path)
+    assert wrong_with(tmp_path) is None
+    if damage == "cut":
+        (tmp_path / "weights").write_bytes(b"weight")
+    elif damage == "changed":
+        (tmp_path / "weights").write_bytes(b"Weights")
+    elif damage == "missing":
+        (tmp_path / "weights").unlink()
+    elif damage == "no manifest":
+        (tmp_path / MANIFEST).unlink()
+    else:
+        text = (tmp_path / MANIFEST).read_text()
+        (tmp_path / MANIFEST).write_text(text[:-9] if damage == "cut manifest" else '{"files": {"weights": 1}}')
+    assert wrong_with(tmp_path) and "\n" not in wrong_with(tmp_path)
+
+
+def test_the_last_complete_checkpoint_is_never_deleted(tmp_path):
+    def make(step, complete=True):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "weights").touch()
+        if complete:
+            write_manifest(folder)
+
+    make(2)
+    for step in (4, 6, 8):
+        make(step, complete=False)
+        delete_old(tmp_path, 2)
+    assert newest(tmp_path.parent).checkpoint is None
+    assert [checkpoint.step_of(path) for path in checkpoints(tmp_path)] == [2, 4, 6, 8]
+    make(10)
+    delete_old(tmp_path, 2)
+    assert [checkpoint.step_of(path) for path in checkpoints(tmp_path)] == [2, 10]
+    make(12)
+    delete_old(tmp_path, 2, best=str(tmp_path / "checkpoint-2"))
+    assert [checkpoint.step_of(path) for path in checkpoints(tmp_path)] == [2, 10, 12]
+    delete_old(tmp_path, 2)
+    assert [checkpoint.step_of(path) for path in checkpoints(tmp_path)] == [10, 12]
+
+
+# --- going on --------------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_stays_as_it_is(finished, tmp_path, capsys):
+    _, folder, words = finished(tmp_path)
+    before = contents(folder)
+    assert main(words) == 0 and contents(folder) == before
+    assert "this run is finished" in capsys.readouterr().out
+    assert main([*words, "--training.num_steps", "3"]) == 2
+    assert "is finished with 4" in said(capsys)
+
+
+def test_a_finished_run_goes_on_from_the_newest_complete_checkpoint(finished, tmp_path, capsys):
+    """Over an incomplete one and a cut line; totals are those of the whole run, and run.json says what ran."""
+    recipe, folder, words = finished(tmp_path)
+    whole = run(recipe, "--training.num_steps", "6", "--training.output_dir", str(tmp_path / "whole"))
+    before = checkpoint.read_manifest(folder / "stage2" / "checkpoint-2")["seconds"]
+    (folder / "stage2" / "checkpoint-4" / "trainer_state.json").unlink()
+    lines = folder / "metrics.jsonl"
+    lines.write_text(lines.read_text()[:-20])
+    tokens = metrics(whole)[-1]["num_tokens"]
+    assert main([*words, "--training.num_steps", "6", "--training.save_steps", "3", "--training.log_steps", "2"]) == 0
+    out = capsys.readouterr().out
+    assert f"Resuming from {folder}/stage2/checkpoint-2, step 2; passed over as incomplete" in out
+    assert "checkpoint-4 (trainer_state.json is missing)" in out and "1 cut or damaged line left out" in out
+    assert [line["step"] for line in metrics(folder)] == [1, 2, 4, 6]
+    summary = json.loads((folder / "run.json").read_text())
+    assert summary["finished"] and summary["config"]["training"]["num_steps"] == 6
+    assert summary["num_tokens"]["stage2"] == tokens == metrics(folder)[-1]["num_tokens"]
+    seconds = [checkpoint.read_manifest(path)["seconds"] for path in checkpoints(folder / "stage2")]
+    assert summary["seconds"] > seconds[1] > seconds[0] > before
+    assert [path.name for path in checkpoints(folder / "stage2")] == ["checkpoint-3", "checkpoint-6"]
+
+
+REFUSED = {
+    "--training.seed 1": "training.seed=1, recorded 0",
+    "--training.batch_size 2 --optimizer.learning_rate 1e-2": "training.batch_size=2, recorded 4",
+    "--data.max_length 32": "data.max_length=32, recorded 64",
+    "--model.dtype bfloat16": "model.dtype=bfloat16, recorded float32",
+    "--reversible.coupling none": "reversible.coupling=none, recorded innovation",
+    "--reversible.side_bits 1": "reversible.side_bits",
+    "--optimizer.name sgd": "optimizer.name=sgd, recorded adafactor",
+    "--model.path elsewhere": "model.path=elsewhere",
+    "--training.num_epochs 2 --training.num_steps null": "went by training.num_steps",
+}
+
+
+@pytest.mark.parametrize("given", REFUSED)
+def test_settings_that_make_another_run_are_refused_by_name(finished, tmp_path, capsys, given):
+    _, folder, words = finished(tmp_path)
+    before = contents(folder)
+    assert main([*words, *given.split()]) == 2
+    assert REFUSED[given] in said(capsys) and contents(folder) == before
+
+
+def test_other_data_under_the_same_name_are_refused(finished, tmp_path, capsys):
+    recipe, folder, words = finished(tmp_path)
+    data = recipe.with_name("data.jsonl")
+    text = data.read_text()
+    try:
+        data.write_text(text.replace("red", "rad"))
+        assert main([*words, "--training.num_steps", "6"]) == 2
+        assert "not the examples" in said(capsys)
+    finally:
+        data.write_text(text)
+
+
+@pytest.mark.parametrize("name", ["run.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "config.json"])
+@pytest.mark.parametrize("how", ["cut", "missing"])
+def test_what_is_cut_or_missing_is_one_line(finished, tmp_path, capsys, name, how):
+    _, folder, words = finished(tmp_path)
+    shutil.rmtree(folder / "model")
+    shutil.rmtree(folder / "stage2" / "checkpoint-2")
+    file = folder / name if name == "run.json" else folder / "stage2" / "checkpoint-4" / name
+    file.unlink() if how == "missing" else file.write_bytes(file.read_bytes()[:-20])
+    assert main(words) == 2
+    assert name in said(capsys) and not (folder / "model").exists()
+    if how == "missing" and name in checkpoint.STATES:
+        assert main([*words[:-1], "weights", "--training.num_steps", "6"]) == 0
+        assert f"Without {name}, as asked" in capsys.readouterr().out
+        rates = [line["learning_rate"] for line in metrics(folder)]
+        assert 0 < rates[5] < rates[4] < rates[1]  # the schedule goes on
+
+
+def test_before_the_first_checkpoint_there_is_one_way_on(recipe_file, tmp_path, capsys, monkeypatch):
+    recipe = recipe_file()
+
+    def stops(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RevFFNTrainer, "training_step", stops)
+        assert main(["train", str(recipe)]) == 130
+    line = said(capsys)
+    assert "stopped by SIGINT; there is no checkpoint yet. Go on with training.resume: true" in line
+    assert main(["train", str(recipe)]) == 2
+    assert "set training.resume: true to go on" in said(capsys)
+    assert main(["train", str(recipe), *RESUME]) == 0
+    assert "starts from the beginning" in capsys.readouterr().out
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_a_run_that_stopped_behind_its_last_checkpoint_takes_no_further_step(finished, tmp_path):
+    recipe, folder, words = finished(tmp_path)
+    before = weights(folder / "model")
+    summary = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(summary | {"finished": False}))
+    shutil.rmtree(folder / "model")
+    assert main(words) == 0
+    assert not moved(before, weights(folder / "model"))
+    after = json.loads((folder / "run.json").read_text())
+    assert after["heldout"] == summary["heldout"] and after["num_tokens"] == summary["num_tokens"]
+
+
+# --- the machine's faults --------------------------------------------------------------------------------------------
+
+
+def full(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+
+def fill_up(patch, place, name, number):
+    """From its n-th call on, counted from 0, a function that writes finds no space."""
+    real, left = getattr(place, name), [number]
+
+    def counted(*args, **kwargs):
+        left[0] -= 1
+        return real(*args, **kwargs) if left[0] >= 0 else full()
+
+    patch.setattr(place, name, counted)
+
+
+WRITERS = {
+    "weights": (PreTrainedModel, "save_pretrained", (0, 1, 2)),  # two checkpoints, the model
+    "tensors": (torch, "save", (0, 1, 2, 5)),
+    "rename": (os, "rename", (1, 12)),
+    "replace": (os, "replace", (0, 1)),  # run.json at the beginning and at the end
+    "sync": (os, "fsync", (3, 20)),
+    "line": (trainer, "append_line", (0, 1)),
+    "manifest": (trainer, "write_manifest", (1,)),
+}
+MOMENTS = [(name, number) for name, (_, _, numbers) in WRITERS.items() for number in numbers]
+
+
+@pytest.mark.parametrize("name, number", MOMENTS)
+def test_a_full_disk_is_one_line_and_loses_nothing(recipe_file, tmp_path, capsys, name, number):
+    words = ["train", str(recipe_file()), "--training.num_steps", "2", "--training.save_steps", "1"]
+    words += ["--data.num_heldout", "0"]
+    folder = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        place, call, _ = WRITERS[name]
+        fill_up(patch, place, call, number)
+        assert main(words) == 1
+    line = said(capsys)
+    assert "No space left on device" in line and ("bytes are free" in line or name == "line")
+    found = newest(folder)
+    # Only run.json is written after the model.
+    assert found.passed_over == [] and (folder / "model").exists() == ((name, number) == ("replace", 1))
+    assert not [path for path in folder.rglob("*.partial-*")]
+    if found.checkpoint:
+        assert str(found.checkpoint) in line
+        AutoModelForCausalLM.from_pretrained(found.checkpoint)
+    else:
+        assert "there is no checkpoint yet" in line or "nothing of the run was written" in line
+
+
+def test_export_and_pictures_are_whole_or_not_there(finished, tmp_path, capsys):
+    _, folder, _ = finished(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert main(["export", str(folder), str(tmp_path / "out" / "plain")]) == 1
+        assert "could not be written: No space left on device" in said(capsys)
+        with pytest.raises(files.StorageError), files.new_file(tmp_path / "plot.svg") as partial:
+            partial.write_text("half")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_room_is_asked_for_before_the_run(recipe_file, refused, monkeypatch, tmp_path):
+    recipe = recipe_file()
+    config = load_run_config(recipe, ["--training.save_steps", "1"])
+    assert disk_bytes(config, 100, 10) == 3 * 110  # two kept, one being written
+    assert disk_bytes(load_run_config(recipe), 100, 10) == 100
+    both = load_run_config(recipe, ["--training.save_steps", "2", "--training.stage1_steps", "9"])
+    assert disk_bytes(both, 100, 10) == 2 * 100 + 2 * 110 + 100
+    forever = load_run_config(recipe, ["--training.save_steps", "2", "--training.num_steps", "null"])
+    assert disk_bytes(forever, 100, 300) == 3 * 400
+
+    class Usage:
+        free = 1000
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage)
+    line = refused("train", recipe)
+    assert "the run is going to write up to" in line and "1,000 are free" in line
+
+
+def test_folders_that_cannot_be_written_to_are_refused(recipe_file, refused, tmp_path, monkeypatch):
+    recipe = recipe_file()
+    (tmp_path / "file").touch()
+    refused_for = {"x" * 300: "too long", "file/run": "is not a folder", "y/" * 2100: "too long"}
+    for name, reason in refused_for.items():
+        assert reason in refused("train", recipe, "--training.output_dir", tmp_path / name)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert "cannot be written to" in refused("train", recipe)
+
+
+def test_a_folder_is_one_run_s_at_a_time(recipe_file, refused, tmp_path):
+    recipe, folder = recipe_file(), tmp_path / "run"
+    with lock.locked(folder):
+        for words in ((), RESUME):
+            line = refused("train", recipe, *words)
+            assert f"another run is writing there (process {os.getpid()})" in line
+    assert not folder.exists()
+    folder.mkdir()
+    (folder / lock.LOCK).write_text("1\n")  # a killed run's
+    assert main(["train", str(recipe)]) == 0
+    assert not (folder / lock.LOCK).exists()
+
+
+@pytest.mark.parametrize("number, saves", [(signal.SIGINT, False), (signal.SIGTERM, True)])
+def test_signals_end_a_run_in_one_line(recipe_file, tmp_path, capsys, monkeypatch, number, saves):
+    recipe = recipe_file()
+    real = RevFFNTrainer.training_step
+
+    def signalled(self, *args, **kwargs):
+        if self.state.global_step == 1:
+            os.kill(os.getpid(), number)
+        return real(self, *args, **kwargs)
+
+    words = ["train", str(recipe), "--training.save_on_interrupt", str(saves)]
+    with monkeypatch.context() as patch:
+        patch.setattr(RevFFNTrainer, "training_step", signalled)
+        before = signal.getsignal(number)
+        assert main(words) == 128 + number
+        assert signal.getsignal(number) is before
+    line = said(capsys)
+    assert "go on with training.resume: true" in line.lower()
+    name = signal.Signals(number).name
+    saved = tmp_path / "run" / "stage2" / "checkpoint-2"
+    assert f"stopped by {name}; " in line and ("there is no checkpoint yet" in line) != saves
+    assert saved.exists() == saves and (not saves or str(saved) in line)
+    assert main([*words, *RESUME]) == 0
+    whole = run(recipe, "--training.output_dir", str(tmp_path / "whole"))
+    assert not moved(weights(whole / "model"), weights(tmp_path / "run" / "model"))
+
+
+SEVERAL = {
+    "torchrun": {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"},
+    "its second": {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"},
+    "mpirun": {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "0"},
+    "mpiexec": {"PMI_SIZE": "2", "PMI_RANK": "0"},
+    "srun": {"SLURM_NTASKS": "2", "SLURM_PROCID": "0"},
+    "a rank alone": {"LOCAL_RANK": "1"},
+}
+ONE = ({}, {"WORLD_SIZE": "1", "RANK": "0"}, {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"})
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_several_processes_are_refused(recipe_file, refused, monkeypatch, name):
+    for variable, value in SEVERAL[name].items():
+        monkeypatch.setenv(variable, value)
+    assert "a run is one process" in refused("train", recipe_file())
+
+
+@pytest.mark.parametrize("environment", ONE)
+def test_one_process_is_not(environment):
+    preflight.check_one_process(environment)
+
+
+# --- killed ----------------------------------------------------------------------------------------------------------
+
+
+def killed(recipe: Path, folder: Path, moments: list[str]) -> dict[str, dict]:
+    """A run for each moment, killed there, and gone on with; what came of it."""
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("killed.py"), recipe, folder, *moments],
+        capture_output=True, text=True, timeout=1500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+FEW = ["save 1", "fsync 2", "rename 2", "fsync 28", "rename 4", "step 2"]
+CALLS = {"save": 7, "fsync": 26, "rename": 9, "step": 3, "rmtree": 1}
+MANY = [f"{call} {number}" for call, most in CALLS.items() for number in range(most)]
+
+
+@pytest.mark.parametrize("moments", [FEW, pytest.param(MANY, marks=pytest.mark.slow)], ids=["few", "many"])
+def test_killed_at_any_moment_a_run_goes_on_to_the_same_bits(recipe_file, tmp_path, moments):
+    recipe = recipe_file("  save_steps: 1\noptimizer:\n  learning_rate: 1e-3\n")
+    results = killed(recipe, tmp_path, moments)
+    assert set(results) == set(moments)
+    for moment, result in results.items():
+        assert result["killed"], f"{moment}: it was not reached"
+        assert result["torn"] == [], moment
+        assert result["resumed"] == 0 and result["same"], moment
+        assert result["left"] == [], moment
