@@ -51,7 +51,7 @@ def optimizer_of(shape: tuple[int, ...], options: dict, device: str, rounding: s
 @torch.no_grad()
 def one_step(parameter, optimizer, gradient) -> None:
     parameter.grad = gradient
-    optimizer._update(parameter)
+    optimizer.step_parameter(parameter)
     optimizer._stepped.clear()
 
 

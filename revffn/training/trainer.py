@@ -79,7 +79,14 @@ class RevFFNTrainer(SFTTrainer):
         if isinstance(optimizer, OptimizerInBackward) and optimizer.param_groups[0]["in_backward"]:
             # Clipping after backward would find no gradients.
             self.in_backward, args.max_grad_norm = optimizer, 0.0
+            if args.gradient_accumulation_steps > 1:
+                raise ValueError(
+                    f"gradient_accumulation_steps={args.gradient_accumulation_steps} adds gradients up, and "
+                    "OptimizerInBackward steps at the first. Put the whole batch into per_device_train_batch_size, or "
+                    "make the optimizer with in_backward=False."
+                )
         if linear_cross_entropy:
+            check_loss(args, kwargs.get("compute_loss_func"))
             use_linear_cross_entropy(model)
         super().__init__(model, args, **kwargs)
 
@@ -200,6 +207,24 @@ class RevFFNTrainer(SFTTrainer):
                 logs |= {name: report[name] for name in names}
                 logs |= fixed_point(report)
         super().log(logs, start_time)
+
+
+def check_loss(args: SFTConfig, compute_loss_func: Any) -> None:
+    """Refuse what asks for another loss than linear cross-entropy is, and would be without effect.
+
+    Raises:
+        ValueError: Names the option.
+    """
+    others = {"label_smoothing_factor": 0.0, "loss_type": "nll"}
+    given = [
+        f"{name}={getattr(args, name)!r}" for name, plain in others.items() if getattr(args, name, plain) != plain
+    ]
+    given += ["compute_loss_func"] if compute_loss_func is not None else []
+    if given:
+        raise ValueError(
+            f"linear_cross_entropy=True computes the plain loss, and {', '.join(given)} asks for another. Leave one "
+            "of the two out."
+        )
 
 
 def fixed_point(report: dict[str, Any]) -> dict[str, float]:

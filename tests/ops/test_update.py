@@ -250,7 +250,7 @@ def test_every_bit_stays_after_a_bad_gradient(rule, kind, monkeypatch):
         before = [t.clone() for t in tensors]
         for weight in weights:
             weight.grad = torch.full_like(weight, float("inf"))
-            optimizer._update(weight)
+            optimizer.step_parameter(weight)
     assert all(map(same, before, tensors))
 
 
@@ -273,7 +273,7 @@ def test_few_operations_for_a_parameter(rule, monkeypatch):
                     return func(*args, **(kwargs or {}))
 
             with Count(), torch.no_grad():
-                optimizer._update(weight)
+                optimizer.step_parameter(weight)
             optimizer.step()
         assert len(seen) <= 8, seen
         assert sum(name.startswith("revffn.update_") for name in seen) >= 3
@@ -332,7 +332,7 @@ def test_fake_tensors_show_the_references_memory(rule, rounding, shape, monkeypa
                         if torch.is_tensor(tensor):
                             memory.add(tensor)
                     start = memory.peak = memory.live
-                    optimizer._update(weight)
+                    optimizer.step_parameter(weight)
                 optimizer._stepped.clear()
         peaks[kind] = (memory.peak - start) / chunk_bytes
     assert 0.45 * peaks["shown"] <= peaks["reference"] <= peaks["shown"] + 0.15
@@ -353,7 +353,7 @@ def test_kernels_need_little_memory(rule, monkeypatch):
                 if torch.is_tensor(tensor):
                     memory.add(tensor)
             start = memory.live
-            optimizer._update(weight)
+            optimizer.step_parameter(weight)
         assert memory.peak - start < 0.005 * weight.nbytes
 
 

@@ -76,7 +76,7 @@ def step(options, dtype, rounding, shapes, bad=False):
             weight.grad.view(-1)[-1] = float("nan")
         before = [t.clone() for t in (weight.detach(), *found)]
         with torch.no_grad():
-            optimizer._update(weight)
+            optimizer.step_parameter(weight)
         if bad:
             assert all(map(same, before, [weight.detach(), *found]))
     return [w.detach() for w in weights] + found + list(optimizer._stepped.values())

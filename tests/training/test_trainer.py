@@ -386,6 +386,27 @@ def test_the_trainer_alone_keeps_checkpointing_off(tokenizer, tmp_path):
     assert trainer.state.log_history[0]["verified_states"] > 0
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(label_smoothing_factor=0.1), "label_smoothing_factor=0.1 asks for another"),
+        (dict(loss_type="dft"), "loss_type='dft' asks for another"),
+        (dict(gradient_accumulation_steps=2), "gradient_accumulation_steps=2 adds gradients up"),
+    ],
+    ids=str,
+)
+def test_no_option_is_without_effect(tokenizer, tmp_path, options, message):
+    """Before the first weight moves."""
+    model = revffn.convert(tiny_model(vocab_size=len(tokenizer)))
+    optimizer = revffn.OptimizerInBackward(revffn.parameter_groups(model, 0.0))
+    rows = Dataset.from_list([{"input_ids": list(range(3, 40)), "labels": list(range(3, 40))}] * 4)
+    args = SFTConfig(output_dir=str(tmp_path), bf16=False, max_steps=1, report_to="none", **options)
+    words = dict(train_dataset=rows, processing_class=tokenizer, optimizers=(optimizer, None))
+    with pytest.raises(ValueError, match=message):
+        RevFFNTrainer(model, args, linear_cross_entropy=True, **words)
+    optimizer.detach()
+
+
 def test_the_trainer_alone_resumes_with_all_weights(tokenizer, tmp_path):
     """`trainer.train(resume_from_checkpoint=...)` on a model of other weights, not calibrated: experts and grids are
     those of the checkpoint."""
