@@ -40,8 +40,9 @@ quickstart: install
 	else $(BIN)/revffn upcycle --output $(BASE); fi
 	$(BIN)/revffn train recipes/quickstart_cpu.yaml --model.path $(BASE) --training.output_dir $(RUN)
 
+# Files of tests side by side: on two cores in half the time. (The tests themselves run on one thread each.)
 test: install-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: install-test
 	$(BIN)/ruff check .
