@@ -93,6 +93,9 @@ def read_words(make: type, words: list[str]) -> dict[str, Given]:
         if name not in known and opposite in known and not values and bool in kinds(known[opposite]):
             name, values = opposite, ["false"]
         check_name(make, name, COMMAND_LINE)
+        if name not in known:
+            inside = [key for key in known if key.startswith(name + ".")]
+            raise InputError(f"{COMMAND_LINE}: {name} is a section. Name a key of it, like --{inside[0]}.")
         if not values:
             if bool not in kinds(known[name]):
                 raise InputError(f"{COMMAND_LINE}: {name} needs a value: {accepted(known[name])}.")

@@ -3,6 +3,7 @@
 Run: pytest tests/training/test_recipe.py
 """
 
+import random
 import re
 from dataclasses import fields, replace
 from pathlib import Path
@@ -159,6 +160,11 @@ BAD_WORDS = {
         "reversible.tile_tokens: expected a whole number, auto or null, got 'autoo'.",
     ),
     "a negative tile": ("--reversible.tile_tokens -3", "null (the whole batch) or at least 1, got -3. Leave it out"),
+    "a section": (
+        "--reversible 3",
+        "command line: reversible is a section. Name a key of it, like --reversible.coupling.",
+    ),
+    "a group": ("--reversible.cross_branch", "command line: reversible.cross_branch is a section. Name a key of it"),
     "no option": ("optimizer.beta1 1", "command line: expected --section.key value"),
     "conflict": (
         "--training.activation_checkpointing true",
@@ -173,6 +179,38 @@ def test_mistakes_on_the_command_line_are_named(recipe, name):
     with pytest.raises(InputError) as error:
         load_run_config(recipe(), words.split())
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+PIECES = (
+    "model: {path: x}", "path: x", "training:", "  num_steps: 3", "reversible:", "  cross_branch:",
+    "    stream_maps: yes", "  cross_branch: {query_stream: right}", "- 1", "[1, 2", "}", ": :", "\t", "&a *a",
+    "!!python/object:os.system x", "~", "optimizer: {learning_rate: .inf}", "  seed: 1e400", "  side_bits: [1, [2]]",
+    "  side_bits: {}", "? a : b", "é\u2028", "data: null", "data: []", "  true: false", "  1: 2",
+    "memory: {limit: 9999999999999999999999GiB, force: maybe}",
+)  # fmt: skip
+
+
+def test_whatever_stands_in_a_recipe_is_taken_or_refused_in_a_line(tmp_path):
+    """Lines of a good recipe and strange ones, in any order and cut anywhere."""
+    numbers = random.Random(0)
+    taken, file = 0, tmp_path / "mine.yaml"
+    for _ in range(800):
+        lines = TEXT.splitlines()
+        for _ in range(numbers.randrange(4)):
+            place = numbers.randrange(len(lines) + 1)
+            lines[place : place + numbers.randrange(2)] = [numbers.choice(PIECES)]
+        text = "\n".join(lines)
+        if numbers.random() < 0.3:
+            text = text[: numbers.randrange(len(text) + 1)]
+        file.write_text(text)
+        words = numbers.choice(
+            [[], ["--training.num_steps"], ["--model.path=x"], ["--reversible.side_bits", "1", "x"]]
+        )
+        try:
+            taken += isinstance(load_run_config(file, words), RunConfig)
+        except InputError as error:
+            assert "\n" not in str(error) and str(error), text
+    assert 40 < taken < 700
 
 
 def test_a_recipe_that_is_not_there(tmp_path):
