@@ -342,8 +342,35 @@ def test_a_folder_is_one_run_s_at_a_time(recipe_file, refused, tmp_path):
     assert not (folder / lock.LOCK).exists()
 
 
+@pytest.fixture
+def handled():
+    """`handled(number, handler)`: a signal's handler for a test. Whoever runs the tests in a background shell has told
+    them to ignore Ctrl-C, which runs respect."""
+    before = {}
+
+    def handle(number, handler):
+        before.setdefault(number, signal.signal(number, handler))
+
+    yield handle
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_a_signal_that_is_ignored_stays_ignored(recipe_file, monkeypatch, handled):
+    handled(signal.SIGINT, signal.SIG_IGN)
+    real = RevFFNTrainer.training_step
+
+    def signalled(self, *args, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(RevFFNTrainer, "training_step", signalled)
+    assert main(["train", str(recipe_file())]) == 0
+
+
 @pytest.mark.parametrize("number, saves", [(signal.SIGINT, False), (signal.SIGTERM, True)])
-def test_signals_end_a_run_in_one_line(recipe_file, tmp_path, capsys, monkeypatch, number, saves):
+def test_signals_end_a_run_in_one_line(recipe_file, tmp_path, capsys, monkeypatch, handled, number, saves):
+    handled(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     recipe = recipe_file()
     real = RevFFNTrainer.training_step
 
