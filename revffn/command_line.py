@@ -7,16 +7,15 @@ makes them what the fields' types say; an error names the place: file and line, 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from .config import RETIRED, ReversibleConfig, groups_of
+from .config import RETIRED, ReversibleConfig, groups_of, offered
 from .recipe import InputError, RunConfig
 from .usage import usage
 
@@ -85,7 +84,7 @@ def read_words(make: type, words: list[str]) -> dict[str, Given]:
         else:
             options[-1][1].append(word)
     given: dict[str, Given] = {}
-    known = dict(leaves(make))
+    known = leaves(make)
     for name, following in options:
         # As YAML would have it: null is nothing.
         values = [None if word in ("null", "None") else word for word in following]
@@ -157,21 +156,14 @@ def mapping(node: yaml.Node | None, remedy: str) -> list[tuple[yaml.ScalarNode, 
 # --- what there is ---------------------------------------------------------------------------------------------------
 
 
-def leaves(config: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Names and types of the fields that are offered, those of groups with the group's name and a point in front."""
-    hints, groups = get_type_hints(config), groups_of(config)
-    for found in fields(config):
-        if found.metadata.get("internal"):
-            continue
-        if found.name in groups:
-            yield from leaves(groups[found.name], f"{prefix}{found.name}.")
-        else:
-            yield prefix + found.name, hints[found.name]
+def leaves(config: type) -> dict[str, Any]:
+    """Names and types of the fields that are offered."""
+    return {name: hint for name, hint, *_ in offered(config)}
 
 
 def check_name(make: type, name: str, where: str) -> None:
     """Refuse an unknown section or key, with the nearest known one and what is accepted."""
-    known = [key for key, _ in leaves(make)]
+    known = leaves(make)
     if name in known or any(key.startswith(name + ".") for key in known):
         return
     section, _, last = name.rpartition(".")
@@ -227,7 +219,7 @@ def build(make: type[T], given: dict[str, Given], otherwise: str) -> T:
         # Of __post_init__: "beta1 must be ...", of the section that the path names.
         text = f"{'.'.join(path)}: {problem['ctx']['error']}" if path else str(problem["ctx"]["error"])
         raise InputError(f"{blamed(text, given, otherwise)}: {text}") from None
-    known = dict(leaves(make))
+    known = leaves(make)
     # Behind the field's name there may be the member of a union that did not fit either.
     name = next(".".join(path[:i]) for i in range(len(path), 0, -1) if ".".join(path[:i]) in known)
     if problem["type"] == "missing":

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import warnings
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from collections.abc import Iterator
+from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 if TYPE_CHECKING:
@@ -218,6 +219,19 @@ def groups_of(config: type) -> dict[str, type]:
     """The fields of a dataclass that are dataclasses themselves."""
     hints = get_type_hints(config)
     return {f.name: hints[f.name] for f in fields(config) if is_dataclass(hints[f.name])}
+
+
+def offered(config: type, prefix: str = "") -> Iterator[tuple[str, Any, type, Field]]:
+    """Name, type, dataclass and field of everything that recipes and command lines offer; fields of groups have the
+    group's name and a point in front."""
+    hints, groups = get_type_hints(config), groups_of(config)
+    for found in fields(config):
+        if found.metadata.get("internal"):
+            continue
+        if found.name in groups:
+            yield from offered(groups[found.name], f"{prefix}{found.name}.")
+        else:
+            yield prefix + found.name, hints[found.name], config, found
 
 
 def home_of(config: type) -> dict[str, str]:

@@ -6,16 +6,16 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import re
 import shutil
 import textwrap
-from collections.abc import Iterator
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
-from .config import groups_of
+from .config import groups_of, offered
 
 WIDEST = 100
 
@@ -32,9 +32,9 @@ def usage(make: type, program: str, everything: bool) -> str:
     width = min(WIDEST, shutil.get_terminal_size((WIDEST, 40)).columns)
     text = inspect.getdoc(make) or ""
     lines += textwrap.wrap(" ".join((text if everything else sentence(text)).split()), width)
-    everything = everything or not any(found.metadata.get("first") for _, found, *_ in options(make))
+    everything = everything or not any(found.metadata.get("first") for *_, found in offered(make))
     last = None
-    for name, found, hint, words in options(make):
+    for name, hint, owner, found in offered(make):
         if not (everything or found.metadata.get("first")):
             continue
         section = name.rpartition(".")[0].partition(".")[0]
@@ -43,6 +43,7 @@ def usage(make: type, program: str, everything: bool) -> str:
             last = section
         indent = "  " if is_recipe else ""
         lines.append(f"{indent}--{name} {shape(hint)}{default_of(found)}")
+        words = field_texts(owner).get(found.name, "")
         text, within = words if everything else sentence(words), indent + "    "
         lines += textwrap.wrap(" ".join(text.split()), width, initial_indent=within, subsequent_indent=within)
     if not everything:
@@ -50,18 +51,7 @@ def usage(make: type, program: str, everything: bool) -> str:
     return "\n".join(lines)
 
 
-def options(make: type, prefix: str = "") -> Iterator[tuple[str, Field, Any, str]]:
-    """Name, field, type and text of everything that is offered."""
-    hints, groups, texts = get_type_hints(make), groups_of(make), field_texts(make)
-    for found in fields(make):
-        if found.metadata.get("internal"):
-            continue
-        if found.name in groups:
-            yield from options(groups[found.name], f"{prefix}{found.name}.")
-        else:
-            yield prefix + found.name, found, hints[found.name], texts.get(found.name, "")
-
-
+@functools.cache
 def field_texts(make: type) -> dict[str, str]:
     """The text below each field of a dataclass, and of those it is made from."""
     found: dict[str, str] = {}

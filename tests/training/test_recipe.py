@@ -230,7 +230,7 @@ def test_help_has_first_what_a_newcomer_needs(capsys):
     out, all_of_it = (help_of(RunConfig, word, capsys) for word in ("--help", "--help-all"))
     assert "--training.batch_size" in out and "--optimizer.beta1" not in out and "--help-all" in out
     assert len(out.splitlines()) <= 80 and max(map(len, out.splitlines())) <= 100
-    for name, _ in leaves(RunConfig):
+    for name in leaves(RunConfig):
         assert f"--{name} " in all_of_it
     assert "--reversible.cross_branch.query_stream left | right  (left)" in all_of_it
     assert "--training.num_epochs X  (1.0)" in all_of_it and "--training.seed N  (0)" in all_of_it
@@ -240,7 +240,7 @@ def test_help_has_first_what_a_newcomer_needs(capsys):
 @pytest.mark.parametrize("config", [PlanConfig, EvaluateConfig, UpcycleConfig])
 def test_help_of_other_commands_has_every_option_with_its_text(config, capsys):
     lines = help_of(config, "--help", capsys).splitlines()
-    for name, _ in leaves(config):
+    for name in leaves(config):
         (place,) = [i for i, line in enumerate(lines) if line.startswith(f"--{name} ")]
         assert lines[place + 1].startswith("    ") and len(lines[place + 1]) > 8
 
@@ -254,7 +254,7 @@ def test_switches_need_no_value():
 
 def test_few_dials():
     """What a run may say of the reversible blocks; what calibration finds and experiments settled is not offered."""
-    offered = [name for name, _ in leaves(RunReversibleConfig)]
+    offered = list(leaves(RunReversibleConfig))
     own = [f"cross_branch.{field.name}" for field in fields(groups_of(ReversibleConfig)["cross_branch"])]
     assert offered == ["coupling", "side_bits", "offload_inputs", "tile_tokens", "verify", *own]
     assert [field.name for field in fields(RunReversibleConfig)] == [field.name for field in fields(ReversibleConfig)]
