@@ -48,7 +48,10 @@ from revffn.memory.simulation import as_on_a_gpu, run_step, sorter
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = (
     "tests/engine/test_reversible.py",
+    "tests/engine/test_captured.py",
+    "tests/engine/test_random_numbers.py",
     "tests/optim/test_optim.py",
+    "tests/optim/test_broken_steps.py",
     "tests/models/test_losses.py",
     "tests/ops/test_streams.py",
     "tests/ops/test_experts.py",

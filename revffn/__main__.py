@@ -194,8 +194,8 @@ def main(words: list[str] | None = None) -> int:
 
 def in_one_line(command: Callable[[list[str]], None], words: list[str]) -> tuple[int, str]:
     """Run a command: its exit status, and what is to be said if that is not 0."""
-    from .faults import Interrupts
     from .files import describe
+    from .interrupts import Interrupts
     from .recipe import InputError
 
     try:

@@ -80,7 +80,7 @@ def read_words(make: type, words: list[str]) -> dict[str, Given]:
             options.append((name.replace("-", "_"), [value] if equals else []))
         elif not options:
             shape = "--section.key value" if make is RunConfig else "--key value"
-            raise InputError(f"{COMMAND_LINE}: expected {shape}, got {word!r}. --help lists what there is.")
+            raise InputError(f"{COMMAND_LINE}: expected {shape}, got {word!r}. --help-all lists what there is.")
         else:
             options[-1][1].append(word)
     given: dict[str, Given] = {}

@@ -233,7 +233,7 @@ class EvaluationConfig:
 
 @dataclass(kw_only=True)
 class RunConfig:
-    """A whole run."""
+    """Fine-tune a model as a recipe says. What the command line says wins over the recipe."""
 
     model: ModelConfig
     reversible: RunReversibleConfig = field(default_factory=RunReversibleConfig)

@@ -65,7 +65,7 @@ def field_texts(make: type) -> dict[str, str]:
 
 def sentence(text: str) -> str:
     """The first one."""
-    return re.split(r"(?<=[.:;?]) (?=[A-Z`])|(?<=\.)\n\n", " ".join(text.split()), maxsplit=1)[0].rstrip(":;")
+    return re.split(r"(?<=[.:?]) (?=[A-Z`])|(?<=\.)\n\n", " ".join(text.split()), maxsplit=1)[0].rstrip(":")
 
 
 def shape(hint: Any) -> str:

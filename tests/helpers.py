@@ -528,3 +528,55 @@ def build(rule, params, **options):
     if rule == "adamw8bit":
         pytest.importorskip("torchao", reason="optional package torchao; ends when it is installed")
     return OptimizerInBackward(params, **{**RULES[rule], **options})
+
+
+# --- comparisons ---------------------------------------------------------------------------------------------------
+
+
+def assert_close(ours, plain, tolerance=TOLERANCE[torch.float32]) -> None:
+    """Every gradient, relative to the largest of its parameter."""
+    assert set(ours) == set(plain), set(ours) ^ set(plain)
+    for name in ours:
+        scale = plain[name].abs().max().clamp_min(1e-6)
+        error = ((ours[name] - plain[name]).abs().max() / scale).item()
+        assert error <= tolerance, f"{name}: {error:.2e}"
+
+
+def train_steps(model, optimizer, num_steps=3, start=0, **inputs):
+    losses = []
+    for step in range(start, start + num_steps):
+        torch.manual_seed(step)  # signs of a coupled model
+        loss = model(**tiny_batch(8, 11, seed=step), **inputs).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def assert_same(a, b):
+    for (name, x), (_, y) in zip(a.state_dict().items(), b.state_dict().items(), strict=True):
+        assert torch.equal(x, y), name
+
+
+def states_of(optimizer):
+    return {k: v for k, v in optimizer.state_dict()["state"].items()}
+
+
+def assert_same_state(a, b):
+    a, b = states_of(a), states_of(b)
+    assert a.keys() == b.keys()
+    for key in a:
+        assert a[key].keys() == b[key].keys()
+        for name, value in a[key].items():
+            other = b[key][name]
+            if isinstance(value, torch.Tensor):
+                assert value.dtype == other.dtype and torch.equal(value, other), (key, name)
+            else:
+                assert value == other
+
+
+def assert_verified(model) -> None:
+    report = revffn.reversible_report(model)
+    assert report["mismatched_states_total"] == 0
+    if model.reversible_config.coupling != "none":
+        assert report["verified_states"] > 0

@@ -4,7 +4,7 @@ processes.py   one process, not several
 lock.py        one run in a folder at a time
 checkpoint.py  checkpoints that are complete or not counted
 resume.py      going on with a run: from what, and whether it is the same run
-faults.py      signals, and faults of the machine, in one line
+ending.py      how a run ends that does not come to its end: one line
 heldout.py     held-out loss, an answer, bytes of a step
 preflight.py   a run, checked before weights are loaded
 trainer.py     RevFFNTrainer, and what is logged

@@ -15,8 +15,8 @@ from transformers import (
 from trl import SFTConfig
 
 from ..engine.host_weights import HostWeights
-from ..faults import Interrupts
 from ..files import new_folder, remove_partials
+from ..interrupts import Interrupts
 from ..models.architectures import router_parameters
 from ..models.conversion import convert, coupling_parameters
 from ..models.loading import load_causal_lm
@@ -24,7 +24,7 @@ from ..models.losses import forward_for_a_while
 from ..optim import OptimizerInBackward, parameter_groups
 from ..recipe import RunConfig
 from .checkpoint import KEPT, STAGES, step_of
-from .faults import in_one_line
+from .ending import in_one_line
 from .heldout import step_bytes
 from .lock import locked
 from .preflight import Run, calibration, check

@@ -25,8 +25,8 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from ..engine.host_weights import HostWeights
-from ..faults import Interrupts
 from ..files import append_line, new_folder, write_text
+from ..interrupts import Interrupts
 from ..memory.live_bytes import LiveBytes
 from ..models.conversion import is_reversible, reversible_report
 from ..models.losses import use_linear_cross_entropy

@@ -13,7 +13,9 @@ import torch
 from helpers import (
     COUPLINGS,
     TOLERANCE,
+    assert_close,
     assert_equal,
+    assert_verified,
     captured_states,
     coupled,
     couplings,
@@ -29,26 +31,8 @@ from helpers import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import revffn
 from revffn.engine.walk import Walk
-from revffn.models.architectures import ARCHITECTURES, router_parameters
 from revffn.optim import OptimizerInBackward, parameter_groups
-
-
-def assert_close(ours, plain, tolerance=TOLERANCE[torch.float32]) -> None:
-    """Every gradient, relative to the largest of its parameter."""
-    assert set(ours) == set(plain), set(ours) ^ set(plain)
-    for name in ours:
-        scale = plain[name].abs().max().clamp_min(1e-6)
-        error = ((ours[name] - plain[name]).abs().max() / scale).item()
-        assert error <= tolerance, f"{name}: {error:.2e}"
-
-
-def assert_verified(model) -> None:
-    report = revffn.reversible_report(model)
-    assert report["mismatched_states_total"] == 0
-    if model.reversible_config.coupling != "none":
-        assert report["verified_states"] > 0
 
 
 def plain_loss_backward(model, inputs, make_loss, seed=5):
@@ -336,83 +320,6 @@ def test_tiles_of_a_packed_batch():
     assert_close(ours, expected, 1e-4)
 
 
-# --- auxiliary loss and losses that miss the output ------------------------------------------------------------------
-
-
-@couplings
-@pytest.mark.parametrize("model_type", ["qwen2_moe", "olmoe", "mixtral", "gpt_oss"])
-def test_load_balancing_loss_keeps_its_gradient(model_type, coupling):
-    overrides = dict(output_router_logits=True, router_aux_loss_coef=5.0)
-    model = coupled(model_type, overrides=overrides, **COUPLINGS[coupling])
-    inputs = tiny_batch(padded=True)
-    loss, ours = run(model, inputs)
-    plain_loss, plain = run_reference(model, inputs)
-    assert torch.equal(loss, plain_loss)
-    assert_close(ours, plain)
-    model.config.output_router_logits = False
-    without_loss, without = run(model, inputs)
-    assert loss > without_loss
-    router = next(name for name, p in model.named_parameters() if any(p is q for q in router_parameters(model)))
-    assert not torch.allclose(ours[router], without[router], rtol=0.1), "the auxiliary loss is too small to be seen"
-
-
-@couplings
-def test_router_logits_are_those_of_plain_autograd(coupling):
-    model, inputs = coupled(**COUPLINGS[coupling]), tiny_batch()
-    torch.manual_seed(5)
-    ours = model(**inputs, output_router_logits=True).router_logits
-    torch.manual_seed(5)
-    with plain_layers(model, draw_signs(model, 3)) as plain:
-        expected = plain(**inputs, output_router_logits=True).router_logits
-    assert len(ours) == len(expected) > 0
-    for a, b in zip(ours, expected, strict=True):
-        assert torch.equal(a, b)
-
-
-ASKED = {"output_router_logits": "router_logits", "output_attentions": "attentions"}
-
-
-@couplings
-@pytest.mark.parametrize("model_type", [t for t in ARCHITECTURES if t not in ("llama", "qwen3")])
-def test_what_transformers_captures_is_the_untiled_models(model_type, coupling):
-    """Router logits and attentions, one of each layer, whatever the tiles; and the load-balancing loss of a mask."""
-    if model_type == "gpt_oss":
-        asked = dict(output_router_logits=True)
-    else:
-        asked = dict(output_router_logits=True, output_attentions=True)
-    outputs = []
-    for tile_tokens in (None, 22, 11, 4):
-        model = coupled(model_type, tile_tokens=tile_tokens, **COUPLINGS[coupling])
-        model.set_attn_implementation("eager")
-        torch.manual_seed(5)
-        outputs.append(model(**tiny_batch(padded=True), **asked))
-    whole, *tiled = outputs
-    for found in tiled:
-        torch.testing.assert_close(found.loss, whole.loss)
-        for name in (ASKED[key] for key in asked):
-            expected = getattr(whole, name, None) or ()
-            assert len(getattr(found, name, None) or ()) == len(expected)
-            for a, b in zip(getattr(found, name, None) or (), expected, strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)  # sums in another order
-    assert len(whole.attentions or ()) == (0 if "output_attentions" not in asked else 4)
-
-
-@pytest.mark.parametrize("coupling", ["innovation", "cross_right", "cross_left"])
-def test_loss_that_misses_the_last_hidden_state_raises(coupling):
-    model, inputs = coupled(**COUPLINGS[coupling]), tiny_batch()
-    _, expected = run(model, inputs)
-    out = model(**inputs, output_router_logits=True)
-    with pytest.raises(revffn.StateMismatchError, match="last hidden state"):
-        sum(logits.square().mean() for logits in out.router_logits).backward()
-    model.zero_grad()
-    assert_equal(run(model, inputs)[1], expected)
-
-
-def test_output_hidden_states_is_refused():
-    with pytest.raises(ValueError, match="output_hidden_states"):
-        coupled()(**tiny_batch(), output_hidden_states=True)
-
-
 # --- frozen parameters -----------------------------------------------------------------------------------------------
 
 
@@ -461,106 +368,6 @@ def test_frozen_embedding_in_bf16_with_input_gradient(coupling):
     _, ours = run(model, inputs)
     _, plain = run_reference(model, inputs)
     assert_close(ours, plain, TOLERANCE[torch.bfloat16])
-
-
-# --- random numbers, autocast ----------------------------------------------------------------------------------------
-
-
-@couplings
-@pytest.mark.parametrize("model_type", ["qwen2_moe", "mixtral"])
-def test_dropout_and_router_jitter(model_type, coupling):
-    overrides = dict(attention_dropout=0.3) if model_type == "qwen2_moe" else dict(router_jitter_noise=0.2)
-    model, inputs = coupled(model_type, overrides=overrides, **COUPLINGS[coupling]), tiny_batch()
-    with captured_states() as states:
-        loss, ours = run(model, inputs)
-    plain_loss, plain = run_reference(model, inputs)
-    other_loss, _ = run(model, inputs, seed=6)
-    assert torch.equal(loss, plain_loss) and loss != other_loss
-    assert_close(ours, plain)
-    assert all(states.rebuilt.values())
-    assert_verified(model)
-
-
-@couplings
-def test_backward_leaves_the_random_state_alone(coupling):
-    model, inputs = coupled(overrides=dict(attention_dropout=0.3), **COUPLINGS[coupling]), tiny_batch()
-    loss = loss_of(model, inputs)
-    before = torch.get_rng_state()
-    loss.backward()
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-@couplings
-@pytest.mark.parametrize("backward_inside", [False, True])
-def test_autocast(coupling, backward_inside):
-    """bf16 autocast over fp32 weights."""
-    model, inputs = coupled(**COUPLINGS[coupling]), tiny_batch()
-
-    def once(make):
-        torch.manual_seed(5)
-        signs = draw_signs(model, 3) if make is not None else None
-        with make(signs) if make is not None else torch.autograd.graph.save_on_cpu() as plain:
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = (plain if make is not None else model)(**inputs).loss
-                if backward_inside:
-                    loss.backward()
-            if not backward_inside:
-                loss.backward()
-        return loss.detach(), gradients(model)
-
-    def engine():
-        torch.manual_seed(5)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model(**inputs).loss
-            if backward_inside:
-                loss.backward()
-        if not backward_inside:
-            loss.backward()
-        return loss.detach(), gradients(model)
-
-    with captured_states() as states:
-        loss, ours = engine()
-    plain_loss, plain = once(lambda signs: plain_layers(model, signs))
-    assert torch.equal(loss, plain_loss)
-    assert {g.dtype for g in ours.values()} == {torch.float32}
-    assert_close(ours, plain, TOLERANCE[torch.bfloat16])
-    assert all(states.rebuilt.values())
-    assert_verified(model)
-
-
-@couplings
-def test_autocast_only_around_backward(coupling):
-    """Recomputation runs as forward did, not as backward's surroundings say."""
-    model, inputs = coupled(**COUPLINGS[coupling]), tiny_batch()
-    with captured_states() as states:
-        loss = loss_of(model, inputs)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss.backward()
-    assert all(states.rebuilt.values())
-    assert_verified(model)
-    gradients(model)
-
-
-@exact_couplings
-def test_weights_changed_between_two_forwards_in_one_autocast_block(coupling):
-    """Autocast's cache of low-precision weights would survive the step."""
-    model, inputs = coupled(**COUPLINGS[coupling]), tiny_batch()
-    stepped = copy.deepcopy(model)
-    with torch.no_grad():
-        for parameter in stepped.model.layers.parameters():
-            parameter.mul_(1.1)
-    torch.manual_seed(5)
-    with torch.autocast("cpu", torch.bfloat16):
-        expected = stepped(**inputs).loss
-    with torch.autocast("cpu", torch.bfloat16):
-        loss_of(model, inputs).backward()
-        with torch.no_grad():
-            for parameter in model.model.layers.parameters():
-                parameter.mul_(1.1)
-        again = loss_of(model, inputs)
-        again.backward()
-    assert torch.equal(again, expected)
-    assert_verified(model)
 
 
 # --- odd inputs ------------------------------------------------------------------------------------------------------

@@ -7,8 +7,8 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..faults import Interrupted
 from ..files import StorageError, describe
+from ..interrupts import Interrupted
 from .checkpoint import last_good
 from .resume import SUMMARY
 
