@@ -21,7 +21,10 @@ from ..ops import dispatch
 from .heldout import answer, coupled, heldout_loss, peak_bytes
 from .preflight import Run, calibration
 from .resume import MODEL, SUMMARY, digest
+from .router_health import RouterDrift
 from .trainer import RevFFNTrainer
+
+BASE_CHOICES = "base_choices.safetensors"
 
 
 class Results:
@@ -37,6 +40,7 @@ class Results:
         self.start = time.perf_counter() - run.resume.seconds
         self.finished = False
         self.data_sha256 = digest(run.training)
+        self.drift = RouterDrift(model, run.output_dir / BASE_CHOICES)
 
     def seconds(self) -> float:
         """Of the run until now: of all its sessions, each from the checkpoint that it began with."""
@@ -46,11 +50,26 @@ class Results:
         evaluation = self.run.config.evaluation
         return heldout_loss(self.model, self.run.heldout, evaluation.batch_size, self.run.tokenizer.pad_token_id)
 
+    def on_the_way(self) -> dict[str, Any]:
+        """For metrics.jsonl, while training: held-out loss, router drift, the answer to the recipe's question."""
+        line: dict[str, Any] = {}
+        if self.run.heldout:
+            with self.drift.comparing():
+                line = {"heldout_loss": self.heldout()["loss"]}
+            line |= self.drift.values()
+        return line | self.asked()
+
+    def asked(self) -> dict[str, str]:
+        evaluation = self.run.config.evaluation
+        if not evaluation.prompt:
+            return {}
+        return {"answer": answer(self.model, self.run.tokenizer, evaluation.prompt, evaluation.max_new_tokens)}
+
     def measure(self, when: str, ask: bool = False) -> None:
         """Held-out loss, and the answer to the recipe's question."""
-        evaluation = self.run.config.evaluation
         if self.run.heldout:
-            self.losses[when] = self.heldout()
+            with self.drift.keep_base() if when == "before" else self.drift.comparing():
+                self.losses[when] = self.heldout()
             print(
                 f"Held-out loss {when.replace('_', ' ')}: {self.losses[when]['loss']:.4f} nats per response token",
                 flush=True,
@@ -58,8 +77,8 @@ class Results:
             if when == "after" and trains_another(self.model):
                 with coupled(self.model):
                     self.losses["after, as trained"] = self.heldout()
-        if ask and evaluation.prompt:
-            self.answers[when] = answer(self.model, self.run.tokenizer, evaluation.prompt, evaluation.max_new_tokens)
+        if ask and self.run.config.evaluation.prompt:
+            self.answers[when] = self.asked()["answer"]
 
     def note_memory(self, trainer: RevFFNTrainer) -> None:
         """Predicted against measured: of one step on a CPU, of the largest on a GPU."""
@@ -99,6 +118,7 @@ class Results:
             "answers": self.answers,
             "step_bytes": self.bytes,
             "memory": self.memory,
+            "router": self.drift.summary(),
             "peak_bytes": max(peak_bytes(), self.run.resume.summary.get("peak_bytes", 0)),
             "seconds": self.seconds(),
             "num_tokens": self.num_tokens,
