@@ -31,7 +31,7 @@ def of_run(record: Record, changes: dict[str, dict[int, float]]) -> dict[str, go
     """Title -> figure of one run."""
     made = {
         "Memory of a step: planned and measured": memory(record),
-        "Kept for backward and peak of a step, against activation checkpointing": step_bytes(record),
+        "A step beyond weights and gradients, against activation checkpointing": step_bytes(record),
         "Peak memory of the process so far": peak(record),
         "Rebuilt states": states(record),
         "Expert load: tokens over an even share": load(record),
@@ -105,15 +105,21 @@ def memory(record: Record) -> go.Figure:
 
 
 def step_bytes(record: Record) -> go.Figure:
-    figure = go.Figure(layout=dict(barmode="group"))
-    for i, (name, step) in enumerate((record.summary.get("step_bytes") or {}).items()):
-        figure.add_bar(
-            x=["kept for backward", "peak beyond weights and gradients"],
-            y=[step["kept_bytes"] / MIB, step["peak_bytes"] / MIB],
-            name=name,
-            marker_color=COLOURS[i % len(COLOURS)],
-        )
-    return figure.update_yaxes(title="MiB")
+    """What a step needs as it has more tokens: at the peak, and kept from forward for backward."""
+    figure = go.Figure()
+    for i, (name, steps) in enumerate((record.summary.get("step_bytes") or {}).items()):
+        if not isinstance(steps, list):
+            continue  # of an older version
+        x = [step["batch"] * step["tokens"] for step in steps]
+        for what, dash, label in (("peak_bytes", "solid", "peak"), ("kept_bytes", "dot", "kept")):
+            figure.add_scatter(
+                x=x,
+                y=[step[what] / MIB for step in steps],
+                mode="lines+markers",
+                line=dict(color=COLOURS[i % len(COLOURS)], dash=dash),
+                name=f"{name}, {label}",
+            )
+    return figure.update_yaxes(title="MiB", rangemode="tozero").update_xaxes(title="tokens a step", rangemode="tozero")
 
 
 def peak(record: Record) -> go.Figure:

@@ -25,7 +25,6 @@ from ..optim import OptimizerInBackward, parameter_groups
 from ..recipe import RunConfig
 from .checkpoint import KEPT, STAGES, step_of
 from .ending import in_one_line
-from .heldout import step_bytes
 from .lock import locked
 from .preflight import Run, calibration, check
 from .results import Results
@@ -122,18 +121,17 @@ def carry_out(run: Run, interrupts: Interrupts) -> None:
 def prepare(run: Run, model: PreTrainedModel, results: Results) -> None:
     """Convert the model in place, as the recipe says, and measure what that is worth."""
     config, reversible = run.config, run.method.reversible
-    sample = next(calibration(run, 1, model))
     if config.evaluation.compare_checkpointing:
         kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
         getattr(model, f"{kind}_checkpointing_enable")()
-        results.bytes["activation checkpointing"] = step_bytes(model, sample)
+        results.measure_steps("activation checkpointing")
         getattr(model, f"{kind}_checkpointing_disable")()
     if reversible is None:
         return
     given = config.training.calibration_tokens
     convert(model, reversible, calibration=calibration(run, given, model) if given else None)
     if config.evaluation.compare_checkpointing:
-        results.bytes[reversible.coupling] = step_bytes(model, sample)
+        results.measure_steps(reversible.coupling)
     if not reversible.find_coupling().keeps_function:
         results.measure("converted")
 

@@ -36,7 +36,7 @@ def finished(tmp_path_factory, model_folder):
         "reversible: {coupling: cross_branch, cross_branch: {query_stream: right}}\n"
         f"training: {{output_dir: {folder / 'run'}, stage1_steps: 2, num_steps: 6, batch_size: 4,\n"
         "  freeze_router: false}\n"
-        "evaluation: {every_steps: 2, max_new_tokens: 4, compare_checkpointing: true,\n"
+        "evaluation: {every_steps: 2, max_new_tokens: 4, compare_checkpointing: [2, 8],\n"
         "  prompt: '</script><img src=x onerror=alert(1)>'}\n"
         "optimizer: {learning_rate: 3e-3}\n"
     )
@@ -58,6 +58,8 @@ def test_figures_show_what_the_run_wrote(run):
     steps = [line for line in lines if "loss" in line]
     training = figures.losses([record]).data[0]
     assert list(training.x) == list(range(1, 9)) and list(training.y) == [line["loss"] for line in steps]
+    kept = figures.step_bytes(record).data[1]
+    assert kept.name == "activation checkpointing, kept" and kept.x[1] > kept.x[0] and kept.y[1] > kept.y[0]
     heldout = figures.losses([record]).data[2]
     summary = json.loads((run / "run.json").read_text())
     between = [line["heldout_loss"] for line in lines if "heldout_loss" in line]
