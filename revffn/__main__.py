@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 EXTRA_OF = {"trl": "train", "datasets": "train", "accelerate": "train", "gguf": "upcycle", "matplotlib": "plot"}
-EXTRA_OF |= {"lm_eval": "evaluate", "torchao": "lowbit"}
+EXTRA_OF |= {"lm_eval": "evaluate", "torchao": "lowbit", "rich": "train"}
 """The extra that brings a package."""
 ACCEPTED_GAP = 0.02
 """Nats that export may cost without a warning."""
@@ -76,6 +76,7 @@ def export(words: list[str]) -> None:
     from .models.architectures import fit_for_servers
     from .models.conversion import export as plain_model
     from .models.loading import load_causal_lm
+    from .quiet import without_bars
 
     try:
         # A rehearsal without weights: what export refuses, it refuses before they are read.
@@ -85,7 +86,7 @@ def export(words: list[str]) -> None:
         raise InputError(f"{folder}: {error}") from None
     plain = plain_model(load_causal_lm(folder, "auto"))
     about_servers = fit_for_servers(plain)
-    with new_folder(out) as partial:
+    with new_folder(out) as partial, without_bars():
         plain.save_pretrained(partial)
         if (folder / "tokenizer_config.json").is_file():
             AutoTokenizer.from_pretrained(folder).save_pretrained(partial)
@@ -183,6 +184,8 @@ def main(words: list[str] | None = None) -> int:
         return 0
     # TRL reports each run's model and machine over the network unless told not to.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars that nobody sees move
     if words[0] not in COMMANDS:
         print(f"revffn: unknown command {words[0]!r}. Commands: {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
@@ -196,10 +199,11 @@ def in_one_line(command: Callable[[list[str]], None], words: list[str]) -> tuple
     """Run a command: its exit status, and what is to be said if that is not 0."""
     from .files import describe
     from .interrupts import Interrupts
+    from .quiet import without_noise
     from .recipe import InputError
 
     try:
-        with Interrupts():
+        with Interrupts(), without_noise():
             command(words)
     except InputError as error:
         return 2, str(error)

@@ -65,6 +65,8 @@ BAD_OVERRIDES |= {
     "no momentum": ("--optimizer.momentum nan", "momentum must be at least 0 and below 1, got nan"),
     "endless steps": (f"--training.num_steps {10**20}", "num_steps must be at most"),
     "no load balance": ("--training.router_aux_loss_coef inf", "router_aux_loss_coef must be at most"),
+    "unknown listener": ("--training.report_to tensorbord", "report_to: tensorbord is not supported, only"),
+    "no listener": ("--training.report_to null", "report_to: expected a list of texts, got null"),
     "half a resume": ("--training.resume optimizer", "training.resume: expected true or false or weights"),
 }
 
