@@ -116,12 +116,13 @@ def test_public_names():
 
 
 def test_import_is_light():
-    """Nothing optional, no CUDA."""
+    """Nothing optional, no CUDA, and the libraries' logging is left as it is."""
     code = (
-        "import sys, revffn, torch; "
-        "optional = ('trl', 'datasets', 'lm_eval', 'matplotlib', 'plotly', 'gguf'); "
+        "import logging, sys, revffn, torch; from transformers.utils import logging as hf; "
+        "optional = ('trl', 'datasets', 'lm_eval', 'matplotlib', 'plotly', 'gguf', 'rich.progress'); "
+        "filters = [f for name in (None, 'torchao', 'torch.utils._pytree') for f in logging.getLogger(name).filters]; "
         "print([m for m in optional if m in sys.modules], "
-        "torch.cuda.is_initialized())"
+        "torch.cuda.is_initialized(), filters, hf.is_progress_bar_enabled())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[] False"
+    assert done.stdout.strip() == "[] False [] True"
