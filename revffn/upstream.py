@@ -117,7 +117,8 @@ def fake_tensors_as_real() -> Iterator[None]:
 
     - It looks for packed sequences in the values of `position_ids`; of fake tensors it assumes the worst and makes
       masks of T x T.
-    - grouped_mm on fake tensors knows bf16 only; transformers has a product of its own for other dtypes.
+    - grouped_mm on fake tensors knows bf16 only; transformers has a product of its own for other dtypes, which has a
+      backward on fake tensors from 5.23.
     """
     can_use_grouped_mm = moe._can_use_grouped_mm
 

