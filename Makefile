@@ -7,9 +7,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
+# Of the trainer's tests those of what it takes from transformers and TRL: the run, its loss, its checkpoints.
 OLDEST_TESTS ?= $(addprefix tests/, test_upstream.py models/test_conversion.py models/test_freed.py \
 	models/test_loading.py models/test_orders.py models/test_packing.py engine/test_captured.py \
-	training/test_resume.py training/test_trainer.py)
+	$(addprefix training/test_trainer.py::, test_a_run_leaves_a_model_metrics_and_a_summary \
+	test_the_model_s_own_loss_is_that_of_trl test_no_option_is_without_effect \
+	test_the_trainer_alone_keeps_checkpointing_off test_the_trainer_alone_resumes_with_all_weights) \
+	$(addprefix training/test_resume.py::, test_a_finished_run_stays_as_it_is \
+	test_a_finished_run_goes_on_from_the_newest_complete_checkpoint \
+	test_settings_that_make_another_run_are_refused_by_name))
 OLDEST_TORCH ?=
 BASE := runs/smollm2-moe
 # Threads that wait sleep instead of spinning: beside anything else that runs, spinning makes steps many times slower.
