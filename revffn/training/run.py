@@ -195,7 +195,7 @@ def train_stage(
                 trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
             finally:
                 callback.close()
-            results.num_tokens[f"stage{stage}"] = int(trainer._total_train_tokens)
+            results.num_tokens[f"stage{stage}"] = trainer.num_tokens
             if stage == 2:
                 results.note_memory(trainer)
         else:

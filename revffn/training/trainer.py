@@ -196,10 +196,15 @@ class RevFFNTrainer(SFTTrainer):
                 path.rename(partial / path.name)
             written.rmdir()
             about = {} if self.seconds is None else {"seconds": self.seconds()}
-            write_manifest(partial, num_tokens=int(self._total_train_tokens), **about)
+            write_manifest(partial, num_tokens=self.num_tokens, **about)
         delete_old(final.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
         if self.in_backward is not None:
             self.in_backward.last_checkpoint = str(final)
+
+    @property
+    def num_tokens(self) -> int:
+        """Seen in training, before a resume too."""
+        return int(self._total_train_tokens)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training and "loss" in logs:
