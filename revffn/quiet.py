@@ -47,7 +47,7 @@ def without_noise() -> Iterator[None]:
 def without_bars() -> Iterator[None]:
     """For a while transformers draws no bars for reading and writing weights, and datasets none for passing over rows.
     Those of downloads stay: a user waits for them."""
-    from transformers.utils import logging as of_transformers
+    from transformers import logging as of_transformers
 
     before = of_transformers.is_progress_bar_enabled()
     of_transformers.disable_progress_bar()
