@@ -153,3 +153,18 @@ __all__ = [
     "remove_own_loss",
     "render_jinja_template",
 ]
+
+
+# --- the trainer -----------------------------------------------------------------------------------------------------
+
+
+def reports_to(name: str) -> bool:
+    """Whether what training reports to under this name is installed.
+
+    Raises:
+        ValueError: No such name; the message lists those there are.
+    """
+    from transformers import integrations  # takes a second
+
+    integrations.get_reporting_integration_callbacks([name])
+    return name in integrations.get_available_reporting_integrations()

@@ -233,6 +233,15 @@ def test_a_template_marks_what_the_assistant_says():
     assert [text[start:end] for start, end in spans] == ["Yes."]
 
 
+# --- the trainer -----------------------------------------------------------------------------------------------------
+
+
+def test_who_can_be_reported_to_is_known():
+    assert upstream.reports_to("tensorboard")  # of the test extra
+    with pytest.raises(ValueError, match="tensorboard"):
+        upstream.reports_to("a notice board")
+
+
 # --- methods in place of transformers' -------------------------------------------------------------------------------
 
 OURS = (ReversibleBackbone, ReversibleForCausalLM, RevFFNTrainer)

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
-from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 
 from ..config import ReversibleConfig
 from ..data import Counts, batches, check_left_out, load_conversations, tokenize_and_count
@@ -31,6 +30,7 @@ from ..models.architectures import ARCHITECTURES, PREFIX
 from ..models.conversion import convert, coupling_parameters
 from ..models.losses import check_plain_loss
 from ..recipe import InputError, ModelConfig, RunConfig, with_tile
+from ..upstream import reports_to
 from . import resume
 from .checkpoint import KEPT, STAGES, checkpoints
 from .lock import check_free
@@ -160,10 +160,10 @@ def check_report_to(names: list[str]) -> None:
     """
     for name in names:
         try:
-            get_reporting_integration_callbacks([name])
+            installed = reports_to(name)
         except ValueError as error:
             raise InputError(f"training.report_to: {error}") from None
-        if name not in get_available_reporting_integrations():
+        if not installed:
             raise InputError(f"training.report_to: {name} is not installed here. Install it, or leave it out.")
 
 

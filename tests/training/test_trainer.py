@@ -104,7 +104,7 @@ def test_tensorboard_gets_the_numbers_of_metrics_jsonl(recipe_file):
 
 
 def test_who_is_told_must_be_installed(recipe_file, refused, monkeypatch):
-    monkeypatch.setattr("revffn.training.preflight.get_available_reporting_integrations", lambda: ["tensorboard"])
+    monkeypatch.setattr("transformers.integrations.get_available_reporting_integrations", lambda: ["tensorboard"])
     words = ("--training.report_to", "tensorboard", "wandb")
     assert "report_to: wandb is not installed here" in refused("train", recipe_file(), *words)
 
