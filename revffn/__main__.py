@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from .interrupts import Interrupts, at_once
+
 EXTRA_OF = {"trl": "train", "datasets": "train", "accelerate": "train", "gguf": "upcycle", "matplotlib": "plot"}
 EXTRA_OF |= {"lm_eval": "evaluate", "torchao": "lowbit"}
 """The extra that brings a package."""
@@ -52,7 +54,8 @@ def upcycle(words: list[str]) -> None:
     from .models.upcycle_command import upcycle_command
 
     try:
-        upcycle_command(config)
+        with Interrupts():
+            upcycle_command(config)
     except ValueError as error:
         raise recipe.InputError(str(error)) from None
 
@@ -85,7 +88,7 @@ def export(words: list[str]) -> None:
         raise InputError(f"{folder}: {error}") from None
     plain = plain_model(load_causal_lm(folder, "auto"))
     about_servers = fit_for_servers(plain)
-    with new_folder(out) as partial:
+    with Interrupts(), new_folder(out) as partial:
         plain.save_pretrained(partial)
         if (folder / "tokenizer_config.json").is_file():
             AutoTokenizer.from_pretrained(folder).save_pretrained(partial)
@@ -131,7 +134,8 @@ def plan(words: list[str]) -> None:
     from .memory.command import plan_command
 
     try:
-        problem = plan_command(config)
+        with Interrupts():
+            problem = plan_command(config)
     except (ValueError, ImportError) as error:
         raise recipe.InputError(str(error)) from None
     if problem is not None:
@@ -153,7 +157,8 @@ def evaluate(words: list[str]) -> None:
     from .evaluation.mt_bench import JudgeError
 
     try:
-        evaluate_command(config)
+        with Interrupts():
+            evaluate_command(config)
     except JudgeError as error:
         sys.exit(f"revffn evaluate: {error}")
 
@@ -186,7 +191,8 @@ def main(words: list[str] | None = None) -> int:
     if words[0] not in COMMANDS:
         print(f"revffn: unknown command {words[0]!r}. Commands: {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
-    status, line = in_one_line(COMMANDS[words[0]], words[1:])
+    with at_once(f"revffn {words[0]}"):
+        status, line = in_one_line(COMMANDS[words[0]], words[1:])
     if line:
         print(f"revffn {words[0]}: {' '.join(line.split())}", file=sys.stderr)
     return status
@@ -195,12 +201,10 @@ def main(words: list[str] | None = None) -> int:
 def in_one_line(command: Callable[[list[str]], None], words: list[str]) -> tuple[int, str]:
     """Run a command: its exit status, and what is to be said if that is not 0."""
     from .files import describe
-    from .interrupts import Interrupts
     from .recipe import InputError
 
     try:
-        with Interrupts():
-            command(words)
+        command(words)
     except InputError as error:
         return 2, str(error)
     except OSError as error:

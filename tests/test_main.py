@@ -6,6 +6,7 @@ Run: pytest tests/test_main.py
 
 import json
 import re
+import signal
 import subprocess
 import sys
 
@@ -193,6 +194,30 @@ def test_mistakes_are_seen_before_torch_is_imported(recipe_file, words, message)
     code += f"from revffn.__main__ import main; sys.exit(main({words!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+SLOW_IMPORTS = [pytest.param(name, marks=pytest.mark.slow) for name in ("numpy", "transformers", "trl", "datasets")]
+
+
+@pytest.mark.parametrize("name", ["pydantic", "torch._C", *SLOW_IMPORTS])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_packages_are_imported_is_one_line(recipe_file, tmp_path, number, name):
+    """Sent when Python looks for the package."""
+    code = (
+        "import os, signal, sys\n"
+        "sys.argv[0] = 'revffn'\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has it ignored\n"
+        "def hook(event, args):\n"
+        f"    if event == 'import' and args[0] == {name!r}: os.kill(os.getpid(), {int(number)})\n"
+        "sys.addaudithook(hook)\n"
+        "from revffn.__main__ import main\n"
+        f"sys.exit(main(['train', {str(recipe_file())!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 128 + number
+    lines = [line for line in done.stderr.splitlines() if line.startswith("revffn")]
+    assert lines == [f"revffn train: stopped by {number.name}."] and "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("package", ["trl", "datasets", "accelerate"])

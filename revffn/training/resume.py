@@ -79,6 +79,7 @@ def find(config: RunConfig, output_dir: Path) -> Resume:
     checkpoint = found.checkpoint
     finished = bool(summary.get("finished")) and (output_dir / MODEL).is_dir()
     if checkpoint is None and not finished:
+        check_not_trained(output_dir)
         return from_the_beginning(output_dir, found.passed_over)
     compare(summary["config"], config, output_dir)
     if finished and not asks_for_more(summary["config"], config, output_dir):
@@ -115,6 +116,15 @@ def check_nothing_is_lost(output_dir: Path) -> None:
         raise InputError(
             f"training.resume: {output_dir / SUMMARY} is missing, which says what the run of {found} was told. Put it "
             "back, or name another training.output_dir."
+        )
+
+
+def check_not_trained(output_dir: Path) -> None:
+    """A run that was broken off while its model was measured has nothing left to train."""
+    if (output_dir / MODEL).is_dir():
+        raise InputError(
+            f"training.resume: the trained model of this run is complete in {output_dir / MODEL}, only {SUMMARY} "
+            "lacks what came after. To train again name another training.output_dir."
         )
 
 

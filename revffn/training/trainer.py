@@ -168,6 +168,11 @@ class RevFFNTrainer(SFTTrainer):
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self.saving_to is None else str(self.saving_to)
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Not with every checkpoint, as `SFTTrainer` does: there it would be written straight under its final name."""
+        if self.saving_to is None:
+            super().create_model_card(*args, **kwargs)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Beside its name, with a manifest, or not at all."""
         if self.args.world_size > 1 or self.args.push_to_hub:
