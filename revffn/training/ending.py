@@ -95,8 +95,8 @@ def save(output_dir: Path, write_model: Callable[[Path], None], write_record: Ca
             problems.append(str(error).rstrip("."))
         else:
             raise SavedElsewhere(
-                f"{problems[0]}; the trained model is in {place} instead, with {SUMMARY}. Move that folder to where it is "
-                "to stay."
+                f"{problems[0]}; the trained model is in {place} instead, with {SUMMARY}. Move that folder to where "
+                "it is to stay."
             )
     raise StorageError(f"{'; '.join(problems)}; the trained model is nowhere.")
 

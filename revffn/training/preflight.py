@@ -6,6 +6,7 @@ mistake is one line: what was given, what is accepted, what to do.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shutil
@@ -36,6 +37,7 @@ from .lock import check_free
 from .processes import check_one_process
 from .resume import Resume
 
+MOST_LAYERS = 10_000
 # Read by transformers itself; the first one that a config has bounds the sequence length.
 LENGTH_LIMITS = ("max_position_embeddings", "n_positions")
 
@@ -174,6 +176,7 @@ def check_model(config: RunConfig, hf_config: PreTrainedConfig, reversible: Reve
     path, model_type = config.model.path, hf_config.model_type
     if model_type.startswith(PREFIX):
         raise InputError(f"{path}: the model is reversible already. Export it first: revffn export RUN {path}-plain.")
+    check_layers(path, hf_config)
     text_config = hf_config.get_text_config()
     limit = next((getattr(text_config, name) for name in LENGTH_LIMITS if getattr(text_config, name, None)), None)
     if limit and config.data.max_length > limit:
@@ -181,11 +184,13 @@ def check_model(config: RunConfig, hf_config: PreTrainedConfig, reversible: Reve
             f"data.max_length={config.data.max_length} is longer than {path} allows "
             f"(max_position_embeddings={limit}). Set data.max_length to at most {limit}."
         )
+    # A rehearsal without weights: whatever transformers or `convert` would refuse later is refused now.
+    with rehearsal(path), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(deepcopy(hf_config))
     if reversible is not None:
         try:
-            # A rehearsal without weights: whatever `convert` would refuse later, it refuses now.
             with torch.device("meta"):
-                model = convert(AutoModelForCausalLM.from_config(deepcopy(hf_config)), reversible)
+                convert(model, reversible)
         except ValueError as error:
             raise InputError(f"{path}: {error}") from None
         if config.training.stage1_steps and not any(p.requires_grad for _, p in coupling_parameters(model)):
@@ -210,6 +215,32 @@ def check_model(config: RunConfig, hf_config: PreTrainedConfig, reversible: Reve
             f"training.freeze_router: true, but {path} (model_type={model_type!r}) is not a Mixture-of-Experts "
             "model and has no router. Leave the key out."
         )
+
+
+def check_layers(path: str, hf_config: PreTrainedConfig) -> None:
+    """Refuse a number that no model has: building even its empty modules would not end."""
+    number = getattr(hf_config.get_text_config(), "num_hidden_layers", 1)
+    if not isinstance(number, int) or not 1 <= number <= MOST_LAYERS:
+        raise InputError(f"{path}: num_hidden_layers={number} in config.json. Accepted: 1 to {MOST_LAYERS}.")
+
+
+@contextlib.contextmanager
+def rehearsal(path: str, *passed_on: type[Exception]) -> Iterator[None]:
+    """A config.json with values that do not go together fails anywhere in a model's code.
+
+    Raises:
+        InputError: Any exception but those that are passed on, in one line.
+    """
+    try:
+        yield
+    except (InputError, *passed_on):
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{path}: no model can be made as config.json says ({type(error).__name__}: {said}). Get the model's "
+            "files anew."
+        ) from error
 
 
 def method_of(config: RunConfig) -> Method:
@@ -254,15 +285,16 @@ def choose(
         return config, None
     limit, on_gpu = limit_of(config), torch.cuda.is_available()
     try:
-        tile = choose_tile(
-            hf_config,
-            config.training.batch_size,
-            longest_of(config, rows),
-            method,
-            limit_bytes=limit,
-            reserve_bytes=RESERVE_BYTES if on_gpu else 0,
-            largest=None if on_gpu else USUAL_TILE,
-        )
+        with rehearsal(config.model.path, ImportError):
+            tile = choose_tile(
+                hf_config,
+                config.training.batch_size,
+                longest_of(config, rows),
+                method,
+                limit_bytes=limit,
+                reserve_bytes=RESERVE_BYTES if on_gpu else 0,
+                largest=None if on_gpu else USUAL_TILE,
+            )
     except ImportError as error:
         raise InputError(f"optimizer.name: {error}") from None
     return with_tile(config, tile.tile_tokens), tile
@@ -282,7 +314,8 @@ def check_memory(
         return None
     batch, tokens = config.training.batch_size, longest_of(config, rows)
     try:
-        answer = plan(hf_config, batch, tokens, method, with_alternatives=False)
+        with rehearsal(config.model.path, ImportError, DataDependentOutputException):
+            answer = plan(hf_config, batch, tokens, method, with_alternatives=False)
     except ImportError as error:
         raise InputError(f"optimizer.name: {error}") from None
     except DataDependentOutputException:
