@@ -87,6 +87,7 @@ def check(config: RunConfig, recipe: Path | None = None) -> Run:
     found = resume.find(config, output_dir)
     checkpoint = found.checkpoint
     training, heldout = load_conversations(config.data, recipe)
+    check_layers(config.model.path)
     hf_config = load_hf(AutoConfig, config.model)
     method = method_of(config)
     check_model(config, hf_config, method.reversible)
@@ -176,7 +177,6 @@ def check_model(config: RunConfig, hf_config: PreTrainedConfig, reversible: Reve
     path, model_type = config.model.path, hf_config.model_type
     if model_type.startswith(PREFIX):
         raise InputError(f"{path}: the model is reversible already. Export it first: revffn export RUN {path}-plain.")
-    check_layers(path, hf_config)
     text_config = hf_config.get_text_config()
     limit = next((getattr(text_config, name) for name in LENGTH_LIMITS if getattr(text_config, name, None)), None)
     if limit and config.data.max_length > limit:
@@ -217,11 +217,21 @@ def check_model(config: RunConfig, hf_config: PreTrainedConfig, reversible: Reve
         )
 
 
-def check_layers(path: str, hf_config: PreTrainedConfig) -> None:
-    """Refuse a number that no model has: building even its empty modules would not end."""
-    number = getattr(hf_config.get_text_config(), "num_hidden_layers", 1)
-    if not isinstance(number, int) or not 1 <= number <= MOST_LAYERS:
-        raise InputError(f"{path}: num_hidden_layers={number} in config.json. Accepted: 1 to {MOST_LAYERS}.")
+def check_layers(path: str) -> None:
+    """Refuse a number that no model has: a config, or the empty modules of its layers, would be made without end.
+
+    Raises:
+        InputError: More layers than that in a folder's config.json.
+    """
+    try:
+        values = read_json(Path(path) / "config.json")
+    except ValueError:
+        return  # of the Hub, or `load_hf` says what is wrong
+    values = values if isinstance(values, dict) else {}
+    for section in (values, *(value for value in values.values() if isinstance(value, dict))):
+        number = section.get("num_hidden_layers")
+        if isinstance(number, int) and number > MOST_LAYERS:
+            raise InputError(f"{path}: config.json has num_hidden_layers={str(number)[:20]}. Accepted: to {MOST_LAYERS}.")
 
 
 @contextlib.contextmanager

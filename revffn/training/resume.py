@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from ..files import read_json
 from ..recipe import InputError, RunConfig
@@ -170,6 +170,7 @@ def read_summary(output_dir: Path) -> dict[str, Any]:
 
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
+Text = Annotated[str, AfterValidator(lambda text: text.encode().decode())]  # can be printed: no half characters
 
 
 class Loss(BaseModel, strict=True):
@@ -189,8 +190,8 @@ class Record(BaseModel, strict=True):
     finished: bool = False
     config: dict[str, dict[str, Any]]
     data_sha256: str | None = None
-    heldout: dict[str, Loss]
-    answers: dict[str, str]
+    heldout: dict[Text, Loss]
+    answers: dict[Text, Text]
     step_bytes: dict[str, dict[Literal["kept_bytes", "peak_bytes"], Count]]
     num_tokens: dict[str, Count]
     memory: Memory | Annotated[dict[str, Any], Field(max_length=0)]
@@ -288,14 +289,14 @@ def asks_for_more(recorded: dict[str, Any], config: RunConfig, output_dir: Path)
     """
     before, now = recorded.get("training", {}), config.training
     name = "num_epochs" if now.num_steps is None else "num_steps"
-    if not all(type(before.get(key)) in (int, float, type(None)) for key in ("num_steps", "num_epochs")):
+    if not all(type(before.get(key, "")) in (int, float, type(None)) for key in ("num_steps", "num_epochs")):
         raise InputError(f"training.resume: {output_dir / SUMMARY} does not say how long its run was. Put it back.")
-    if (before.get("num_steps") is None) != (now.num_steps is None):
+    if (before["num_steps"] is None) != (now.num_steps is None):
         raise InputError(
             f"training.resume: the run in {output_dir} is finished, and went by training."
-            f"{'num_epochs' if before.get('num_steps') is None else 'num_steps'}, not {name}. Give that one."
+            f"{'num_epochs' if before['num_steps'] is None else 'num_steps'}, not {name}. Give that one."
         )
-    wanted, done = getattr(now, name), before.get(name) or 0
+    wanted, done = getattr(now, name), before[name] or 0
     if wanted < done:
         raise InputError(
             f"training.{name}={wanted}: the run in {output_dir} is finished with {done}. Give at least that, or name "

@@ -68,8 +68,8 @@ def broken_weights(numbers, folder):
     elif how == "kind":
         weights[name] = tensor.to(numbers.choice([torch.float16, torch.float64, torch.int8, torch.bool]))
     elif how != "gone":
-        changed = {"shape": tensor.flatten(), "turned": tensor.permute(*range(tensor.dim())[::-1]).contiguous(), "empty": tensor[:0].clone()}
-        weights[name] = changed[how]
+        turned = tensor.permute(*range(tensor.dim())[::-1]).contiguous()
+        weights[name] = {"shape": tensor.flatten(), "turned": turned, "empty": tensor[:0].clone()}[how]
     save_file(weights, file, metadata={"format": "pt"})
     return f"{how} {name}"
 

@@ -38,7 +38,8 @@ def begun(tmp_path_factory, model_folder):
         f"model:\n  path: {model_folder()}\n  dtype: float32\n"
         f"data:\n  path: {made / 'data.jsonl'}\n  num_heldout: 4\n  max_length: 64\n"
         f"training:\n  output_dir: {made / 'run'}\n  num_steps: 4\n  save_steps: 2\n  batch_size: 4\n"
-        "optimizer:\n  learning_rate: 1e-3\n"
+        # The same rates however long the run is told to be.
+        "optimizer:\n  learning_rate: 1e-3\n  schedule: constant_with_warmup\n  warmup_ratio: 0\n"
     )
     run(recipe)
     return recipe, made / "run", run(recipe, "--training.num_steps", "6", "--training.output_dir", str(made / "whole"))

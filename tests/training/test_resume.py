@@ -81,10 +81,15 @@ def test_a_folder_is_whole_or_not_there(tmp_path):
     assert not (tmp_path / "b").exists()
 
 
-@pytest.mark.parametrize("damage", ["cut", "changed", "missing", "no manifest", "cut manifest", "odd manifest"])
+DAMAGES = ["cut", "changed", "missing", "new", "renamed", "no manifest", "cut manifest", "odd manifest", "fewer files"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_what_makes_a_checkpoint_incomplete(tmp_path, damage):
+    tmp_path = tmp_path / "stage2" / "checkpoint-4"
+    tmp_path.mkdir(parents=True)
     (tmp_path / "weights").write_bytes(b"weights")
-    write_manifest(tmp_path)
+    write_manifest(tmp_path, name="stage2/checkpoint-4")
     assert wrong_with(tmp_path) is None
     if damage == "cut":
         (tmp_path / "weights").write_bytes(b"weight")
@@ -92,6 +97,13 @@ def test_what_makes_a_checkpoint_incomplete(tmp_path, damage):
         (tmp_path / "weights").write_bytes(b"Weights")
     elif damage == "missing":
         (tmp_path / "weights").unlink()
+    elif damage == "new":
+        (tmp_path / "adapter_config.json").touch()
+    elif damage == "renamed":
+        tmp_path = tmp_path.rename(tmp_path.with_name("checkpoint-6"))
+    elif damage == "fewer files":
+        manifest = json.loads((tmp_path / MANIFEST).read_text())
+        (tmp_path / MANIFEST).write_text(json.dumps(manifest | {"files": {}}))
     elif damage == "no manifest":
         (tmp_path / MANIFEST).unlink()
     else:
@@ -206,6 +218,28 @@ def test_what_is_cut_or_missing_is_one_line(finished, tmp_path, capsys, name, ho
         assert f"Without {name}, as asked" in capsys.readouterr().out
         rates = [line["learning_rate"] for line in metrics(folder)]
         assert 0 < rates[5] < rates[4] < rates[1]  # the schedule goes on
+
+
+ODD_RECORDS = {
+    "memory": ({"batch": 1}, "(memory"),
+    "num_tokens": ({"stage2": "x"}, "(num_tokens.stage2)"),
+    "heldout": ({"before": {"loss": None}}, "(heldout.before.loss)"),
+    "answers": ({"before": "\ud800"}, "(answers.before)"),
+    "peak_bytes": (10**400, "(peak_bytes)"),
+    "config": ({"training": {}}, "does not say how long"),
+}
+
+
+@pytest.mark.parametrize("name", ODD_RECORDS)
+def test_a_record_with_other_values_is_refused(finished, tmp_path, capsys, name):
+    _, folder, words = finished(tmp_path)
+    value, message = ODD_RECORDS[name]
+    summary = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(summary | {name: value}))
+    before = contents(folder)
+    assert main(words) == 2 and message in said(capsys) and contents(folder) == before
+    (folder / "run.json").write_text("[" * 10**5 + "]" * 10**5)
+    assert main(words) == 2 and "run.json is cut or damaged" in said(capsys)
 
 
 def test_before_the_first_checkpoint_there_is_one_way_on(recipe_file, tmp_path, capsys, monkeypatch):
