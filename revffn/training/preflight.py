@@ -231,7 +231,8 @@ def check_layers(path: str) -> None:
     for section in (values, *(value for value in values.values() if isinstance(value, dict))):
         number = section.get("num_hidden_layers")
         if isinstance(number, int) and number > MOST_LAYERS:
-            raise InputError(f"{path}: config.json has num_hidden_layers={str(number)[:20]}. Accepted: to {MOST_LAYERS}.")
+            shown = str(number)[:20]
+            raise InputError(f"{path}: config.json has num_hidden_layers={shown}. Accepted: to {MOST_LAYERS}.")
 
 
 @contextlib.contextmanager

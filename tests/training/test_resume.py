@@ -576,7 +576,7 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "moments", [["full every 13"], pytest.param(["full every 1", "inodes every 5"], marks=pytest.mark.slow)],
+    "moments", [["full every 17"], pytest.param(["full every 1", "inodes every 5"], marks=pytest.mark.slow)],
     ids=["few", "all"],
 )  # fmt: skip
 def test_a_disk_that_is_full_from_any_write_on(recipe_file, small_disk, moments):
