@@ -149,7 +149,8 @@ def evaluate(words: list[str]) -> None:
     if words[:1] == ["--compare"]:
         from .evaluation.command import compare_command
 
-        return compare_command(words[1:])
+        with Interrupts():
+            return compare_command(words[1:])
     if words and not words[0].startswith("-"):
         words = ["--model", *words]
     config = command_line.from_words(options.EvaluateConfig, words, "revffn evaluate MODEL")

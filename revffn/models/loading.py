@@ -69,10 +69,24 @@ def twice(path: str | Path, prefix: str) -> set[str]:
     """Tensors that a folder's files have more than once: transformers takes either. It accepts names without the
     prefix of the model inside (`layers.0...` for `model.layers.0...`)."""
     names = Counter()
-    for file in Path(path).glob("model*.safetensors"):
+    for file in files_read(Path(path)):
         with safe_open(file, "pt") as tensors:
             names.update(name.removeprefix(f"{prefix}.") for name in tensors.keys())
     return {name for name, number in names.items() if number > 1}
+
+
+def files_read(folder: Path) -> list[Path]:
+    """Those of a folder that transformers reads, as safetensors."""
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    return sorted({folder / name for name in weight_map(folder).values()})
+
+
+def weight_map(folder: str | Path) -> dict[str, str]:
+    """File by tensor, if there are several files."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return json.loads(Path(folder, "model.safetensors.index.json").read_text())["weight_map"]
+    return {}
 
 
 def shapes(mismatch: tuple | str) -> str:
@@ -94,10 +108,8 @@ def not_finite(model: PreTrainedModel) -> Iterator[str]:
 
 def file_of(path: str | Path, name: str) -> str:
     """ " in FILE", for a tensor that a file of the folder has under this name (fused experts have others)."""
-    index = Path(path, "model.safetensors.index.json")
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        return f" in {json.loads(index.read_text())['weight_map'][name]}"
-    return ""
+    files = weight_map(path)
+    return f" in {files[name]}" if name in files else ""
 
 
 @contextlib.contextmanager

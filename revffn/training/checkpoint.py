@@ -91,8 +91,10 @@ def wrong_with(folder: Path, *, contents: bool = True, without: Collection[str] 
 
 
 def wrong_name(folder: Path, manifest: dict[str, Any]) -> str | None:
-    named = manifest.get("name", folder.name)
-    return None if folder.match(named) else f"it was written as {named}"
+    """A stage's checkpoint under another number, or in the other stage."""
+    named, folder = Path(manifest.get("name", folder.name)), folder.absolute()
+    same = named.name == folder.name and (named.parent.name == folder.parent.name or named.parent.name not in STAGES)
+    return None if same else f"it was written as {named}"
 
 
 def wrong_files(folder: Path, files: dict[str, Any], contents: bool, without: Collection[str]) -> str | None:

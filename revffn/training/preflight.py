@@ -186,7 +186,8 @@ def check_model(config: RunConfig, hf_config: PreTrainedConfig, reversible: Reve
         )
     # A rehearsal without weights: whatever transformers or `convert` would refuse later is refused now.
     with rehearsal(path), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(deepcopy(hf_config))
+        trust = config.model.trust_remote_code
+        model = AutoModelForCausalLM.from_config(deepcopy(hf_config), trust_remote_code=trust)
     if reversible is not None:
         try:
             with torch.device("meta"):

@@ -192,7 +192,7 @@ class RevFFNTrainer(SFTTrainer):
                 path.rename(partial / path.name)
             written.rmdir()
             about = {} if self.seconds is None else {"seconds": self.seconds()}
-            about["name"] = f"{final.parent.name}/{final.name}"
+            about["name"] = f"{final.absolute().parent.name}/{final.name}"
             write_manifest(partial, num_tokens=int(self._total_train_tokens), **about)
         delete_old(final.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
         if self.in_backward is not None:
