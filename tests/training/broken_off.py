@@ -16,6 +16,7 @@ import os
 import shutil
 import signal
 import sys
+import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -126,7 +127,10 @@ def forked(words: list[str], begin=None, said: Path | None = None) -> int:
                 if begin:
                     begin()
                 status = main(words)
+        except BaseException:
+            traceback.print_exc()
         finally:
+            sys.stderr.flush()
             os._exit(status)
     return os.waitpid(child, 0)[1]
 
@@ -161,8 +165,8 @@ def count_writes(words: list[str], folder: Path, counted: Path) -> int:
     return counted.stat().st_size
 
 
-def break_off(words: list[str], folder: Path, place: Path, moment: str) -> dict:
-    """One run into `place`: what came of it, and what was said on stderr."""
+def break_off(words: list[str], folder: Path, place: Path, moment: str, said: Path) -> dict:
+    """One run into `place`: what came of it, and what was said on stderr, which goes to another disk."""
     call, number = moment.split()[0], int(moment.split()[1])
 
     def begin():
@@ -171,13 +175,13 @@ def break_off(words: list[str], folder: Path, place: Path, moment: str) -> dict:
         else:
             before(call, at(number, kill))
 
-    status = forked(words, begin, folder / "said")
+    status = forked(words, begin, said)
     killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
     leavings = list(place.rglob(".*.partial-*"))
     return {
         "reached": empty(folder) or killed,
         "status": os.waitstatus_to_exitcode(status),
-        "said": (folder / "said").read_text(),
+        "said": said.read_text(),
         "torn": torn(place),
         "in_save": any(path.is_dir() for path in leavings),
         "leavings": list(map(str, leavings)),
@@ -198,7 +202,7 @@ def run() -> None:
     for moment in moments:
         place = folder / moment.replace(" ", "_")
         words = [*same, str(place)]
-        result = break_off(words, folder, place, moment)
+        result = break_off(words, folder, place, moment, Path(recipe).with_name("said"))
         begun = (place / "run.json").exists()
         result["resumed"] = forked([*words, "--training.resume", "true"] if begun else words)
         result["same"] = bits(place / "model") == bits(whole / "model") != {}

@@ -576,11 +576,11 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "moments", [["full every 17"], pytest.param(["full every 1", "inodes every 5"], marks=pytest.mark.slow)],
+    "moments", [["full every 16"], pytest.param(["full every 1", "inodes every 5"], marks=pytest.mark.slow)],
     ids=["few", "all"],
 )  # fmt: skip
 def test_a_disk_that_is_full_from_any_write_on(recipe_file, small_disk, moments):
-    """One line, status 1, nothing half-written under its name; with room again the run goes on to the same bits."""
+    """One line, nothing half-written under its final name, and with room again the run goes on to the same bits."""
     recipe = recipe_file("  save_steps: 1\noptimizer:\n  learning_rate: 1e-3\n")
     recipe.write_text(recipe.read_text().replace("num_steps: 3", "num_steps: 2"))
     results = broken_off(recipe, small_disk, moments)
@@ -589,9 +589,10 @@ def test_a_disk_that_is_full_from_any_write_on(recipe_file, small_disk, moments)
         assert result["reached"], f"{moment}: it was not reached"
         lines = [line for line in result["said"].splitlines() if line.startswith("revffn")]
         assert "Traceback" not in result["said"], (moment, result["said"][-3000:])
-        # The last writes may need no room.
-        assert result["status"] in (0, 1) and len(lines) == result["status"], (moment, result)
-        assert all("No space left on device" in line for line in lines), (moment, lines)
+        # Seen before the run; or on its way; or by nobody, where the last writes need no room.
+        said = {2: "the run is going to write up to", 1: "No space left on device"}.get(result["status"], "")
+        assert len(lines) == (result["status"] > 0) and all(said in line for line in lines), (moment, result)
+        assert result["status"] in (0, 1, 2), (moment, result)
         assert result["torn"] == [] and result["leavings"] == [], (moment, result)
         assert result["resumed"] == 0 and result["same"], moment
         assert result["left"] == [], moment
