@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from .interrupts import Interrupts, at_once
+
 EXTRA_OF = {"trl": "train", "datasets": "train", "accelerate": "train", "gguf": "upcycle", "matplotlib": "plot"}
 EXTRA_OF |= {"plotly": "report", "lm_eval": "evaluate", "torchao": "lowbit", "rich": "train"}
 """The extra that brings a package."""
@@ -55,7 +57,8 @@ def upcycle(words: list[str]) -> None:
     from .models.upcycle_command import upcycle_command
 
     try:
-        upcycle_command(config)
+        with Interrupts():
+            upcycle_command(config)
     except ValueError as error:
         raise recipe.InputError(str(error)) from None
 
@@ -91,7 +94,7 @@ def export(words: list[str]) -> None:
         raise InputError(f"{folder}: {error}") from None
     plain = plain_model(load_causal_lm(folder, "auto"))
     about_servers = fit_for_servers(plain)
-    with new_folder(out) as partial, without_bars():
+    with Interrupts(), new_folder(out) as partial, without_bars():
         plain.save_pretrained(partial)
         if (folder / "tokenizer_config.json").is_file():
             AutoTokenizer.from_pretrained(folder).save_pretrained(partial)
@@ -137,7 +140,8 @@ def plan(words: list[str]) -> None:
     from .memory.command import plan_command
 
     try:
-        problem = plan_command(config)
+        with Interrupts():
+            problem = plan_command(config)
     except (ValueError, ImportError) as error:
         raise recipe.InputError(str(error)) from None
     if problem is not None:
@@ -157,7 +161,8 @@ def report(words: list[str]) -> None:
         raise recipe.InputError("command line: the runs' folders come first. Usage: revffn report RUN [RUN ...]")
     from .report.command import report_command
 
-    print(report_command(folders, config))
+    with Interrupts():
+        print(report_command(folders, config))
 
 
 def evaluate(words: list[str]) -> None:
@@ -167,7 +172,8 @@ def evaluate(words: list[str]) -> None:
     if words[:1] == ["--compare"] and not HELP & set(words):
         from .evaluation.command import compare_command
 
-        return compare_command(words[1:])
+        with Interrupts():
+            return compare_command(words[1:])
     if words and not words[0].startswith("-"):
         words = ["--model", *words]
     config = command_line.from_words(options.EvaluateConfig, words, "revffn evaluate MODEL")
@@ -175,7 +181,8 @@ def evaluate(words: list[str]) -> None:
     from .evaluation.mt_bench import JudgeError
 
     try:
-        evaluate_command(config)
+        with Interrupts():
+            evaluate_command(config)
     except JudgeError as error:
         sys.exit(f"revffn evaluate: {error}")
 
@@ -194,7 +201,8 @@ def chat(words: list[str]) -> None:
     config = command_line.from_words(options.ChatConfig, names + words[number:], "revffn chat MODEL [OTHER]")
     from .evaluation.chat import chat_command
 
-    chat_command(config)
+    with Interrupts():
+        chat_command(config)
 
 
 def completion(words: list[str]) -> None:
@@ -262,7 +270,8 @@ def main(words: list[str] | None = None) -> int:
         hint = f" Did you mean {near[0]}?" if near else ""
         print(f"revffn: unknown command {words[0]!r}.{hint} Commands: {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
-    status, line = in_one_line(COMMANDS[words[0]], words[1:])
+    with at_once(f"revffn {words[0]}"):
+        status, line = in_one_line(COMMANDS[words[0]], words[1:])
     if line:
         print(f"revffn {words[0]}: {' '.join(line.split())}", file=sys.stderr)
     return status
@@ -271,12 +280,11 @@ def main(words: list[str] | None = None) -> int:
 def in_one_line(command: Callable[[list[str]], None], words: list[str]) -> tuple[int, str]:
     """Run a command: its exit status, and what is to be said if that is not 0."""
     from .files import describe
-    from .interrupts import Interrupts
     from .quiet import without_noise
     from .recipe import InputError
 
     try:
-        with Interrupts(), without_noise():
+        with without_noise():
             command(words)
     except InputError as error:
         return 2, str(error)

@@ -207,7 +207,7 @@ def read_json(file: Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{file} is missing") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"{file} is cut or damaged, not valid JSON") from None
     except OSError as error:
         raise ValueError(f"{file} cannot be read ({reason(error)})") from None

@@ -258,6 +258,30 @@ def test_every_command_is_documented():
     assert set(re.findall(r"^\| `(\w+)", table, re.MULTILINE)) == set(COMMANDS)
 
 
+SLOW_IMPORTS = [pytest.param(name, marks=pytest.mark.slow) for name in ("numpy", "transformers", "trl", "datasets")]
+
+
+@pytest.mark.parametrize("name", ["pydantic", "torch._C", *SLOW_IMPORTS])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_packages_are_imported_is_one_line(recipe_file, tmp_path, number, name):
+    """Sent when Python looks for the package."""
+    code = (
+        "import os, signal, sys\n"
+        "sys.argv[0] = 'revffn'\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has it ignored\n"
+        "def hook(event, args):\n"
+        f"    if event == 'import' and args[0] == {name!r}: os.kill(os.getpid(), {int(number)})\n"
+        "sys.addaudithook(hook)\n"
+        "from revffn.__main__ import main\n"
+        f"sys.exit(main(['train', {str(recipe_file())!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 128 + number
+    lines = [line for line in done.stderr.splitlines() if line.startswith("revffn")]
+    assert lines == [f"revffn train: stopped by {number.name}."] and "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("package", ["trl", "datasets", "accelerate"])
 def test_without_the_extra_train(recipe_file, package):
     code = f"import sys; sys.argv[0] = 'revffn'; sys.modules['{package}'] = None; "

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import transformers
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..recipe import InputError
@@ -43,6 +45,7 @@ def load_causal_lm(path: str | Path, dtype: torch.dtype | str, *, trust_remote_c
         said = " ".join(str(error).split())[:200]
         raise InputError(f"{path}: the model cannot be loaded ({said}). Get its files anew.") from None
     wrong = [
+        describe("there twice, under two names or in two files", twice(path, model.base_model_prefix)),
         describe("missing", found["missing_keys"]),
         describe("not known to the model", found["unexpected_keys"]),
         describe("of another shape than config.json says", map(shapes, found["mismatched_keys"])),
@@ -60,6 +63,30 @@ def describe(what: str, names: Iterator[str]) -> str:
     names = sorted(names)
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return f"{what}: {', '.join(names[:SHOWN])}{more}" if names else ""
+
+
+def twice(path: str | Path, prefix: str) -> set[str]:
+    """Tensors that a folder's files have more than once: transformers takes either. It accepts names without the
+    prefix of the model inside (`layers.0...` for `model.layers.0...`)."""
+    names = Counter()
+    for file in files_read(Path(path)):
+        with safe_open(file, "pt") as tensors:
+            names.update(name.removeprefix(f"{prefix}.") for name in tensors.keys())
+    return {name for name, number in names.items() if number > 1}
+
+
+def files_read(folder: Path) -> list[Path]:
+    """Those of a folder that transformers reads, as safetensors."""
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    return sorted({folder / name for name in weight_map(folder).values()})
+
+
+def weight_map(folder: str | Path) -> dict[str, str]:
+    """File by tensor, if there are several files."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return json.loads(Path(folder, "model.safetensors.index.json").read_text())["weight_map"]
+    return {}
 
 
 def shapes(mismatch: tuple | str) -> str:
@@ -81,10 +108,8 @@ def not_finite(model: PreTrainedModel) -> Iterator[str]:
 
 def file_of(path: str | Path, name: str) -> str:
     """ " in FILE", for a tensor that a file of the folder has under this name (fused experts have others)."""
-    index = Path(path, "model.safetensors.index.json")
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        return f" in {json.loads(index.read_text())['weight_map'][name]}"
-    return ""
+    files = weight_map(path)
+    return f" in {files[name]}" if name in files else ""
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """Checkpoints that are complete or not counted: a manifest names every file with its size and checksum.
 
-The trainer writes a checkpoint beside its final name (`files.new_folder`), with the manifest as its last file. A
-checkpoint that lacks the manifest, or differs from it, is incomplete: resuming passes it over, and it does not count
-where old ones are deleted.
+The trainer writes a checkpoint beside its final name (`files.new_folder`), with the manifest as its last file, which
+has the checkpoint's name and a checksum of itself too. A checkpoint that lacks the manifest, or differs from it, is
+incomplete: resuming passes it over, and it does not count where old ones are deleted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files import read_json, remove_folder
+from ..files import describe, read_json, remove_folder
 
 MANIFEST = "manifest.json"
 STATES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
@@ -40,14 +40,23 @@ def write_manifest(folder: Path, **about: Any) -> None:
 
     Args:
         folder: Holds everything else by now.
-        about: Values to keep beside the files: `num_tokens`, `seconds`.
+        about: Values to keep beside the files: `num_tokens`, `seconds`; and `name`, the checkpoint's final one with
+            that of the folder it is in, which it has to be found under.
     """
     files = {
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-    (folder / MANIFEST).write_text(json.dumps({**about, "files": files}, indent=2) + "\n", encoding="utf-8")
+    manifest = {**about, "files": files}
+    manifest["sha256"] = digest_of(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def digest_of(manifest: dict[str, Any]) -> str:
+    """Of a manifest's contents, without the digest itself."""
+    contents = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -57,10 +66,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ValueError: There is none, or it is damaged.
     """
     manifest = read_json(folder / MANIFEST)
-    files = manifest.get("files") if isinstance(manifest, dict) else None
-    if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
-        raise ValueError(f"{folder / MANIFEST} is damaged")
-    return manifest
+    try:
+        if manifest["sha256"] == digest_of(manifest):
+            return manifest
+    except (TypeError, KeyError, AttributeError, RecursionError):
+        pass
+    raise ValueError(f"{folder / MANIFEST} is damaged")
 
 
 def wrong_with(folder: Path, *, contents: bool = True, without: Collection[str] = ()) -> str | None:
@@ -71,20 +82,36 @@ def wrong_with(folder: Path, *, contents: bool = True, without: Collection[str] 
         without: Files that may be missing.
     """
     try:
-        files = read_manifest(folder)["files"]
+        manifest = read_manifest(folder)
+        return wrong_name(folder, manifest) or wrong_files(folder, manifest["files"], contents, without)
     except ValueError as error:
         return str(error).removeprefix(f"{folder}/")
+    except OSError as error:
+        return describe(error).removeprefix(f"{folder}/").rstrip(".")
+
+
+def wrong_name(folder: Path, manifest: dict[str, Any]) -> str | None:
+    """A stage's checkpoint under another number, or in the other stage."""
+    named, folder = Path(manifest.get("name", folder.name)), folder.absolute()
+    same = named.name == folder.name and (named.parent.name == folder.parent.name or named.parent.name not in STAGES)
+    return None if same else f"it was written as {named}"
+
+
+def wrong_files(folder: Path, files: dict[str, Any], contents: bool, without: Collection[str]) -> str | None:
     for name, entry in files.items():
         path = folder / name
         if not path.is_file():
             if name in without:
                 continue
             return f"{name} is missing"
-        if path.stat().st_size != entry.get("bytes"):
-            return f"{name} has {path.stat().st_size:,} bytes of {entry.get('bytes')}"
-        if contents and sha256(path) != entry.get("sha256"):
+        if path.stat().st_size != entry["bytes"]:
+            return f"{name} has {path.stat().st_size:,} bytes of {entry['bytes']:,}"
+        if contents and sha256(path) != entry["sha256"]:
             return f"the checksum of {name} differs"
-    return None
+    # An index, an adapter or code that lies there now would be loaded with the rest, or in its place.
+    more = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    more -= {MANIFEST, *(Path(name).parts[0] for name in files)}
+    return f"{min(more)} is not of it" if more else None
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -151,7 +178,7 @@ def readable_lines(file: Path) -> list[dict[str, Any]]:
     for text in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             line = None
         if isinstance(line, dict) and all(isinstance(line.get(key), int) for key in ("stage", "step")):
             lines.append(line)

@@ -6,6 +6,7 @@ mistake is one line: what was given, what is accepted, what to do.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shutil
@@ -37,6 +38,7 @@ from .lock import check_free
 from .processes import check_one_process
 from .resume import Resume
 
+MOST_LAYERS = 10_000
 # Read by transformers itself; the first one that a config has bounds the sequence length.
 LENGTH_LIMITS = ("max_position_embeddings", "n_positions")
 
@@ -87,6 +89,7 @@ def check(config: RunConfig, recipe: Path | None = None) -> Run:
     found = resume.find(config, output_dir)
     checkpoint = found.checkpoint
     training, heldout = load_conversations(config.data, recipe)
+    check_layers(config.model.path)
     hf_config = load_hf(AutoConfig, config.model)
     method = method_of(config)
     check_model(config, hf_config, method.reversible)
@@ -198,11 +201,14 @@ def check_model(config: RunConfig, hf_config: PreTrainedConfig, reversible: Reve
             f"data.max_length={config.data.max_length} is longer than {path} allows "
             f"(max_position_embeddings={limit}). Set data.max_length to at most {limit}."
         )
+    # A rehearsal without weights: whatever transformers or `convert` would refuse later is refused now.
+    with rehearsal(path), torch.device("meta"):
+        trust = config.model.trust_remote_code
+        model = AutoModelForCausalLM.from_config(deepcopy(hf_config), trust_remote_code=trust)
     if reversible is not None:
         try:
-            # A rehearsal without weights: whatever `convert` would refuse later, it refuses now.
             with torch.device("meta"):
-                model = convert(AutoModelForCausalLM.from_config(deepcopy(hf_config)), reversible)
+                convert(model, reversible)
         except ValueError as error:
             raise InputError(f"{path}: {error}") from None
         if config.training.stage1_steps and not any(p.requires_grad for _, p in coupling_parameters(model)):
@@ -227,6 +233,43 @@ def check_model(config: RunConfig, hf_config: PreTrainedConfig, reversible: Reve
             f"training.freeze_router: true, but {path} (model_type={model_type!r}) is not a Mixture-of-Experts "
             "model and has no router. Leave the key out."
         )
+
+
+def check_layers(path: str) -> None:
+    """Refuse a number that no model has: a config, or the empty modules of its layers, would be made without end.
+
+    Raises:
+        InputError: More layers than that in a folder's config.json.
+    """
+    try:
+        values = read_json(Path(path) / "config.json")
+    except ValueError:
+        return  # of the Hub, or `load_hf` says what is wrong
+    values = values if isinstance(values, dict) else {}
+    for section in (values, *(value for value in values.values() if isinstance(value, dict))):
+        number = section.get("num_hidden_layers")
+        if isinstance(number, int) and number > MOST_LAYERS:
+            shown = str(number)[:20]
+            raise InputError(f"{path}: config.json has num_hidden_layers={shown}. Accepted: to {MOST_LAYERS}.")
+
+
+@contextlib.contextmanager
+def rehearsal(path: str, *passed_on: type[Exception]) -> Iterator[None]:
+    """A config.json with values that do not go together fails anywhere in a model's code.
+
+    Raises:
+        InputError: Any exception but those that are passed on, in one line.
+    """
+    try:
+        yield
+    except (InputError, *passed_on):
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{path}: no model can be made as config.json says ({type(error).__name__}: {said}). Get the model's "
+            "files anew."
+        ) from error
 
 
 def method_of(config: RunConfig) -> Method:
@@ -271,15 +314,16 @@ def choose(
         return config, None
     limit, on_gpu = limit_of(config), torch.cuda.is_available()
     try:
-        tile = choose_tile(
-            hf_config,
-            config.training.batch_size,
-            longest_of(config, rows),
-            method,
-            limit_bytes=limit,
-            reserve_bytes=RESERVE_BYTES if on_gpu else 0,
-            largest=None if on_gpu else USUAL_TILE,
-        )
+        with rehearsal(config.model.path, ImportError):
+            tile = choose_tile(
+                hf_config,
+                config.training.batch_size,
+                longest_of(config, rows),
+                method,
+                limit_bytes=limit,
+                reserve_bytes=RESERVE_BYTES if on_gpu else 0,
+                largest=None if on_gpu else USUAL_TILE,
+            )
     except ImportError as error:
         raise InputError(f"optimizer.name: {error}") from None
     return with_tile(config, tile.tile_tokens), tile
@@ -299,7 +343,8 @@ def check_memory(
         return None
     batch, tokens = config.training.batch_size, longest_of(config, rows)
     try:
-        answer = plan(hf_config, batch, tokens, method, with_alternatives=False)
+        with rehearsal(config.model.path, ImportError, DataDependentOutputException):
+            answer = plan(hf_config, batch, tokens, method, with_alternatives=False)
     except ImportError as error:
         raise InputError(f"optimizer.name: {error}") from None
     except DataDependentOutputException:

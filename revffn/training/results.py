@@ -6,6 +6,7 @@ import json
 import time
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -136,8 +137,9 @@ class Results:
             "reversible_report": reversible_report(self.model) if is_reversible(self.model) else None,
         }
 
-    def write(self) -> None:
-        write_text(self.run.output_dir / SUMMARY, json.dumps(self.summary(), indent=2) + "\n")
+    def write(self, folder: Path) -> None:
+        """run.json, there."""
+        write_text(folder / SUMMARY, json.dumps(self.summary(), indent=2) + "\n")
 
     def read(self) -> None:
         """Take over what the run had measured before it was interrupted."""

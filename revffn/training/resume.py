@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import reprlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from ..files import read_json
 from ..recipe import InputError, RunConfig
@@ -35,6 +38,7 @@ MAY_DIFFER = (
     "reversible.tile_tokens",  # kept as recorded
 )
 """What a run that goes on may be told anew: names, and sections."""
+UNKNOWN = object()
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ def find(config: RunConfig, output_dir: Path) -> Resume:
     checkpoint = found.checkpoint
     finished = bool(summary.get("finished")) and (output_dir / MODEL).is_dir()
     if checkpoint is None and not finished:
+        check_not_trained(output_dir)
         return from_the_beginning(output_dir, found.passed_over)
     compare(summary["config"], config, output_dir)
     if finished and not asks_for_more(summary["config"], config, output_dir):
@@ -119,6 +124,15 @@ def check_nothing_is_lost(output_dir: Path) -> None:
         )
 
 
+def check_not_trained(output_dir: Path) -> None:
+    """A run that was broken off while its model was measured has nothing left to train."""
+    if (output_dir / MODEL).is_dir():
+        raise InputError(
+            f"training.resume: the trained model of this run is complete in {output_dir / MODEL}, only {SUMMARY} "
+            "lacks what came after. To train again name another training.output_dir."
+        )
+
+
 def from_the_beginning(output_dir: Path, passed_over: list[str]) -> Resume:
     if passed_over:
         raise InputError(
@@ -146,12 +160,50 @@ def read_summary(output_dir: Path) -> dict[str, Any]:
         summary = read_json(file)
     except ValueError as error:
         raise InputError(f"training.resume: {error}. Put it back, or name another training.output_dir.") from None
-    keys = {"config", "heldout", "answers", "step_bytes", "num_tokens", "memory"}
-    if not isinstance(summary, dict) or not all(isinstance(summary.get(key), dict) for key in keys):
+    try:
+        Record.model_validate(summary)
+    except (ValueError, RecursionError) as error:
         raise InputError(
-            f"training.resume: {file} is not a run's record. Put it back, or name another training.output_dir."
-        )
+            f"training.resume: {file} is not a run's record{where(error)}. Put it back, or name another "
+            "training.output_dir."
+        ) from None
     return summary
+
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Text = Annotated[str, AfterValidator(lambda text: text.encode().decode())]  # can be printed: no half characters
+
+
+class Loss(BaseModel, strict=True):
+    loss: float
+
+
+class Memory(BaseModel, strict=True):
+    batch: Count
+    tokens: Count
+    predicted_bytes: Count
+    measured_bytes: Count
+
+
+class Record(BaseModel, strict=True):
+    """What is taken over from run.json: its form."""
+
+    finished: bool = False
+    config: dict[str, dict[str, Any]]
+    data_sha256: str | None = None
+    heldout: dict[Text, Loss]
+    answers: dict[Text, Text]
+    step_bytes: dict[str, dict[Literal["kept_bytes", "peak_bytes"], Count]]
+    num_tokens: dict[str, Count]
+    memory: Memory | Annotated[dict[str, Any], Field(max_length=0)]
+    peak_bytes: Count = 0
+
+
+def where(error: Exception) -> str:
+    """The place of a validation's first error."""
+    if not isinstance(error, ValidationError):
+        return ""
+    return f" ({'.'.join(map(str, error.errors()[0]['loc'][:3]))})".encode("ascii", "replace").decode()[:200]
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -165,13 +217,11 @@ def compare(recorded: dict[str, Any], config: RunConfig, output_dir: Path) -> No
     Raises:
         InputError: Names each setting that differs, with both values.
     """
-    now = dict(leaves(json.loads(json.dumps(asdict(config)))))
-    # What this version does not know, and what that one did not, cannot be compared.
-    differing = [
-        f"{name}={short(now[name])}, recorded {short(value)}"
-        for name, value in leaves(recorded)
-        if name in now and not name.startswith(MAY_DIFFER) and not same(name, now[name], value)
-    ]
+    differing = []
+    for name, value in leaves(json.loads(json.dumps(asdict(config)))):
+        before = recorded_value(recorded, name)
+        if before is not UNKNOWN and not name.startswith(MAY_DIFFER) and not same(name, value, before):
+            differing.append(f"{name}={short(value)}, recorded {short(before)}")
     if differing:
         raise InputError(
             f"training.resume: not the settings of the run in {output_dir}: {'; '.join(differing)}. Give the recorded "
@@ -206,6 +256,15 @@ def leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield prefix + name, value
 
 
+def recorded_value(recorded: Any, name: str) -> Any:
+    """Of a setting; `UNKNOWN` to the version that recorded the run, which cannot be compared."""
+    for part in name.split("."):
+        if not isinstance(recorded, dict):
+            return recorded
+        recorded = recorded.get(part, UNKNOWN)
+    return recorded
+
+
 def same(name: str, one: Any, other: Any) -> bool:
     """Paths are the same however they are written."""
     if name.endswith(".path") and isinstance(one, str) and isinstance(other, str):
@@ -214,7 +273,10 @@ def same(name: str, one: Any, other: Any) -> bool:
 
 
 def short(value: Any) -> str:
-    return json.dumps(value) if not isinstance(value, str) else value
+    """A value in a message."""
+    if isinstance(value, (dict, list)):
+        return reprlib.repr(value)
+    return (json.dumps(value) if not isinstance(value, str) else value)[:200]
 
 
 # --- how far it is to go ---------------------------------------------------------------------------------------------
@@ -226,14 +288,16 @@ def asks_for_more(recorded: dict[str, Any], config: RunConfig, output_dir: Path)
     Raises:
         InputError: It is asked for fewer.
     """
-    before, now = recorded["training"], config.training
+    before, now = recorded.get("training", {}), config.training
     name = "num_epochs" if now.num_steps is None else "num_steps"
+    if not all(type(before.get(key, "")) in (int, float, type(None)) for key in ("num_steps", "num_epochs")):
+        raise InputError(f"training.resume: {output_dir / SUMMARY} does not say how long its run was. Put it back.")
     if (before["num_steps"] is None) != (now.num_steps is None):
         raise InputError(
             f"training.resume: the run in {output_dir} is finished, and went by training."
             f"{'num_epochs' if before['num_steps'] is None else 'num_steps'}, not {name}. Give that one."
         )
-    wanted, done = getattr(now, name), before[name]
+    wanted, done = getattr(now, name), before[name] or 0
     if wanted < done:
         raise InputError(
             f"training.{name}={wanted}: the run in {output_dir} is finished with {done}. Give at least that, or name "

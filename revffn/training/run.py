@@ -15,7 +15,7 @@ from transformers import (
 from trl import SFTConfig
 
 from ..engine.host_weights import HostWeights
-from ..files import new_folder, remove_partials
+from ..files import remove_partials
 from ..interrupts import Interrupts
 from ..models.architectures import router_parameters
 from ..models.conversion import convert, coupling_parameters
@@ -25,11 +25,11 @@ from ..optim import OptimizerInBackward, parameter_groups
 from ..quiet import without_bars
 from ..recipe import RunConfig
 from .checkpoint import KEPT, STAGES, step_of
-from .ending import in_one_line
+from .ending import in_one_line, save
 from .lock import locked
 from .preflight import Run, calibration, check
 from .results import Results
-from .resume import METRICS, MODEL, ROUTERS
+from .resume import METRICS, ROUTERS
 from .router_health import RouterLoad
 from .trainer import RevFFNTrainer, RunCallback
 
@@ -99,7 +99,7 @@ def carry_out(run: Run, interrupts: Interrupts) -> None:
             (run.output_dir / name).unlink(missing_ok=True)
     else:
         results.read()
-    results.write()
+    results.write(run.output_dir)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     stages = [2] if config.training.num_steps != 0 else []
     if config.training.stage1_steps and not (run.checkpoint and run.checkpoint.parent.name == "stage2"):
@@ -108,14 +108,25 @@ def carry_out(run: Run, interrupts: Interrupts) -> None:
         train_stage(run, model, stage, trained, results, store, interrupts)
         if stage == 1:
             results.measure("after_stage1")
-            results.write()
-    results.measure("after", ask=True)
-    with new_folder(run.output_dir / MODEL) as folder:
+            results.write(run.output_dir)
+    finish(run, model, results)
+    print(results.table(), flush=True)
+
+
+def finish(run: Run, model: PreTrainedModel, results: Results) -> None:
+    """Save what was trained, then measure it: what goes wrong in measuring costs no training."""
+
+    def write_model(folder: Path) -> None:
         model.save_pretrained(folder)
         run.tokenizer.save_pretrained(folder)
-    results.finished = True
-    results.write()
-    print(results.table(), flush=True)
+
+    def write_record(folder: Path) -> None:
+        results.finished = True
+        results.write(folder)
+
+    save(run.output_dir, write_model, write_record)
+    results.measure("after", ask=True)
+    write_record(run.output_dir)
 
 
 def prepare(run: Run, model: PreTrainedModel, results: Results) -> None:

@@ -177,6 +177,11 @@ class RevFFNTrainer(SFTTrainer):
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self.saving_to is None else str(self.saving_to)
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Not with every checkpoint, as `SFTTrainer` does: there it would be written straight under its final name."""
+        if self.saving_to is None:
+            super().create_model_card(*args, **kwargs)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Beside its name, with a manifest, or not at all."""
         if self.args.world_size > 1 or self.args.push_to_hub:
@@ -196,6 +201,7 @@ class RevFFNTrainer(SFTTrainer):
                 path.rename(partial / path.name)
             written.rmdir()
             about = {} if self.seconds is None else {"seconds": self.seconds()}
+            about["name"] = f"{final.absolute().parent.name}/{final.name}"
             write_manifest(partial, num_tokens=self.num_tokens, **about)
         delete_old(final.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
         if self.in_backward is not None:

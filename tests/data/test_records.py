@@ -9,6 +9,7 @@ import json
 import random
 
 import pytest
+from mutations import number_of
 
 from revffn.data import load_conversations, tokenize_and_count
 from revffn.recipe import DataConfig, InputError
@@ -138,11 +139,11 @@ def broken(random_state, data):
     return bytes(data)
 
 
-def test_no_file_ends_in_a_traceback_and_no_example_is_lost(tmp_path, tokenizer):
-    """Seeded: 400 files with a record, a text or some bytes changed."""
+def test_no_mutated_file_ends_in_a_traceback_and_no_example_is_lost(tmp_path, tokenizer):
+    """Files with a record, a text or some bytes changed. What went in is learnt, left out or refused."""
     random_state, read, refused = random.Random(0), 0, 0
     good = [RECORD, {"messages": TURNS}, {"messages": [{"role": "system", "content": "x"}, *TURNS * 2], "tools": [{}]}]
-    for i in range(400):
+    for i in range(number_of("data")):
         kind = random_state.choice(["jsonl", "json", "csv", "jsonl.gz"])
         records = [random_state.choice(good) for _ in range(4)]
         if random_state.random() < 0.6:
@@ -152,8 +153,8 @@ def test_no_file_ends_in_a_traceback_and_no_example_is_lost(tmp_path, tokenizer)
             text = "instruction,context,response\n" + '"a, b",,c\nd,"e\nf",g\n' * 2
         else:
             text = json.dumps(records) if kind == "json" else "\n".join(map(json.dumps, records))
-        data = text.encode()
-        if random_state.random() < 0.5:
+        data, whole = text.encode(), random_state.random() >= 0.5
+        if not whole:
             data = broken(random_state, data)
         file.write_bytes(gzip.compress(data) if kind.endswith("gz") else data)
         try:
@@ -166,4 +167,5 @@ def test_no_file_ends_in_a_traceback_and_no_example_is_lost(tmp_path, tokenizer)
         else:
             read += 1
             assert len(examples) == counts.examples == counts.learnt + counts.left_out
-    assert read > 80 and refused > 80
+            assert len(examples) == 4 or not whole
+    assert min(read, refused) > number_of("data") / 5

@@ -41,6 +41,10 @@ BAD = {
         r"missing: .*q_proj.* and \d+ more",
     ),
     "unexpected": (lambda weights: weights.update(extra=torch.zeros(3)), "not known to the model: extra"),
+    "twice": (
+        lambda weights: weights.update({NORM.removeprefix("model."): torch.zeros(32)}),
+        "there twice, under two names or in two files: norm.weight",
+    ),
     "another shape": (
         lambda weights: weights.update({NORM: torch.zeros(3)}),
         r"another shape .*: model\.norm\.weight \(\(3,\) in place of \(32,\)\)",
@@ -112,6 +116,14 @@ def test_a_run_with_bad_weights_or_code_writes_nothing(recipe_file, refused, mod
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     assert f"not finite: {NORM}" in refused("train", recipe_file(), "--model.path", folder)
     config = json.loads((folder / "config.json").read_text())
+    odd = {
+        "num_hidden_layers": (10**9, "config.json has num_hidden_layers=1000000000. Accepted: to 10000"),
+        "num_attention_heads": (0, "no model can be made as config.json says (ZeroDivisionError"),
+        "num_key_value_heads": (-1, "no model can be made as config.json says (RuntimeError: Trying to create tensor"),
+    }
+    for name, (value, message) in odd.items():
+        (folder / "config.json").write_text(json.dumps(config | {name: value}))
+        assert message in refused("train", recipe_file(), "--model.path", folder)
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
     assert "tokens, the model's embedding 100" in refused("train", recipe_file(), "--model.path", folder)
     code = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine", "AutoModelForCausalLM": "mine.Model"}}

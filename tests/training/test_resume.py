@@ -81,10 +81,15 @@ def test_a_folder_is_whole_or_not_there(tmp_path):
     assert not (tmp_path / "b").exists()
 
 
-@pytest.mark.parametrize("damage", ["cut", "changed", "missing", "no manifest", "cut manifest", "odd manifest"])
+DAMAGES = ["cut", "changed", "missing", "new", "renamed", "no manifest", "cut manifest", "odd manifest", "fewer files"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_what_makes_a_checkpoint_incomplete(tmp_path, damage):
+    tmp_path = tmp_path / "stage2" / "checkpoint-4"
+    tmp_path.mkdir(parents=True)
     (tmp_path / "weights").write_bytes(b"weights")
-    write_manifest(tmp_path)
+    write_manifest(tmp_path, name="stage2/checkpoint-4")
     assert wrong_with(tmp_path) is None
     if damage == "cut":
         (tmp_path / "weights").write_bytes(b"weight")
@@ -92,6 +97,13 @@ def test_what_makes_a_checkpoint_incomplete(tmp_path, damage):
         (tmp_path / "weights").write_bytes(b"Weights")
     elif damage == "missing":
         (tmp_path / "weights").unlink()
+    elif damage == "new":
+        (tmp_path / "adapter_config.json").touch()
+    elif damage == "renamed":
+        tmp_path = tmp_path.rename(tmp_path.with_name("checkpoint-6"))
+    elif damage == "fewer files":
+        manifest = json.loads((tmp_path / MANIFEST).read_text())
+        (tmp_path / MANIFEST).write_text(json.dumps(manifest | {"files": {}}))
     elif damage == "no manifest":
         (tmp_path / MANIFEST).unlink()
     else:
@@ -208,6 +220,28 @@ def test_what_is_cut_or_missing_is_one_line(finished, tmp_path, capsys, name, ho
         assert 0 < rates[5] < rates[4] < rates[1]  # the schedule goes on
 
 
+ODD_RECORDS = {
+    "memory": ({"batch": 1}, "(memory"),
+    "num_tokens": ({"stage2": "x"}, "(num_tokens.stage2)"),
+    "heldout": ({"before": {"loss": None}}, "(heldout.before.loss)"),
+    "answers": ({"before": "\ud800"}, "(answers.before)"),
+    "peak_bytes": (10**400, "(peak_bytes)"),
+    "config": ({"training": {}}, "does not say how long"),
+}
+
+
+@pytest.mark.parametrize("name", ODD_RECORDS)
+def test_a_record_with_other_values_is_refused(finished, tmp_path, capsys, name):
+    _, folder, words = finished(tmp_path)
+    value, message = ODD_RECORDS[name]
+    summary = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(summary | {name: value}))
+    before = contents(folder)
+    assert main(words) == 2 and message in said(capsys) and contents(folder) == before
+    (folder / "run.json").write_text("[" * 10**5 + "]" * 10**5)
+    assert main(words) == 2 and "run.json is cut or damaged" in said(capsys)
+
+
 def test_before_the_first_checkpoint_there_is_one_way_on(recipe_file, tmp_path, capsys, monkeypatch):
     recipe = recipe_file()
 
@@ -288,6 +322,75 @@ def test_a_full_disk_is_one_line_and_loses_nothing(recipe_file, tmp_path, capsys
         AutoModelForCausalLM.from_pretrained(found.checkpoint)
     else:
         assert "there is no checkpoint yet" in line or "nothing of the run was written" in line
+
+
+@pytest.fixture
+def no_room(tmp_path, monkeypatch):
+    """`no_room(folder, ...)`: no model can be saved below these. The temporary and the home folder are the test's."""
+    real = PreTrainedModel.save_pretrained
+    for name in ("temporary", "home", "asked"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+    def refuse(*places):
+        def save(self, folder, *args, **kwargs):
+            return full() if any(Path(folder).is_relative_to(place) for place in places) else real(self, folder)
+
+        monkeypatch.setattr(PreTrainedModel, "save_pretrained", save)
+
+    return refuse
+
+
+PLACES = {"temporary": ["run"], "home": ["run", "temporary"], "nowhere": ["run", "temporary", "home"]}
+
+
+@pytest.mark.parametrize("saved_in", PLACES)
+def test_without_room_for_the_model_and_without_checkpoints_it_is_saved_elsewhere(
+    recipe_file, tmp_path, capsys, no_room, saved_in
+):
+    no_room(*(tmp_path / name for name in PLACES[saved_in]))
+    recipe = recipe_file()
+    assert main(["train", str(recipe)]) == 1
+    line = said(capsys)
+    assert "No space left on device" in line and not (tmp_path / "run" / "model").exists()
+    if saved_in == "nowhere":
+        assert "the trained model is nowhere" in line and not list((tmp_path / "home").iterdir())
+        return
+    (place,) = (tmp_path / saved_in).iterdir()
+    assert f"the trained model is in {place} instead" in line
+    whole = run(recipe, "--training.output_dir", str(tmp_path / "whole"))
+    assert not moved(weights(whole / "model"), weights(place / "model"))
+    assert json.loads((place / "run.json").read_text())["finished"]
+    assert main(["export", str(place), str(tmp_path / "plain")]) == 0
+
+
+def test_a_terminal_is_asked_where_the_model_is_to_go(recipe_file, tmp_path, capsys, monkeypatch, no_room):
+    no_room(tmp_path / "run", tmp_path / "temporary")
+    answers = iter([str(tmp_path / "temporary"), str(tmp_path / "asked")])
+    recipe = recipe_file()
+    with monkeypatch.context() as patch:
+        for stream in (sys.stdin, sys.stderr):
+            patch.setattr(stream, "isatty", lambda: True)
+        patch.setattr("builtins.input", lambda: next(answers))
+        assert main(["train", str(recipe)]) == 1
+    err = capsys.readouterr().err
+    assert err.count("Another folder for the trained model") == 2
+    (place,) = (tmp_path / "asked").iterdir()
+    assert f"the trained model is in {place} instead" in err and weights(place / "model")
+
+
+def test_what_goes_wrong_after_the_model_is_saved_costs_no_training(recipe_file, tmp_path, capsys, monkeypatch):
+    recipe = recipe_file()
+    with monkeypatch.context() as patch:
+        patch.setattr("revffn.training.run.Results.measure", lambda self, when, ask=False: when != "after" or full())
+        assert main(["train", str(recipe)]) == 1
+    trained = f"the trained model is complete in {tmp_path / 'run' / 'model'}"
+    assert trained in said(capsys)
+    before = contents(tmp_path / "run")
+    assert main(["train", str(recipe), *RESUME]) == 2
+    assert trained.replace("trained model", "trained model of this run") in said(capsys)
+    assert contents(tmp_path / "run") == before
 
 
 def test_export_and_pictures_are_whole_or_not_there(finished, tmp_path, capsys):
@@ -419,31 +522,77 @@ def test_one_process_is_not(environment):
     preflight.check_one_process(environment)
 
 
-# --- killed ----------------------------------------------------------------------------------------------------------
+# --- killed, and without room --------------------------------------------------------------------------------------
 
 
-def killed(recipe: Path, folder: Path, moments: list[str]) -> dict[str, dict]:
-    """A run for each moment, killed there, and gone on with; what came of it."""
+def broken_off(recipe: Path, folder: Path, moments: list[str]) -> dict[str, dict]:
+    """A run for each moment, broken off there, and gone on with; what came of it."""
     done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("killed.py"), recipe, folder, *moments],
-        capture_output=True, text=True, timeout=1500,
+        [sys.executable, Path(__file__).with_name("broken_off.py"), recipe, folder, *moments],
+        capture_output=True, text=True, timeout=3600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(f"{found['writes']} writes; {len(found['moments'])} runs")
+    return found["moments"]
 
 
 FEW = ["save 1", "fsync 2", "rename 2", "fsync 28", "rename 4", "step 2"]
-CALLS = {"save": 7, "fsync": 26, "rename": 9, "step": 3, "rmtree": 1}
-MANY = [f"{call} {number}" for call, most in CALLS.items() for number in range(most)]
+CALLS = {
+    "save": range(12), "weights": range(4), "manifest": range(3), "line": range(2), "replace": range(2),
+    "rmtree": range(1), "step": range(3), "fsync": range(0, 54, 4), "rename": range(1, 38, 4),
+}  # fmt: skip
+MANY = [f"{call} {number}" for call, numbers in CALLS.items() for number in numbers]
 
 
 @pytest.mark.parametrize("moments", [FEW, pytest.param(MANY, marks=pytest.mark.slow)], ids=["few", "many"])
 def test_killed_at_any_moment_a_run_goes_on_to_the_same_bits(recipe_file, tmp_path, moments):
     recipe = recipe_file("  save_steps: 1\noptimizer:\n  learning_rate: 1e-3\n")
-    results = killed(recipe, tmp_path, moments)
+    results = broken_off(recipe, tmp_path, moments)
     assert set(results) == set(moments)
     for moment, result in results.items():
-        assert result["killed"], f"{moment}: it was not reached"
+        assert result["reached"], f"{moment}: it was not reached"
         assert result["torn"] == [], moment
+        assert result["resumed"] == 0 and result["same"], moment
+        assert result["left"] == [], moment
+    if moments is MANY:
+        assert len(results) >= 50 and sum(result["in_save"] for result in results.values()) >= 20
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own, with little room."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    try:
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m,nr_inodes=400", "tmpfs", disk])
+        mounted = done.returncode == 0
+    except OSError:
+        mounted = False
+    if not mounted:
+        pytest.skip("a tmpfs cannot be mounted here; runs as root where mounting is allowed, as in CI")
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+@pytest.mark.parametrize(
+    "moments", [["full every 16"], pytest.param(["full every 1", "inodes every 5"], marks=pytest.mark.slow)],
+    ids=["few", "all"],
+)  # fmt: skip
+def test_a_disk_that_is_full_from_any_write_on(recipe_file, small_disk, moments):
+    """One line, nothing half-written under its final name, and with room again the run goes on to the same bits."""
+    recipe = recipe_file("  save_steps: 1\noptimizer:\n  learning_rate: 1e-3\n")
+    recipe.write_text(recipe.read_text().replace("num_steps: 3", "num_steps: 2"))
+    results = broken_off(recipe, small_disk, moments)
+    assert len(results) > 4
+    for moment, result in results.items():
+        assert result["reached"], f"{moment}: it was not reached"
+        lines = [line for line in result["said"].splitlines() if line.startswith("revffn")]
+        assert "Traceback" not in result["said"], (moment, result["said"][-3000:])
+        # Seen before the run; or on its way; or by nobody, where the last writes need no room.
+        said = {2: "the run is going to write up to", 1: "No space left on device"}.get(result["status"], "")
+        assert len(lines) == (result["status"] > 0) and all(said in line for line in lines), (moment, result)
+        assert result["status"] in (0, 1, 2), (moment, result)
+        assert result["torn"] == [] and result["leavings"] == [], (moment, result)
         assert result["resumed"] == 0 and result["same"], moment
         assert result["left"] == [], moment
