@@ -143,7 +143,7 @@ def checkout(tmp_path, model_folder, data_file, monkeypatch):
 
 SHORTER = {
     "train": (
-        "--data.path data.jsonl --data.num_examples 48 --data.num_heldout 8 --evaluation.max_new_tokens 4 "
+        "--data.path data.jsonl --data.num_examples 48 --data.heldout 8 --evaluation.max_new_tokens 4 "
         "--training.num_steps 2"
     ).split()
 }

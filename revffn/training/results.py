@@ -36,7 +36,7 @@ class Results:
         self.memory: dict[str, Any] = {}
         self.start = time.perf_counter() - run.resume.seconds
         self.finished = False
-        self.data_sha256 = digest(run.training)
+        self.data_sha256, self.heldout_sha256 = digest(run.training), digest(run.heldout)
 
     def seconds(self) -> float:
         """Of the run until now: of all its sessions, each from the checkpoint that it began with."""
@@ -90,6 +90,7 @@ class Results:
             "config": asdict(self.run.config),
             "data": {name: counts.summary() for name, counts in self.run.counts.items()},
             "data_sha256": self.data_sha256,
+            "heldout_sha256": self.heldout_sha256,
             "tile": None if self.run.tile is None else asdict(self.run.tile),
             "versions": {name: installed(name) for name in packages},
             "kernels": dispatch.describe(),

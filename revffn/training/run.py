@@ -245,6 +245,7 @@ def sft_arguments(run: Run, stage: int, aux_loss: float | None) -> SFTConfig:
         bf16=False,
         max_length=data.max_length,
         packing=data.packing,
+        packing_strategy="bfd",  # the best fit first, the longest example first; nothing is longer than max_length
         seed=training.seed,
         logging_steps=training.log_steps,
         save_strategy="no" if training.save_steps is None else "steps",

@@ -80,7 +80,7 @@ def run() -> None:
     preflight.check_memory = lambda *args: None  # each process would plan anew
     recipe, folder, *moments = sys.argv[1:]
     whole = Path(folder, "whole")
-    same = ["train", recipe, "--reversible.tile_tokens", "64", "--data.num_heldout", "0", "--training.output_dir"]
+    same = ["train", recipe, "--reversible.tile_tokens", "64", "--data.heldout", "0", "--training.output_dir"]
     assert forked([*same, str(whole)]) == 0
     results = {}
     for moment in moments:

@@ -39,7 +39,7 @@ def finished(tmp_path_factory, model_folder):
     recipe = made / "recipe.yaml"
     recipe.write_text(
         f"model:\n  path: {model_folder()}\n  dtype: float32\n"
-        f"data:\n  path: {data}\n  num_heldout: 8\n  max_length: 64\n"
+        f"data:\n  path: {data}\n  heldout: 8\n  max_length: 64\n"
         f"training:\n  output_dir: {made / 'run'}\n  num_steps: 4\n  save_steps: 2\n  batch_size: 4\n"
         "optimizer:\n  learning_rate: 1e-3\n"
     )
@@ -271,7 +271,7 @@ MOMENTS = [(name, number) for name, (_, _, numbers) in WRITERS.items() for numbe
 @pytest.mark.parametrize("name, number", MOMENTS)
 def test_a_full_disk_is_one_line_and_loses_nothing(recipe_file, tmp_path, capsys, name, number):
     words = ["train", str(recipe_file()), "--training.num_steps", "2", "--training.save_steps", "1"]
-    words += ["--data.num_heldout", "0"]
+    words += ["--data.heldout", "0"]
     folder = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
         place, call, _ = WRITERS[name]

@@ -1,0 +1,91 @@
+"""Sources of a recipe -> records: a file, the files of a folder that are of a split, or a data set on the Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..recipe import InputError, Source
+from .files import SUFFIXES, read_file, reason, without_nulls
+
+OTHER_SUFFIXES = (".gz", ".zst", ".txt", ".tsv")
+"""Of what is meant as a file, too, and not as a name on the Hub."""
+
+
+def read_source(source: Source, recipe: Path | None = None) -> Iterator[tuple[Any, str]]:
+    """Every record of a source with the place it stands at.
+
+    Args:
+        source: With its split.
+        recipe: The recipe's path, beside which a relative path is looked for as well.
+
+    Raises:
+        InputError: It is missing or broken; with file and line where there are any.
+    """
+    place = find_file(source.path, recipe)
+    if place is None:
+        yield from read_hub(source)
+        return
+    for file in [place] if place.is_file() else files_of(place, source.split or "train"):
+        yield from read_file(file)
+
+
+def find_file(path: str, recipe: Path | None = None) -> Path | None:
+    """The file or folder meant by `path`; None if it can only be a data set on the Hub.
+
+    Raises:
+        InputError: It looks like a file, and there is none.
+    """
+    places = [Path()]
+    if recipe is not None:
+        places.append(recipe.resolve().parent)
+    # The checkout this package is imported from, which has the data the shipped recipes name.
+    places.append(Path(__file__).resolve().parents[2])
+    try:
+        for place in places:
+            if path and (place / path).exists():
+                return place / path
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"data.path {path[:80]!r}: cannot be looked for ({why}). Correct it.") from None
+    if path.endswith((*SUFFIXES, *OTHER_SUFFIXES)) or path.count("/") > 1:
+        looked = ", ".join(str(place.resolve()) for place in dict.fromkeys(places))
+        raise InputError(f"data.path {path!r}: no such file in {looked}. Correct data.path.")
+    return None
+
+
+def files_of(folder: Path, split: str) -> list[Path]:
+    """The data files of a folder that belong to a split, as `datasets` tells by their names and folders; all of them
+    are of `train` if no name says otherwise.
+
+    Raises:
+        InputError: There are none.
+    """
+    from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
+
+    try:
+        found = DataFilesDict.from_patterns(get_data_patterns(str(folder)), base_path=str(folder))
+    except (EmptyDatasetError, FileNotFoundError):
+        found = {}
+    splits = {str(name): sorted(f for f in files if f.endswith(SUFFIXES)) for name, files in found.items()}
+    splits = {name: files for name, files in splits.items() if files}
+    if split not in splits:
+        there = f"splits: {', '.join(splits)}" if splits else f"no file of {', '.join(SUFFIXES)}"
+        raise InputError(f"{folder}: no files of the split {split!r}. Found {there}. Correct data.path or data.split.")
+    return [Path(file) for file in splits[split]]
+
+
+def read_hub(source: Source) -> Iterator[tuple[Any, str]]:
+    """Every record of a data set on the Hub."""
+    import datasets
+
+    try:
+        table = datasets.load_dataset(source.path, source.name, split=source.split)
+    except Exception as error:  # the many ways a download fails all mean the same to the user
+        raise InputError(
+            f"data.path {source.path!r}, split {source.split!r}: neither a file here nor a data set that can be had "
+            f"from the Hub ({reason(error)}). Correct data.path or data.split."
+        ) from None
+    for i, record in enumerate(table, 1):
+        yield without_nulls(record), f"{source.path} record {i}"

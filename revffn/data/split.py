@@ -1,0 +1,99 @@
+"""What is trained on and what is held out: examples of all sources, drawn by weight and by seed."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..recipe import DataConfig, InputError, Source
+from .conversations import ACCEPTED, Example, conversation
+from .sources import read_source
+
+
+@dataclass
+class Split:
+    """Examples of a recipe."""
+
+    training: list[Example]
+    heldout: list[Example]
+    read: list[tuple[str, int]]
+    """Sources, and how many records each has."""
+    not_drawn: int
+    """Records that are in neither of the two: `num_examples` and weights leave them out."""
+
+
+def load_conversations(config: DataConfig, recipe: Path | None = None) -> tuple[list[Example], list[Example]]:
+    """Training and held-out examples: see `load_split`."""
+    split = load_split(config, recipe)
+    return split.training, split.heldout
+
+
+def load_split(config: DataConfig, recipe: Path | None = None) -> Split:
+    """Read, check and split what a recipe names.
+
+    Args:
+        config: Where the data is and how many examples are used.
+        recipe: The recipe's path, beside which a relative path is looked for as well.
+
+    Raises:
+        InputError: A source is missing, empty or broken, a record lacks a column, or there are too few records.
+    """
+    sources, apart = config.sources(), config.heldout_source()
+    parts = [read_examples(source, recipe) for source in sources]
+    examples = [example for part in parts for example in part]
+    order = draw([len(part) for part in parts], sources, config.seed)
+    number = 0 if apart is not None else config.heldout
+    if isinstance(number, float):
+        number = max(1, round(number * len(order)))
+    wanted = number + (config.num_examples or 1)
+    if len(order) < wanted:
+        raise InputError(
+            f"{', '.join(source.path for source in sources)}: {len(order)} records, but {wanted} are needed: "
+            f"{number} for data.heldout={shown(config.heldout)} and {config.num_examples or 'at least 1'} to train "
+            "on. Lower data.heldout or data.num_examples."
+        )
+    training = order[number : None if config.num_examples is None else wanted]
+    heldout = [examples[i] for i in order[:number]] if apart is None else read_examples(apart, recipe)
+    read = [(title(source), len(part)) for source, part in zip(sources, parts, strict=True)]
+    return Split([examples[i] for i in training], heldout, read, len(examples) - number - len(training))
+
+
+def read_examples(source: Source, recipe: Path | None) -> list[Example]:
+    examples = [conversation(record, where) for record, where in read_source(source, recipe)]
+    if not examples:
+        raise InputError(f"{title(source)}: no records. Give at least one record with the columns {ACCEPTED}.")
+    return examples
+
+
+def draw(sizes: list[int], sources: list[Source], seed: int) -> list[int]:
+    """Numbers of examples, one source after the other, in the order in which they are used.
+
+    With weights each source gives its share: as many as there are of the one that runs out first, which is given whole
+    (`datasets.interleave_datasets` stops there too). Without, all of all.
+
+    Raises:
+        InputError: A source gives no example.
+    """
+    generator = random.Random(seed)
+    weights = [source.weight for source in sources]
+    taken = list(range(sum(sizes)))
+    if None not in weights:
+        scale = min(size / weight for size, weight in zip(sizes, weights, strict=True))
+        taken, first = [], 0
+        for size, source in zip(sizes, sources, strict=True):
+            share = min(size, int(scale * source.weight + 1e-9))
+            if not share:
+                raise InputError(f"{title(source)}: weight {source.weight:g} is too small: it gives no example.")
+            taken += generator.sample(range(first, first + size), share)
+            first += size
+    generator.shuffle(taken)
+    return taken
+
+
+def title(source: Source) -> str:
+    return " ".join(filter(None, (source.path, source.name, source.split if source.split != "train" else None)))
+
+
+def shown(heldout: object) -> object:
+    return heldout.path if isinstance(heldout, Source) else heldout
