@@ -17,12 +17,10 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from .config import RETIRED, ReversibleConfig, groups_of, offered
-from .recipe import InputError, RunConfig, Source
+from .recipe import RENAMED, InputError, RunConfig, Source
 from .usage import usage
 
 COMMAND_LINE = "command line"
-RENAMED = {"data.num_heldout": "data.heldout"}
-"""Keys of before."""
 
 T = TypeVar("T")
 
@@ -185,10 +183,11 @@ def leaves(config: type) -> dict[str, Any]:
 
 def renamed(make: type, name: str, where: str) -> str:
     """The present name of a key of before; a line says so."""
-    if make is not RunConfig or name not in RENAMED:
+    section, _, last = name.partition(".")
+    if make is not RunConfig or section != "data" or last not in RENAMED:
         return name
-    print(f"{where}: {name} is called {RENAMED[name]} now.", file=sys.stderr)
-    return RENAMED[name]
+    print(f"{where}: {name} is called data.{RENAMED[last]} now.", file=sys.stderr)
+    return f"data.{RENAMED[last]}"
 
 
 def check_name(make: type, name: str, where: str) -> None:
@@ -265,8 +264,10 @@ def blamed(text: str, given: dict[str, Given], otherwise: str) -> str:
     section, _, rest = text.partition(": ")
     words = {word.strip(",.:;()'\"=") for word in f"{section} {section}.{rest} {rest}".replace("=", " ").split()}
     named = [name for name in given if name in words or name.rpartition(".")[2] in words]
-    # What was typed last is what the user is looking at; then what the message is about first.
-    named.sort(key=lambda name: (given[name].where != COMMAND_LINE, text.find(name.rpartition(".")[2])))
+    # What was typed last is what the user is looking at; then what the message names in full, or is about first.
+    named.sort(
+        key=lambda name: (given[name].where != COMMAND_LINE, name not in words, text.find(name.rpartition(".")[2]))
+    )
     return given[named[0]].where if named else otherwise
 
 

@@ -5,7 +5,9 @@ command_line.py fills them from a YAML recipe and from options. `first` marks wh
 
 from __future__ import annotations
 
+import functools
 import math
+import warnings
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -14,6 +16,8 @@ from .config import ReversibleConfig, first
 LARGEST = 2**31 - 1
 """Of every number in a recipe."""
 LARGEST_SEED = 2**32 - 1
+RENAMED = {"num_heldout": "heldout"}
+"""Settings of `DataConfig` before, and what they are called now."""
 
 
 class InputError(ValueError):
@@ -85,6 +89,22 @@ class Source:
     """Share of this source in what is drawn, relative to the others' weights. All sources have one, or none."""
 
 
+def accept_old_names(cls: type) -> type:
+    """Of before, with a warning that says the present one."""
+    made = cls.__init__
+
+    @functools.wraps(made)
+    def __init__(self: Any, **values: Any) -> None:
+        for old in values.keys() & RENAMED.keys():
+            warnings.warn(f"{old} is called {RENAMED[old]} now.", FutureWarning, stacklevel=2)
+            values[RENAMED[old]] = values.pop(old)
+        made(self, **values)
+
+    cls.__init__ = __init__
+    return cls
+
+
+@accept_old_names
 @dataclass(kw_only=True)
 class DataConfig:
     """The examples to learn from. Only responses count in the loss, and plain text (docs/data.md)."""

@@ -62,18 +62,23 @@ def files_of(folder: Path, split: str) -> list[Path]:
     Raises:
         InputError: There are none.
     """
+    from datasets import config
     from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
 
     try:
         found = DataFilesDict.from_patterns(get_data_patterns(str(folder)), base_path=str(folder))
     except (EmptyDatasetError, FileNotFoundError):
         found = {}
-    splits = {str(name): sorted(f for f in files if f.endswith(SUFFIXES)) for name, files in found.items()}
-    splits = {name: files for name, files in splits.items() if files}
+    # What `save_to_disk` writes beside the data.
+    about = (config.DATASET_STATE_JSON_FILENAME, config.DATASET_INFO_FILENAME, config.DATASETDICT_JSON_FILENAME)
+    splits = {}
+    for name, files in found.items():
+        files = sorted(file for file in map(Path, files) if file.name.endswith(SUFFIXES) and file.name not in about)
+        splits |= {str(name): files} if files else {}
     if split not in splits:
         there = f"splits: {', '.join(splits)}" if splits else f"no file of {', '.join(SUFFIXES)}"
         raise InputError(f"{folder}: no files of the split {split!r}. Found {there}. Correct data.path or data.split.")
-    return [Path(file) for file in splits[split]]
+    return splits[split]
 
 
 def read_hub(source: Source) -> Iterator[tuple[Any, str]]:
