@@ -20,7 +20,9 @@ import pytest
 import torch
 from helpers import tiny_model
 
+from revffn.__main__ import COMMANDS as CALLED
 from revffn.__main__ import main
+from revffn.command_line import load_run_config
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [
@@ -37,6 +39,7 @@ DOCUMENTS = [
     for file in sorted(ROOT.glob(pattern))
     if file.name != "CHANGELOG.md"
 ]
+NAMES = "|".join(CALLED)
 PLACEHOLDERS = {"RECIPE": "recipes/qwen1.5-moe-a2.7b_40gb.yaml"}
 """What a reader puts in place of a word in capitals, where a parser looks at it."""
 
@@ -47,7 +50,7 @@ def commands() -> dict[str, list[str]]:
     for file in DOCUMENTS:
         for number, line in enumerate(file.read_text().splitlines(), 1):
             indented = re.findall(r"^    ((?:revffn|python|make|pip) .*)", line)
-            inline = re.findall(r"`((?:revffn (?:train|plan|export|upcycle|evaluate)|make|pip install) [^`]+)`", line)
+            inline = re.findall(rf"`((?:revffn (?:{NAMES})|make|pip install) [^`]+)`", line)
             for i, text in enumerate(indented + inline):
                 words = [PLACEHOLDERS.get(word, word) for word in shlex.split(text, comments=True)]
                 part = i >= len(indented) and words[1] == "plan" and "--model" not in words  # of a command
@@ -81,6 +84,7 @@ def test_commands_are_taken(words, monkeypatch):
     """By the command line's own parsing, up to the function that does the work."""
     for place in (
         "revffn.training.run.train",
+        "revffn.data.command.data_command",
         "revffn.models.upcycle_command.upcycle_command",
         "revffn.memory.command.plan_command",
         "revffn.evaluation.command.evaluate_command",
@@ -126,6 +130,13 @@ def test_extras_exist(words):
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for named in re.findall(r"\.\[([\w,]+)\]", " ".join(words)):
         assert set(named.split(",")) <= set(extras)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "docs").glob("*.md")), ids=lambda file: file.name)
+def test_recipes_in_documents_are_taken(file, tmp_path):
+    for i, text in enumerate(re.findall(r"```yaml\n(.*?)```", file.read_text(), re.DOTALL)):
+        (tmp_path / f"{i}.yaml").write_text(text)
+        load_run_config(tmp_path / f"{i}.yaml")
 
 
 # --- run -------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,9 @@ Run: pytest tests/data/test_layouts.py
 import copy
 import json
 import random
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 from conftest import CHAT_TEMPLATE
@@ -55,6 +57,12 @@ def test_the_columns_alone_say_what_a_record_is(layout):
     else:
         tools = {"tools": [TOOL]} if "tools" in RECORDS[layout] else {}
         assert found == {"prompt": [QUESTION], "completion": [ANSWER]} | tools
+
+
+def test_the_documents_list_the_layouts_in_their_order():
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \|", text, re.MULTILINE)
+    assert rows == [(layout.name, re.sub(r"\b(?!and\b)(\w+)", r"`\1`", str(layout))) for layout in LAYOUTS]
 
 
 def test_sharegpt_has_calls_a_system_column_and_its_own_names():

@@ -191,6 +191,17 @@ def test_other_data_under_the_same_name_are_refused(finished, tmp_path, capsys):
         data.write_text(text)
 
 
+def test_other_held_out_data_are_refused(recipe_file, data_file, tmp_path, capsys):
+    """What a run is measured with is its own file here: `data_sha256` is that of the training examples."""
+    heldout = data_file([{"question": "red?", "answer": "red"}], "heldout.jsonl")
+    recipe = recipe_file()
+    words = ["train", str(recipe), "--data.heldout", str(heldout), "--training.save_steps", "2"]
+    assert main(words) == 0
+    data_file([{"question": "red?", "answer": "green"}], "heldout.jsonl")
+    assert main([*words, *RESUME, "--training.num_steps", "4"]) == 2
+    assert "data.heldout holds not the examples" in said(capsys)
+
+
 @pytest.mark.parametrize("name", ["run.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "config.json"])
 @pytest.mark.parametrize("how", ["cut", "missing"])
 def test_what_is_cut_or_missing_is_one_line(finished, tmp_path, capsys, name, how):
