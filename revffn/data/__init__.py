@@ -13,7 +13,7 @@ command.py        `revffn data`
 from .conversations import Example
 from .files import read_file
 from .sources import find_file
-from .split import Split, load_conversations, load_split
+from .split import SourceCounts, load_conversations, load_split
 from .tokenizer import load_tokenizer
 from .tokens import IGNORED, Counts, batches, check_left_out, tokenize, tokenize_all, tokenize_and_count
 
@@ -21,7 +21,7 @@ __all__ = [
     "IGNORED",
     "Counts",
     "Example",
-    "Split",
+    "SourceCounts",
     "batches",
     "check_left_out",
     "find_file",

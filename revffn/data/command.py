@@ -12,7 +12,7 @@ from rich.progress import track
 from rich.text import Text
 
 from ..recipe import RunConfig
-from .split import Split, load_split
+from .split import load_split
 from .tokenizer import load_tokenizer
 from .tokens import IGNORED, Counts, Row, check_left_out, tokenize_and_count
 
@@ -32,8 +32,9 @@ def data_command(config: RunConfig, recipe: Path) -> None:
     data, console = config.data, Console(highlight=False, soft_wrap=True)
     split = load_split(data, recipe)
     tokenizer = load_tokenizer(config.model, [*split.training, *split.heldout])
-    for line in about(split):
-        console.print(line, markup=False)
+    layouts = Counter(example.layout for example in [*split.training, *split.heldout])
+    columns = ", ".join(f"{name} ({number:,})" for name, number in layouts.most_common())
+    console.print(*map(str, split.sources), f"Columns: {columns}", sep="\n", markup=False)
     read = {}
     for name, examples in (("Data", split.training), ("Held-out data", split.heldout)):
         progress = Console(stderr=True)
@@ -54,16 +55,6 @@ def data_command(config: RunConfig, recipe: Path) -> None:
         if own:
             console.print(rendered(own[0], tokenizer, console.is_terminal and not console.no_color))
     check_left_out(counts, data.max_dropped, data.max_length)
-
-
-def about(split: Split) -> list[str]:
-    """Where the examples come from."""
-    lines = [f"{name}: {number:,} records" for name, number in split.read]
-    layouts = Counter(example.layout for example in [*split.training, *split.heldout])
-    lines.append(f"Columns: {', '.join(f'{name} ({number:,})' for name, number in layouts.most_common())}")
-    if split.not_drawn:
-        lines.append(f"Not drawn, by data.num_examples or weights: {split.not_drawn:,}")
-    return lines
 
 
 def amount(counts: Counts) -> str:

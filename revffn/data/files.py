@@ -9,6 +9,7 @@ its header.
 from __future__ import annotations
 
 import csv
+import glob
 import gzip
 import io
 import json
@@ -87,7 +88,7 @@ def read_table(file: Path) -> Iterator[tuple[Any, str]]:
     level = logger.level
     logger.setLevel(logging.CRITICAL)  # it logs the error that it raises
     try:
-        rows = datasets.load_dataset(file.suffix[1:], data_files=str(file), split="train", streaming=True)
+        rows = datasets.load_dataset(file.suffix[1:], data_files=glob.escape(str(file)), split="train", streaming=True)
         for i, row in enumerate(rows, 1):
             yield without_nulls(row), f"{file} row {i}"
     except Exception as error:  # of pyarrow, of many kinds

@@ -11,16 +11,26 @@ from .conversations import ACCEPTED, Example, conversation
 from .sources import read_source
 
 
+@dataclass(frozen=True)
+class SourceCounts:
+    """What is taken of a source."""
+
+    name: str
+    records: int
+    drawn: int
+    """To train on or to hold out: `num_examples` and weights leave out others."""
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.records:,} records" + (f", {self.drawn:,} drawn" * (self.drawn < self.records))
+
+
 @dataclass
 class Split:
     """Examples of a recipe."""
 
     training: list[Example]
     heldout: list[Example]
-    read: list[tuple[str, int]]
-    """Sources, and how many records each has."""
-    not_drawn: int
-    """Records that are in neither of the two: `num_examples` and weights leave them out."""
+    sources: list[SourceCounts]
 
 
 def load_conversations(config: DataConfig, recipe: Path | None = None) -> tuple[list[Example], list[Example]]:
@@ -53,10 +63,13 @@ def load_split(config: DataConfig, recipe: Path | None = None) -> Split:
             f"{number} for data.heldout={shown(config.heldout)} and {config.num_examples or 'at least 1'} to train "
             "on. Lower data.heldout or data.num_examples."
         )
-    training = order[number : None if config.num_examples is None else wanted]
-    heldout = [examples[i] for i in order[:number]] if apart is None else read_examples(apart, recipe)
-    read = [(title(source), len(part)) for source, part in zip(sources, parts, strict=True)]
-    return Split([examples[i] for i in training], heldout, read, len(examples) - number - len(training))
+    drawn = order[: None if config.num_examples is None else wanted]
+    heldout, training = [examples[i] for i in drawn[:number]], [examples[i] for i in drawn[number:]]
+    counts, first = [], 0
+    for source, part in zip(sources, parts, strict=True):
+        counts.append(SourceCounts(title(source), len(part), sum(first <= i < first + len(part) for i in drawn)))
+        first += len(part)
+    return Split(training, heldout if apart is None else read_examples(apart, recipe), counts)
 
 
 def read_examples(source: Source, recipe: Path | None) -> list[Example]:

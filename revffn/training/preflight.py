@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..config import ReversibleConfig
-from ..data import Counts, batches, check_left_out, load_conversations, load_tokenizer, tokenize_and_count
+from ..data import Counts, SourceCounts, batches, check_left_out, load_split, load_tokenizer, tokenize_and_count
 from ..data.tokenizer import load_hf
 from ..files import existing_parent, read_json, reason
 from ..memory.amounts import gib, parse_bytes
@@ -56,6 +56,8 @@ class Run:
     training: list[dict[str, list[int]]]
     """Tokenized, as `data.tokenize` returns them."""
     heldout: list[dict[str, list[int]]]
+    sources: list[SourceCounts]
+    """Where the examples come from."""
     counts: dict[str, Counts]
     """What became of the examples: `training` and `heldout`."""
     resume: Resume
@@ -85,11 +87,11 @@ def check(config: RunConfig, recipe: Path | None = None) -> Run:
     check_folder(output_dir)
     found = resume.find(config, output_dir)
     checkpoint = found.checkpoint
-    training, heldout = load_conversations(config.data, recipe)
+    split = load_split(config.data, recipe)
     hf_config = load_hf(AutoConfig, config.model)
     method = method_of(config)
     check_model(config, hf_config, method.reversible)
-    tokenizer = load_tokenizer(config.model, [*training, *heldout])
+    tokenizer = load_tokenizer(config.model, [*split.training, *split.heldout])
     if len(tokenizer) > hf_config.get_text_config().vocab_size:
         raise InputError(
             f"{config.model.path}: the tokenizer has {len(tokenizer)} tokens, the model's embedding "
@@ -102,7 +104,7 @@ def check(config: RunConfig, recipe: Path | None = None) -> Run:
             "key out."
         )
     data, rows, counts = config.data, [], {}
-    for name, examples in (("training", training), ("heldout", heldout)):
+    for name, examples in (("training", split.training), ("heldout", split.heldout)):
         kept, counts[name] = tokenize_and_count(examples, tokenizer, data.max_length, data.learn)
         # Held-out examples are only measured: enough that there is one.
         check_left_out(counts[name], data.max_dropped if name == "training" else 1.0, data.max_length)
@@ -113,7 +115,9 @@ def check(config: RunConfig, recipe: Path | None = None) -> Run:
     answer = check_memory(config, hf_config, method, rows[0])
     check_disk(config, hf_config, method, output_dir)
     frozen = config.training.freeze_router is not False and has_routers(hf_config)
-    return Run(config, method, frozen, output_dir, hf_config, tokenizer, *rows, counts, found, answer, tile)
+    return Run(
+        config, method, frozen, output_dir, hf_config, tokenizer, *rows, split.sources, counts, found, answer, tile
+    )
 
 
 def check_folder(output_dir: Path) -> None:

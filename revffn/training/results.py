@@ -89,6 +89,7 @@ class Results:
             "num_parameters": self.model.num_parameters(),
             "config": asdict(self.run.config),
             "data": {name: counts.summary() for name, counts in self.run.counts.items()},
+            "sources": [asdict(source) for source in self.run.sources],
             "data_sha256": self.data_sha256,
             "heldout_sha256": self.heldout_sha256,
             "tile": None if self.run.tile is None else asdict(self.run.tile),

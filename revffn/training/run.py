@@ -71,6 +71,7 @@ def carry_out(run: Run, interrupts: Interrupts) -> None:
     config = run.config
     for folder in (run.output_dir, *(run.output_dir / stage for stage in STAGES)):
         remove_partials(folder)
+    print(*run.sources, sep="\n", flush=True)
     for name, counts in (("Data", run.counts["training"]), ("Held-out data", run.counts["heldout"])):
         if counts.examples:
             print(counts.line(name, config.data.max_length), flush=True)

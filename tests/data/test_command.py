@@ -53,7 +53,7 @@ def test_it_shows_what_a_run_learns_from(recipe_file, shown):
 def test_options_win_and_what_is_not_drawn_is_said(recipe_file, shown):
     printed, _ = shown(recipe_file(), "--data.num_examples", 10, "--data.heldout", "0.25", "--data.max_length", 20)
     assert "Data: 10 examples" in printed.out and "Held-out data: 16 examples" in printed.out
-    assert "Not drawn, by data.num_examples or weights: 38" in printed.out and "truncated" in printed.out
+    assert "data.jsonl: 64 records, 26 drawn\n" in printed.out and "truncated" in printed.out
 
 
 def test_it_ends_with_the_line_that_a_run_is_refused_with(recipe_file, data_file, shown, refused):

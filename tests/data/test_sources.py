@@ -107,6 +107,15 @@ def test_a_folder_is_all_its_files(tmp_path):
     assert asked(load(str(tmp_path))[0]) == [*range(len(SUFFIXES)), 19]
 
 
+def test_names_are_names_and_no_patterns(tmp_path):
+    folder = tmp_path / "a [b] *?"
+    folder.mkdir()
+    write(folder / "c[1].parquet", RECORDS[:5])
+    write(folder / "d*.jsonl", RECORDS[5:])
+    assert asked(load(str(folder))[0]) == list(range(20))
+    assert asked(load(str(folder / "c[1].parquet"))[0]) == list(range(5))
+
+
 def test_a_folder_s_files_are_of_the_split_that_their_names_say(tmp_path):
     write(tmp_path / "train-00000-of-00002.parquet", RECORDS[:8])
     write(tmp_path / "train-00001-of-00002.parquet", RECORDS[8:12])
@@ -183,12 +192,14 @@ def test_weights_are_shares_up_to_the_source_that_runs_out_first(sources):
     assert shares(weighted(20, 6, 10).training) == [20, 6, 10]
     assert shares(weighted(0.5, 0.125, 0.25).training) == [20, 5, 10]
     split = weighted(3, 1, 1)
-    assert shares(split.training) == [18, 6, 6] and split.not_drawn == 6
-    assert split.read == list(zip(sources, (20, 6, 10), strict=True))
+    assert shares(split.training) == [18, 6, 6]
+    said = [str(source).partition(": ")[2] for source in split.sources]
+    assert said == ["20 records, 18 drawn", "6 records", "10 records, 6 drawn"]
     # What is held out is of the same mixture, and the same whatever is trained on.
     part = weighted(3, 1, 1, heldout=10, num_examples=5)
     assert part.heldout == weighted(3, 1, 1, heldout=10).heldout and len(part.training) == 5
-    assert not [e for e in part.heldout if e in part.training] and part.not_drawn == 21
+    assert not [e for e in part.heldout if e in part.training]
+    assert sum(source.drawn for source in part.sources) == 15
     with pytest.raises(InputError, match=r"a.jsonl: weight 0.01 is too small: it gives no example"):
         weighted(0.01, 1, 1)
 
