@@ -156,7 +156,7 @@ class DataConfig:
         return isinstance(self.heldout, float) and 0 < self.heldout < 1
 
     def check_sources(self) -> None:
-        sources, heldout = self.sources(), self.heldout_source()
+        sources = self.sources()
         weights = [source.weight for source in sources if source.weight is not None]
         if not sources:
             raise ValueError("path is an empty list. Name at least one source.")
@@ -164,8 +164,6 @@ class DataConfig:
             raise ValueError(f"path: {len(weights)} of {len(sources)} sources have a weight. Give all one, or none.")
         if any(not 0 < weight < math.inf for weight in weights):
             raise ValueError(f"path: weights must be numbers above 0, got {', '.join(map(str, weights))}.")
-        if heldout is not None and any(replace(source, weight=heldout.weight) == heldout for source in sources):
-            raise ValueError(f"heldout is {heldout.path}, which is trained on. Name another file or another split.")
 
     def sources(self) -> list[Source]:
         """What is read for training, each with its split."""

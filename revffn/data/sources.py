@@ -14,25 +14,28 @@ OTHER_SUFFIXES = (".gz", ".zst", ".txt", ".tsv")
 """Of what is meant as a file, too, and not as a name on the Hub."""
 
 
-def read_source(source: Source, recipe: Path | None = None) -> Iterator[tuple[Any, str]]:
+def read_source(
+    source: Source, recipe: Path | None = None, setting: str = "data.path"
+) -> Iterator[tuple[Any, str]]:
     """Every record of a source with the place it stands at.
 
     Args:
         source: With its split.
         recipe: The recipe's path, beside which a relative path is looked for as well.
+        setting: Where the source is named, for error messages.
 
     Raises:
         InputError: It is missing or broken; with file and line where there are any.
     """
-    place = find_file(source.path, recipe)
+    place = find_file(source.path, recipe, setting)
     if place is None:
-        yield from read_hub(source)
+        yield from read_hub(source, setting)
         return
     for file in [place] if place.is_file() else files_of(place, source.split or "train"):
         yield from read_file(file)
 
 
-def find_file(path: str, recipe: Path | None = None) -> Path | None:
+def find_file(path: str, recipe: Path | None = None, setting: str = "data.path") -> Path | None:
     """The file or folder meant by `path`; None if it can only be a data set on the Hub.
 
     Raises:
@@ -49,10 +52,10 @@ def find_file(path: str, recipe: Path | None = None) -> Path | None:
                 return place / path
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
-        raise InputError(f"data.path {path[:80]!r}: cannot be looked for ({why}). Correct it.") from None
+        raise InputError(f"{setting} {path[:80]!r}: cannot be looked for ({why}). Correct it.") from None
     if path.endswith((*SUFFIXES, *OTHER_SUFFIXES)) or path.count("/") > 1:
         looked = ", ".join(str(place.resolve()) for place in dict.fromkeys(places))
-        raise InputError(f"data.path {path!r}: no such file in {looked}. Correct data.path.")
+        raise InputError(f"{setting} {path!r}: no such file in {looked}. Correct {setting}.")
     return None
 
 
@@ -79,11 +82,11 @@ def files_of(folder: Path, split: str) -> list[Path]:
         splits |= {str(name): files} if files else {}
     if split not in splits:
         there = f"splits: {', '.join(splits)}" if splits else f"no file of {', '.join(SUFFIXES)}"
-        raise InputError(f"{folder}: no files of the split {split!r}. Found {there}. Correct data.path or data.split.")
+        raise InputError(f"{folder}: no files of the split {split!r}. Found {there}. Correct the path or the split.")
     return splits[split]
 
 
-def read_hub(source: Source) -> Iterator[tuple[Any, str]]:
+def read_hub(source: Source, setting: str) -> Iterator[tuple[Any, str]]:
     """Every record of a data set on the Hub."""
     import datasets
 
@@ -91,8 +94,8 @@ def read_hub(source: Source) -> Iterator[tuple[Any, str]]:
         table = datasets.load_dataset(source.path, source.name, split=source.split)
     except Exception as error:  # the many ways a download fails all mean the same to the user
         raise InputError(
-            f"data.path {source.path!r}, split {source.split!r}: neither a file here nor a data set that can be had "
-            f"from the Hub ({reason(error)}). Correct data.path or data.split."
+            f"{setting} {source.path!r}, split {source.split!r}: neither a file here nor a data set that can be had "
+            f"from the Hub ({reason(error)}). Correct {setting} or the split."
         ) from None
     for i, record in enumerate(table, 1):
         yield without_nulls(record), f"{source.path} record {i}"

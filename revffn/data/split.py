@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 from ..recipe import DataConfig, InputError, Source
 from .conversations import ACCEPTED, Example, conversation
-from .sources import read_source
+from .sources import find_file, read_source
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,12 @@ def load_split(config: DataConfig, recipe: Path | None = None) -> Split:
         InputError: A source is missing, empty or broken, a record lacks a column, or there are too few records.
     """
     sources, apart = config.sources(), config.heldout_source()
+    places = [place_of(source, recipe) for source in sources]
+    if apart is not None and place_of(apart, recipe, "data.heldout") in places:
+        raise InputError(
+            f"data.heldout {title(apart)}: this is trained on. Name another file or split, or a number or share of "
+            "what is in data.path."
+        )
     parts = [read_examples(source, recipe) for source in sources]
     examples = [example for part in parts for example in part]
     order = draw([len(part) for part in parts], sources, config.seed)
@@ -69,11 +76,18 @@ def load_split(config: DataConfig, recipe: Path | None = None) -> Split:
     for source, part in zip(sources, parts, strict=True):
         counts.append(SourceCounts(title(source), len(part), sum(first <= i < first + len(part) for i in drawn)))
         first += len(part)
-    return Split(training, heldout if apart is None else read_examples(apart, recipe), counts)
+    return Split(training, heldout if apart is None else read_examples(apart, recipe, "data.heldout"), counts)
 
 
-def read_examples(source: Source, recipe: Path | None) -> list[Example]:
-    examples = [conversation(record, where) for record, where in read_source(source, recipe)]
+def place_of(source: Source, recipe: Path | None, setting: str = "data.path") -> tuple[Path | str | None, ...]:
+    """Equal for sources that are the same, however they are written."""
+    file = find_file(source.path, recipe, setting)
+    place = file.resolve() if file else source.path
+    return (place,) if file and file.is_file() else (place, source.name, source.split)
+
+
+def read_examples(source: Source, recipe: Path | None, setting: str = "data.path") -> list[Example]:
+    examples = [conversation(record, where) for record, where in read_source(source, recipe, setting)]
     if not examples:
         raise InputError(f"{title(source)}: no records. Give at least one record with the columns {ACCEPTED}.")
     return examples
@@ -89,13 +103,14 @@ def draw(sizes: list[int], sources: list[Source], seed: int) -> list[int]:
         InputError: A source gives no example.
     """
     generator = random.Random(seed)
-    weights = [source.weight for source in sources]
     taken = list(range(sum(sizes)))
-    if None not in weights:
+    # As they are written: three times 0.1 is 0.3.
+    weights = [Fraction(str(source.weight)) for source in sources if source.weight is not None]
+    if weights:
         scale = min(size / weight for size, weight in zip(sizes, weights, strict=True))
         taken, first = [], 0
-        for size, source in zip(sizes, sources, strict=True):
-            share = min(size, int(scale * source.weight + 1e-9))
+        for size, weight, source in zip(sizes, weights, sources, strict=True):
+            share = int(scale * weight)
             if not share:
                 raise InputError(f"{title(source)}: weight {source.weight:g} is too small: it gives no example.")
             taken += generator.sample(range(first, first + size), share)

@@ -191,6 +191,7 @@ def test_weights_are_shares_up_to_the_source_that_runs_out_first(sources):
     assert shares(weighted(1, 1, 1).training) == [6, 6, 6]
     assert shares(weighted(20, 6, 10).training) == [20, 6, 10]
     assert shares(weighted(0.5, 0.125, 0.25).training) == [20, 5, 10]
+    assert shares(weighted(0.3, 0.1, 0.1).training) == [18, 6, 6] == shares(weighted(3e-320, 1e-320, 1e-320).training)
     split = weighted(3, 1, 1)
     assert shares(split.training) == [18, 6, 6]
     said = [str(source).partition(": ")[2] for source in split.sources]
@@ -216,15 +217,25 @@ def test_held_out_is_a_number_a_share_or_a_source(tmp_path, sources):
     assert asked(training) == list(range(20)) and asked(heldout) == list(range(100, 106))
     with pytest.raises(InputError, match=r"20 records, but 21 are needed: 20 for data.heldout=20 and at least 1 to"):
         load(file, heldout=20)
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(InputError, match="^data.heldout 'nothing.jsonl': no such file"):
         load(file, heldout="nothing.jsonl")
+
+
+def test_what_is_trained_on_is_not_held_out(tmp_path, monkeypatch):
+    """However it is written; a file has no splits."""
+    file = write(tmp_path / "all.jsonl")
+    monkeypatch.chdir(tmp_path)
+    for heldout in (str(file), "all.jsonl", "./all.jsonl", Source(path="all.jsonl", split="test")):
+        with pytest.raises(InputError, match="^data.heldout .*all.jsonl.*: this is trained on"):
+            load([str(file)], heldout=heldout)
+    with pytest.raises(InputError, match="this is trained on"):
+        load(str(tmp_path), heldout=".")
 
 
 WRONG = {
     "a share of all": ({"heldout": 1.0}, "heldout must be a whole number of examples"),
     "a negative number": ({"heldout": "-1"}, "heldout must be a whole number of examples"),
     "no number": ({"heldout": "nan"}, "heldout must be a whole number of examples"),
-    "what is trained on": ({"heldout": "a.jsonl"}, "heldout is a.jsonl, which is trained on"),
     "no source": ({"path": []}, "path is an empty list"),
     "a weight for some": ({"path": [Source(path="a", weight=1), "b"]}, "1 of 2 sources have a weight. Give all one"),
     "a weight that is none": ({"path": Source(path="a", weight=float("nan"))}, "weights must be numbers above 0"),
