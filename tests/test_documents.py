@@ -89,6 +89,7 @@ def test_commands_are_taken(words, monkeypatch):
         "revffn.memory.command.plan_command",
         "revffn.evaluation.command.evaluate_command",
         "revffn.evaluation.command.compare_command",
+        "revffn.report.command.report_command",
     ):
         monkeypatch.setattr(place, stop)
     monkeypatch.chdir(ROOT)

@@ -19,7 +19,7 @@ from ..recipe import InputError, RunConfig
 from .checkpoint import STATES, newest, read_manifest
 from .lock import LOCK
 
-MODEL, METRICS, SUMMARY = "model", "metrics.jsonl", "run.json"
+MODEL, METRICS, ROUTERS, SUMMARY = "model", "metrics.jsonl", "router.jsonl", "run.json"
 MAY_DIFFER = (
     "training.output_dir",
     "training.resume",

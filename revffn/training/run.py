@@ -25,11 +25,11 @@ from ..optim import OptimizerInBackward, parameter_groups
 from ..recipe import RunConfig
 from .checkpoint import KEPT, STAGES, step_of
 from .ending import in_one_line
-from .heldout import step_bytes
 from .lock import locked
 from .preflight import Run, calibration, check
 from .results import Results
-from .resume import METRICS, MODEL
+from .resume import METRICS, MODEL, ROUTERS
+from .router_health import RouterLoad
 from .trainer import RevFFNTrainer, RunCallback
 
 
@@ -38,8 +38,8 @@ def train(config: RunConfig, recipe: Path | None = None) -> Path:
 
     Args:
         config: The run. `config.training.output_dir` receives `model/` (loadable with `from_pretrained` after
-            `import revffn`), `metrics.jsonl` (one JSON object per logged step) and `run.json` (settings, versions,
-            results).
+            `import revffn`), `metrics.jsonl` (one JSON object per logged step), `router.jsonl` (now and then the load
+            of every expert) and `run.json` (settings, versions, results).
         recipe: Where `config` came from; data is looked for beside it too.
 
     Returns:
@@ -96,7 +96,8 @@ def carry_out(run: Run, interrupts: Interrupts) -> None:
         prepare(run, model, results)
         if store is not None:
             store.refresh()
-        (run.output_dir / METRICS).unlink(missing_ok=True)
+        for name in (METRICS, ROUTERS):
+            (run.output_dir / name).unlink(missing_ok=True)
     else:
         results.read()
     results.write()
@@ -121,18 +122,17 @@ def carry_out(run: Run, interrupts: Interrupts) -> None:
 def prepare(run: Run, model: PreTrainedModel, results: Results) -> None:
     """Convert the model in place, as the recipe says, and measure what that is worth."""
     config, reversible = run.config, run.method.reversible
-    sample = next(calibration(run, 1, model))
     if config.evaluation.compare_checkpointing:
         kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
         getattr(model, f"{kind}_checkpointing_enable")()
-        results.bytes["activation checkpointing"] = step_bytes(model, sample)
+        results.measure_steps("activation checkpointing")
         getattr(model, f"{kind}_checkpointing_disable")()
     if reversible is None:
         return
     given = config.training.calibration_tokens
     convert(model, reversible, calibration=calibration(run, given, model) if given else None)
     if config.evaluation.compare_checkpointing:
-        results.bytes[reversible.coupling] = step_bytes(model, sample)
+        results.measure_steps(reversible.coupling)
     if not reversible.find_coupling().keeps_function:
         results.measure("converted")
 
@@ -158,8 +158,14 @@ def train_stage(
     if aux_loss is None and (stage == 1 or frozen):
         aux_loss = 0.0
     arguments = sft_arguments(run, stage, aux_loss)
+    router_load = RouterLoad(model, run.output_dir / ROUTERS)
     callback = RunCallback(
-        stage, run.output_dir / METRICS, results.heldout, run.config.evaluation.every_steps, interrupts
+        stage,
+        run.output_dir / METRICS,
+        results.on_the_way,
+        run.config.evaluation.every_steps,
+        interrupts,
+        router_load,
     )
     resumed = run.checkpoint if run.checkpoint and run.checkpoint.parent.name == f"stage{stage}" else None
     optimizer = make_optimizer(run.config, model)
@@ -179,6 +185,7 @@ def train_stage(
             processing_class=run.tokenizer,
             callbacks=[callback],
             seconds=results.seconds,
+            router_load=router_load,
         )
         trainer.remove_callback(PrinterCallback)
         if torch.cuda.is_available():

@@ -366,11 +366,16 @@ def test_a_dense_model_trains(recipe_file):
     assert type(AutoModelForCausalLM.from_pretrained(folder / "model")).__name__ == "RevFFNLlamaForCausalLM"
 
 
-def test_checkpointing_is_measured_beside_the_coupling(recipe_file):
-    folder = run(recipe_file(), "--evaluation.compare_checkpointing", "true")
+def test_checkpointing_is_measured_beside_the_coupling(recipe_file, capsys):
+    folder = run(recipe_file(), "--evaluation.compare_checkpointing", "2", "8")
     measured = json.loads((folder / "run.json").read_text())["step_bytes"]
-    assert measured["innovation"]["kept_bytes"] > 0
-    assert measured["activation checkpointing"]["peak_bytes"] > measured["activation checkpointing"]["kept_bytes"] > 0
+    ours, theirs = measured["innovation"], measured["activation checkpointing"]
+    assert [step["batch"] for step in ours] == [step["batch"] for step in theirs] == [2, 8]
+    for small, large in zip(ours, theirs, strict=True):
+        assert 0 < small["kept_bytes"] < large["kept_bytes"] < large["peak_bytes"]
+    table = capsys.readouterr().out.split("MiB at the peak")[1].splitlines()[1:4]
+    assert table[0].split()[-2:] == [f"{step['batch'] * step['tokens']:,}" for step in ours]
+    assert table[1].startswith("activation checkpointing") and table[2].startswith("innovation")
 
 
 def test_the_trainer_alone_keeps_checkpointing_off(tokenizer, tmp_path):
