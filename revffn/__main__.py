@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -13,6 +15,7 @@ EXTRA_OF |= {"plotly": "report", "lm_eval": "evaluate", "torchao": "lowbit", "ri
 """The extra that brings a package."""
 ACCEPTED_GAP = 0.02
 """Nats that export may cost without a warning."""
+HELP = {"-h", "--help", "--help-all"}
 
 
 def train(words: list[str]) -> None:
@@ -42,7 +45,7 @@ def check_recipe(words: list[str], command: str, make: type) -> None:
     """Of a command whose first word is a recipe: helps, or refuses another first word."""
     from . import command_line, recipe
 
-    if not words or words[0] in ("-h", "--help", "--help-all"):
+    if not words or HELP & set(words):
         command_line.from_words(make, words or ["--help"], f"revffn {command} RECIPE")
     if words[0].startswith("-"):
         raise recipe.InputError(
@@ -79,6 +82,8 @@ def export(words: list[str]) -> None:
     """Write the plain Hugging Face model of a finished run: revffn export RUN OUT"""
     from .recipe import InputError
 
+    if HELP & set(words):
+        return explain(export)
     if len(words) != 2 or words[0].startswith("-"):
         raise InputError("command line: expected two folders. Usage: revffn export RUN OUT")
     run, out = Path(words[0]), Path(words[1])
@@ -94,6 +99,7 @@ def export(words: list[str]) -> None:
     from .models.architectures import fit_for_servers
     from .models.conversion import export as plain_model
     from .models.loading import load_causal_lm
+    from .quiet import without_bars
 
     try:
         # A rehearsal without weights: what export refuses, it refuses before they are read.
@@ -103,7 +109,7 @@ def export(words: list[str]) -> None:
         raise InputError(f"{folder}: {error}") from None
     plain = plain_model(load_causal_lm(folder, "auto"))
     about_servers = fit_for_servers(plain)
-    with new_folder(out) as partial:
+    with new_folder(out) as partial, without_bars():
         plain.save_pretrained(partial)
         if (folder / "tokenizer_config.json").is_file():
             AutoTokenizer.from_pretrained(folder).save_pretrained(partial)
@@ -176,7 +182,7 @@ def evaluate(words: list[str]) -> None:
     """Score a model, or compare scores: revffn evaluate MODEL --tasks mmlu,gsm8k --output FILE; --compare FILE FILE"""
     from . import command_line, options
 
-    if words[:1] == ["--compare"]:
+    if words[:1] == ["--compare"] and not HELP & set(words):
         from .evaluation.command import compare_command
 
         return compare_command(words[1:])
@@ -192,6 +198,35 @@ def evaluate(words: list[str]) -> None:
         sys.exit(f"revffn evaluate: {error}")
 
 
+def chat(words: list[str]) -> None:
+    """Talk to a model, or to two side by side: revffn chat MODEL [OTHER] [--key value ...]"""
+    from . import command_line, options, recipe
+
+    number = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    if number > 2:
+        raise recipe.InputError(
+            f"command line: expected one model or two, got {' '.join(words[:number])!r}. Usage: revffn chat MODEL "
+            "[OTHER] [--key value ...]"
+        )
+    names = [f"--{key}={given}" for key, given in zip(("model", "other"), words[:number], strict=False)]
+    config = command_line.from_words(options.ChatConfig, names + words[number:], "revffn chat MODEL [OTHER]")
+    from .evaluation.chat import chat_command
+
+    chat_command(config)
+
+
+def completion(words: list[str]) -> None:
+    """Print what a shell needs to complete commands and options: revffn completion bash | zsh | fish"""
+    from .completion import script
+    from .recipe import InputError
+
+    if HELP & set(words):
+        return explain(completion)
+    if len(words) != 1:
+        raise InputError("command line: expected the name of a shell. Usage: revffn completion bash | zsh | fish")
+    print(script(words[0], {name: summary(function).partition(":")[0] for name, function in COMMANDS.items()}), end="")
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "data": data,
@@ -200,7 +235,20 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "plan": plan,
     "report": report,
     "evaluate": evaluate,
+    "chat": chat,
+    "completion": completion,
 }
+
+
+def summary(command: Callable) -> str:
+    """What a command is for, and how it is called: its first line."""
+    return (inspect.getdoc(command) or "").partition("\n")[0]
+
+
+def explain(command: Callable) -> None:
+    """The help of a command without options."""
+    what, _, how = summary(command).partition(": ")
+    print(f"usage: {how}\n\n{what}.")
 
 
 def main(words: list[str] | None = None) -> int:
@@ -211,16 +259,27 @@ def main(words: list[str] | None = None) -> int:
         be written or read, 130 or 143 for Ctrl-C or SIGTERM.
     """
     words = sys.argv[1:] if words is None else words
-    if not words or words[0] in ("-h", "--help"):
+    while words[:1] == ["help"]:  # alone, or with a command
+        words = [*words[1:2], "--help"]
+    if not words or words[0] in HELP:
         print("usage: revffn COMMAND ...\n")
         for name, function in COMMANDS.items():
-            print(f"  {name:<8} {(function.__doc__ or '').splitlines()[0]}")
-        print("\nrevffn COMMAND --help lists what a command takes.")
+            print(f"  {name:<10} {summary(function)}")
+        print("\nrevffn help COMMAND, or revffn COMMAND --help, lists what a command takes; revffn --version.")
+        return 0
+    if words[0] == "--version":
+        from . import __version__
+
+        print(f"revffn {__version__}")
         return 0
     # TRL reports each run's model and machine over the network unless told not to.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars that nobody sees move
     if words[0] not in COMMANDS:
-        print(f"revffn: unknown command {words[0]!r}. Commands: {', '.join(COMMANDS)}.", file=sys.stderr)
+        near = difflib.get_close_matches(words[0], [*COMMANDS, "help"], n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        print(f"revffn: unknown command {words[0]!r}.{hint} Commands: {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
     status, line = in_one_line(COMMANDS[words[0]], words[1:])
     if line:
@@ -232,10 +291,11 @@ def in_one_line(command: Callable[[list[str]], None], words: list[str]) -> tuple
     """Run a command: its exit status, and what is to be said if that is not 0."""
     from .files import describe
     from .interrupts import Interrupts
+    from .quiet import without_noise
     from .recipe import InputError
 
     try:
-        with Interrupts():
+        with Interrupts(), without_noise():
             command(words)
     except InputError as error:
         return 2, str(error)

@@ -233,12 +233,15 @@ def build(make: type[T], given: dict[str, Given], otherwise: str) -> T:
         InputError: A value is missing, has the wrong type or is out of range.
     """
     tree: dict[str, Any] = {}
+    known = leaves(make)
     for name, value in given.items():
         *path, last = name.split(".")
         inner = tree
         for group in path:
             inner = inner.setdefault(group, {})
-        inner[last] = value.value
+        # One value is a list of one, where only a list will do.
+        alone = get_origin(known.get(name)) is list and isinstance(value.value, str)
+        inner[last] = [value.value] if alone else value.value
     try:
         return TypeAdapter(make).validate_python(tree)
     except ValidationError as failed:
@@ -248,7 +251,6 @@ def build(make: type[T], given: dict[str, Given], otherwise: str) -> T:
         # Of __post_init__: "beta1 must be ...", of the section that the path names.
         text = f"{'.'.join(path)}: {problem['ctx']['error']}" if path else str(problem["ctx"]["error"])
         raise InputError(f"{blamed(text, given, otherwise)}: {text}") from None
-    known = leaves(make)
     # Behind the field's name there may be the member of a union that did not fit either.
     name = next(".".join(path[:i]) for i in range(len(path), 0, -1) if ".".join(path[:i]) in known)
     if problem["type"] == "missing":
@@ -287,7 +289,7 @@ def dataclass_in(hint: Any) -> type | None:
 def accepted(hint: Any) -> str:
     """A field's type in words."""
     words = {str: "a text", int: "a whole number", float: "a number, like 2e-5", bool: "true or false"}
-    words |= {NoneType: "null", list[int]: "a list of whole numbers"}
+    words |= {NoneType: "null", list[int]: "a list of whole numbers", list[str]: "a list of texts"}
     keys = ", ".join(field.name for field in fields(Source))
     words |= {Source: f"a mapping with some of {keys}", list[str | Source]: "a list of those"}
     found = []

@@ -265,7 +265,10 @@ class TrainingConfig:
     """Recompute each layer from its stored input. Only with `reversible.coupling: null`; the others do it
     themselves."""
     log_steps: int = 1
-    """A line in metrics.jsonl every so many optimizer steps."""
+    """A line in metrics.jsonl, and a report, every so many optimizer steps."""
+    report_to: list[str] = field(default_factory=list)
+    """Who is told the numbers of metrics.jsonl while the run goes on, by transformers' names: tensorboard, trackio,
+    wandb and others. The package must be installed. tensorboard's files lie in the run's folder, in `stage2/runs`."""
     save_steps: int | None = first(None)
     """A checkpoint to resume from every so many optimizer steps; null keeps none."""
     save_on_interrupt: bool = False

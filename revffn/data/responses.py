@@ -100,7 +100,7 @@ class Chat:
     def marked(self, turns: list[int], all_of_them: bool) -> list[Span]:
         """What the template itself marks of the messages `turns`, which are the last by the assistant; with the
         end-of-turn token behind it, which teaches to stop."""
-        from transformers.utils.chat_template_utils import render_jinja_template
+        from ..upstream import render_jinja_template
 
         template = self.tokenizer.get_chat_template(tools=self.tools)
         if not MARKS.search(template):

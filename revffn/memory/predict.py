@@ -37,6 +37,7 @@ from ..models import losses
 from ..models.architectures import num_dense_layers
 from ..models.losses import chunk_size
 from ..optim import OptimizerInBackward
+from ..upstream import attention_implementation
 from .live_bytes import PARTS, LiveBytes
 from .simulation import Method, RealOptimizer, build, run_step
 
@@ -82,7 +83,7 @@ def cached(function: Callable) -> Callable:
 
     def call(hf_config: PreTrainedConfig, method: Method, *args: Any) -> Any:
         # ReversibleConfig is mutable, so the methods' text stands for them.
-        key = f"{hf_config.to_json_string(use_diff=False)} {hf_config._attn_implementation} {method}"
+        key = f"{hf_config.to_json_string(use_diff=False)} {attention_implementation(hf_config)} {method}"
         configs[key] = (hf_config, method)
         return remembered(key, *args)
 
@@ -121,7 +122,7 @@ def count(model_and_method: tuple[PreTrainedConfig, Method]) -> Counts:
         optimizer_bytes,
         host_bytes,
         # Known only now: a config leaves the choice to the model.
-        model.config._attn_implementation == "eager",
+        attention_implementation(model.config) == "eager",
     )
 
 

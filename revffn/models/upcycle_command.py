@@ -15,6 +15,7 @@ from ..data import Example, load_conversations
 from ..data.conversations import is_plain
 from ..files import new_folder
 from ..options import UpcycleConfig
+from ..quiet import without_bars
 from ..recipe import DataConfig
 from .upcycle import (
     HELDOUT_ROWS,
@@ -31,6 +32,7 @@ from .upcycle import (
 )
 
 
+@without_bars()
 def upcycle_command(config: UpcycleConfig) -> dict[str, Any]:
     """Upcycle a dense model into a Qwen2-MoE folder, measure it, and print what was measured.
 

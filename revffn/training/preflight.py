@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 
 from ..config import ReversibleConfig
 from ..data import Counts, SourceCounts, batches, check_left_out, load_split, load_tokenizer, tokenize_and_count
@@ -85,6 +86,7 @@ def check(config: RunConfig, recipe: Path | None = None) -> Run:
         raise InputError("training.output_dir is not set. Name the folder of the run.")
     output_dir = Path(config.training.output_dir)
     check_folder(output_dir)
+    check_report_to(config.training.report_to)
     found = resume.find(config, output_dir)
     checkpoint = found.checkpoint
     split = load_split(config.data, recipe)
@@ -145,6 +147,21 @@ def check_folder(output_dir: Path) -> None:
             f"training.output_dir {str(output_dir)[:200]}: {reason(error)}. Name a folder that can be written to."
         ) from None
     check_free(output_dir)
+
+
+def check_report_to(names: list[str]) -> None:
+    """Refuse a name that transformers does not know, or whose package is not installed.
+
+    Raises:
+        InputError: Names it.
+    """
+    for name in names:
+        try:
+            get_reporting_integration_callbacks([name])
+        except ValueError as error:
+            raise InputError(f"training.report_to: {error}") from None
+        if name not in get_available_reporting_integrations():
+            raise InputError(f"training.report_to: {name} is not installed here. Install it, or leave it out.")
 
 
 def check_model(config: RunConfig, hf_config: PreTrainedConfig, reversible: ReversibleConfig | None) -> None:

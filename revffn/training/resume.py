@@ -28,6 +28,7 @@ MAY_DIFFER = (
     "training.save_steps",
     "training.save_on_interrupt",
     "training.log_steps",
+    "training.report_to",
     "memory.limit",
     "memory.force",
     "memory.weights",  # bit for bit the same training

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 import torch
-from datasets import Dataset, disable_progress_bars
+from datasets import Dataset
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -22,6 +22,7 @@ from ..models.conversion import convert, coupling_parameters
 from ..models.loading import load_causal_lm
 from ..models.losses import forward_for_a_while
 from ..optim import OptimizerInBackward, parameter_groups
+from ..quiet import without_bars
 from ..recipe import RunConfig
 from .checkpoint import KEPT, STAGES, step_of
 from .ending import in_one_line
@@ -51,7 +52,8 @@ def train(config: RunConfig, recipe: Path | None = None) -> Path:
         StorageError: Something could not be written or read; an OSError. The message is one line, and names the last
             complete checkpoint.
     """
-    with in_one_line(output_dir_of(config)), Interrupts(config.training.save_on_interrupt) as interrupts:
+    after_step = config.training.save_on_interrupt
+    with without_bars(), in_one_line(output_dir_of(config)), Interrupts(after_step) as interrupts:
         run = check(config, recipe)
         for line in run.resume.says:
             print(line, flush=True)
@@ -77,8 +79,6 @@ def carry_out(run: Run, interrupts: Interrupts) -> None:
             print(counts.line(name, config.data.max_length), flush=True)
     if run.tile is not None:
         print(run.tile, flush=True)
-    # The trainer passes over the tokenized data several times; a bar each says nothing.
-    disable_progress_bars()
     set_seed(config.training.seed)
     print(f"Loading {run.checkpoint or config.model.path}", flush=True)
     trust = config.model.trust_remote_code
@@ -196,7 +196,7 @@ def train_stage(
                 trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
             finally:
                 callback.close()
-            results.num_tokens[f"stage{stage}"] = int(trainer._total_train_tokens)
+            results.num_tokens[f"stage{stage}"] = trainer.num_tokens
             if stage == 2:
                 results.note_memory(trainer)
         else:
@@ -260,7 +260,7 @@ def sft_arguments(run: Run, stage: int, aux_loss: float | None) -> SFTConfig:
         save_steps=training.save_steps or 500,
         save_total_limit=KEPT,
         disable_tqdm=True,
-        report_to="none",
+        report_to=training.report_to or "none",
         dataloader_pin_memory=torch.cuda.is_available(),
         **{checkpointing: training.activation_checkpointing},
     )

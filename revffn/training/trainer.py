@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
@@ -33,6 +32,7 @@ from ..models.losses import use_linear_cross_entropy
 from ..optim import OptimizerInBackward
 from .checkpoint import delete_old, read_manifest, readable_lines, write_manifest
 from .heldout import peak_bytes
+from .progress import Progress
 from .router_health import RouterLoad
 
 
@@ -196,10 +196,15 @@ class RevFFNTrainer(SFTTrainer):
                 path.rename(partial / path.name)
             written.rmdir()
             about = {} if self.seconds is None else {"seconds": self.seconds()}
-            write_manifest(partial, num_tokens=int(self._total_train_tokens), **about)
+            write_manifest(partial, num_tokens=self.num_tokens, **about)
         delete_old(final.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
         if self.in_backward is not None:
             self.in_backward.last_checkpoint = str(final)
+
+    @property
+    def num_tokens(self) -> int:
+        """Seen in training, before a resume too."""
+        return int(self._total_train_tokens)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training and "loss" in logs:
@@ -251,7 +256,7 @@ FIXED_POINT = ("iterations", "contraction", "kept_bits", "kept_rows")
 
 
 class RunCallback(TrainerCallback):
-    """The progress bar, metrics.jsonl, what is measured on the way, and interruptions that wait for a step's end.
+    """How far it is, metrics.jsonl, what is measured on the way, and interruptions that wait for a step's end.
 
     Args:
         evaluate: Gives a line for metrics.jsonl, every `every_steps` optimizer steps but the last.
@@ -268,14 +273,14 @@ class RunCallback(TrainerCallback):
     ):
         self.stage, self.metrics, self.evaluate, self.every_steps = stage, metrics, evaluate, every_steps
         self.interrupts, self.router_load = interrupts, router_load
-        self.bar: tqdm | None = None
+        self.progress: Progress | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.interrupts.in_step = True
         # A checkpoint brings its own, but the run may have been told others now.
         state.compute_steps(args, state.max_steps)
         if state.is_world_process_zero:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=f"stage {self.stage}", unit="step")
+            self.progress = Progress(f"stage {self.stage}", state.global_step, state.max_steps)
             self.forget_after(state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -283,8 +288,8 @@ class RunCallback(TrainerCallback):
             control.should_save = True
         else:
             self.interrupts.between_steps()
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
+        if self.progress is not None:
+            self.progress.advance(state.global_step)
         if self.every_steps and state.global_step % self.every_steps == 0 and state.global_step < state.max_steps:
             self.write(state, self.evaluate())
 
@@ -295,11 +300,8 @@ class RunCallback(TrainerCallback):
         if "loss" not in (logs or {}):
             return
         self.write(state, logs)
-        self.router_load.write_row(self.stage, state.global_step, state.max_steps)
-        if self.bar is not None:
-            memory = f"{logs['peak_bytes'] / 2**30:.1f} GiB"
-            speed = f"{logs['tokens_per_second']:.0f}" if "tokens_per_second" in logs else "-"
-            self.bar.set_postfix_str(f"loss {logs['loss']:.3f}, {speed} tokens/s, {memory}")
+        if self.progress is not None:
+            self.progress.log(state.global_step, logs)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.interrupts.in_step = False
@@ -307,8 +309,8 @@ class RunCallback(TrainerCallback):
 
     def close(self) -> None:
         """Whatever ends the training: what follows begins on a line of its own."""
-        if self.bar is not None:
-            self.bar.close()
+        if self.progress is not None:
+            self.progress.close()
 
     def forget_after(self, step: int) -> None:
         """Steps after the checkpoint that a run resumes from are made again."""

@@ -5,6 +5,7 @@ Run: pytest tests/data/test_command.py
 
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -133,8 +134,9 @@ def test_help_has_only_what_matters(capsys):
 
 @pytest.mark.slow
 def test_no_model_and_no_trainer_is_loaded(recipe_file):
-    words = [sys.executable, "-X", "importtime", "-m", "revffn", "data", str(recipe_file())]
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    words = [sys.executable, "-m", "revffn", "data", str(recipe_file())]
+    environment = os.environ | {"PYTHONPROFILEIMPORTTIME": "1"}
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env=environment)
     imported = set(re.findall(r"\| +([\w.]+)$", done.stderr, re.MULTILINE))
     assert "revffn.data.command" in imported
     assert not [name for name in imported if name in ("trl", "datasets") or name.startswith("revffn.models")]
