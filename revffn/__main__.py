@@ -13,7 +13,7 @@ from pathlib import Path
 from .interrupts import Interrupts, at_once
 
 EXTRA_OF = {"trl": "train", "datasets": "train", "accelerate": "train", "gguf": "upcycle", "matplotlib": "plot"}
-EXTRA_OF |= {"plotly": "report", "lm_eval": "evaluate", "torchao": "lowbit", "rich": "train"}
+EXTRA_OF |= {"plotly": "report", "lm_eval": "evaluate", "torchao": "lowbit", "rich": "train", "pyarrow": "train"}
 """The extra that brings a package."""
 ACCEPTED_GAP = 0.02
 """Nats that export may cost without a warning."""
@@ -24,13 +24,7 @@ def train(words: list[str]) -> None:
     """Fine-tune a model as a recipe says: revffn train RECIPE [--section.key value ...]"""
     from . import command_line, recipe
 
-    if not words or HELP & set(words):
-        command_line.from_words(recipe.RunConfig, words or ["--help"], "revffn train RECIPE")
-    if words[0].startswith("-"):
-        raise recipe.InputError(
-            f"command line: the recipe comes first, got {words[0]!r}. Usage: revffn train RECIPE [--section.key "
-            "value ...]"
-        )
+    check_recipe(words, "train", recipe.RunConfig)
     from .training.processes import check_one_process
 
     check_one_process()
@@ -47,6 +41,30 @@ def train(words: list[str]) -> None:
         train(config, Path(words[0]))
     except (StateMismatchError, NonFiniteGradientError) as error:
         sys.exit(f"revffn train: stopped, because training on would use wrong gradients. {error}")
+
+
+def check_recipe(words: list[str], command: str, make: type) -> None:
+    """Of a command whose first word is a recipe: helps, or refuses another first word."""
+    from . import command_line, recipe
+
+    if not words or HELP & set(words):
+        command_line.from_words(make, words or ["--help"], f"revffn {command} RECIPE")
+    if words[0].startswith("-"):
+        raise recipe.InputError(
+            f"command line: the recipe comes first, got {words[0]!r}. Usage: revffn {command} RECIPE [--section.key "
+            "value ...]"
+        )
+
+
+def data(words: list[str]) -> None:
+    """Show what a run would learn from: revffn data RECIPE [--section.key value ...]"""
+    from . import command_line, options
+
+    check_recipe(words, "data", options.ShowDataConfig)
+    config = command_line.load_run_config(words[0], words[1:])
+    from .data.command import data_command
+
+    data_command(config, Path(words[0]))
 
 
 def upcycle(words: list[str]) -> None:
@@ -219,6 +237,7 @@ def completion(words: list[str]) -> None:
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
+    "data": data,
     "upcycle": upcycle,
     "export": export,
     "plan": plan,

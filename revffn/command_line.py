@@ -7,7 +7,8 @@ makes them what the fields' types say; an error names the place: file and line, 
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, fields
+import sys
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -16,7 +17,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from .config import RETIRED, ReversibleConfig, groups_of, offered
-from .recipe import InputError, RunConfig
+from .recipe import RENAMED, InputError, RunConfig, Source
 from .usage import usage
 
 COMMAND_LINE = "command line"
@@ -29,7 +30,7 @@ class Given:
     """A value as the user wrote it, and where."""
 
     value: Any
-    """A text, None, or a list of them."""
+    """A text, None, a mapping of them, or a list of all these."""
     where: str = COMMAND_LINE
 
 
@@ -91,6 +92,7 @@ def read_words(make: type, words: list[str]) -> dict[str, Given]:
         opposite = name.removeprefix("no_")
         if name not in known and opposite in known and not values and bool in kinds(known[opposite]):
             name, values = opposite, ["false"]
+        name = renamed(make, name, COMMAND_LINE)
         check_name(make, name, COMMAND_LINE)
         if name not in known:
             inside = [key for key in known if key.startswith(name + ".")]
@@ -125,7 +127,7 @@ def read_recipe(recipe: Path) -> dict[str, Given]:
     def read(config: type, body: yaml.Node | None, prefix: str, remedy: str) -> None:
         groups = groups_of(config)
         for key, value in mapping(body, remedy):
-            name = prefix + key.value
+            name = renamed(RunConfig, prefix + key.value, where(key))
             check_name(RunConfig, name, where(key))
             if key.value in groups:
                 remedy_within = f"{where(key)}: {name} is a section, write its keys on indented lines below it"
@@ -135,14 +137,32 @@ def read_recipe(recipe: Path) -> dict[str, Given]:
                 raise InputError(f"{where(key)}: {name} is already set ({given[name].where}). Keep one of the two.")
             is_list = isinstance(value, yaml.SequenceNode)
             nodes = value.value if is_list else [value]
-            if not all(isinstance(node, yaml.ScalarNode) for node in nodes):
-                raise InputError(f"{where(key)}: {name} takes a value or a list of values, got a nested structure.")
-            values = [None if node.tag.endswith(":null") else node.value for node in nodes]
+            values = [plain(node, name, where(node)) for node in nodes]
             given[name] = Given(values if is_list else values[0], where(key))
 
     names = ", ".join(groups_of(RunConfig))
     read(RunConfig, root, "", f"{recipe}: a recipe is a mapping of the sections {names}")
     return given
+
+
+def plain(node: yaml.Node, name: str, where: str) -> str | None | dict[str, str | None]:
+    """A value as it is written; a mapping where the field `name` takes a dataclass."""
+    if isinstance(node, yaml.ScalarNode):
+        return None if node.tag.endswith(":null") else node.value
+    made = dataclass_in(leaves(RunConfig)[name])
+    if made is None or not isinstance(node, yaml.MappingNode):
+        raise InputError(f"{where}: {name} takes a value or a list of values, got a nested structure.")
+    keys, found = [field.name for field in fields(made)], {}
+    for key, value in mapping(node, f"{where}: {name} takes a mapping with the keys {', '.join(keys)}"):
+        if key.value not in keys or key.value in found:
+            what = "is there twice" if key.value in found else "is unknown"
+            raise InputError(f"{where}: {name}: the key {key.value!r} {what}. Accepted keys: {', '.join(keys)}.")
+        if not isinstance(value, yaml.ScalarNode):
+            raise InputError(f"{where}: {name}: {key.value} takes one value, got a nested structure.")
+        found[key.value] = plain(value, name, where)
+    if found.get("path") is None:
+        raise InputError(f"{where}: {name}: a source has no path. Add path: there.")
+    return found
 
 
 def mapping(node: yaml.Node | None, remedy: str) -> list[tuple[yaml.ScalarNode, yaml.Node]]:
@@ -159,6 +179,15 @@ def mapping(node: yaml.Node | None, remedy: str) -> list[tuple[yaml.ScalarNode, 
 def leaves(config: type) -> dict[str, Any]:
     """Names and types of the fields that are offered."""
     return {name: hint for name, hint, *_ in offered(config)}
+
+
+def renamed(make: type, name: str, where: str) -> str:
+    """The present name of a key of before; a line says so."""
+    section, _, last = name.partition(".")
+    if make is not RunConfig or section != "data" or last not in RENAMED:
+        return name
+    print(f"{where}: {name} is called data.{RENAMED[last]} now.", file=sys.stderr)
+    return f"data.{RENAMED[last]}"
 
 
 def check_name(make: type, name: str, where: str) -> None:
@@ -237,8 +266,10 @@ def blamed(text: str, given: dict[str, Given], otherwise: str) -> str:
     section, _, rest = text.partition(": ")
     words = {word.strip(",.:;()'\"=") for word in f"{section} {section}.{rest} {rest}".replace("=", " ").split()}
     named = [name for name in given if name in words or name.rpartition(".")[2] in words]
-    # What was typed last is what the user is looking at; then what the message is about first.
-    named.sort(key=lambda name: (given[name].where != COMMAND_LINE, text.find(name.rpartition(".")[2])))
+    # What was typed last is what the user is looking at; then what the message names in full, or is about first.
+    named.sort(
+        key=lambda name: (given[name].where != COMMAND_LINE, name not in words, text.find(name.rpartition(".")[2]))
+    )
     return given[named[0]].where if named else otherwise
 
 
@@ -249,10 +280,18 @@ def kinds(hint: Any) -> list[Any]:
     return [kind for member in get_args(hint) for kind in kinds(member)]
 
 
+def dataclass_in(hint: Any) -> type | None:
+    """The dataclass that a field may hold, alone or in a list."""
+    found = [hint] if is_dataclass(hint) else map(dataclass_in, get_args(hint))
+    return next(filter(None, found), None)
+
+
 def accepted(hint: Any) -> str:
     """A field's type in words."""
     words = {str: "a text", int: "a whole number", float: "a number, like 2e-5", bool: "true or false"}
     words |= {NoneType: "null", list[int]: "a list of whole numbers", list[str]: "a list of texts"}
+    keys = ", ".join(field.name for field in fields(Source))
+    words |= {Source: f"a mapping with some of {keys}", list[str | Source]: "a list of those"}
     found = []
     for kind in kinds(hint):
         found += [", ".join(map(str, get_args(kind)))] if get_origin(kind) is Literal else [words[kind]]

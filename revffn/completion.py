@@ -11,12 +11,13 @@ from typing import Any, Literal, get_args, get_origin
 
 from .command_line import kinds
 from .config import offered
-from .options import ChatConfig, EvaluateConfig, PlanConfig, ReportConfig, UpcycleConfig
+from .options import ChatConfig, EvaluateConfig, PlanConfig, ReportConfig, ShowDataConfig, UpcycleConfig
 from .recipe import InputError, RunConfig
 from .usage import field_texts, sentence
 
 TAKES: dict[str, type] = {
     "train": RunConfig,
+    "data": ShowDataConfig,
     "upcycle": UpcycleConfig,
     "plan": PlanConfig,
     "report": ReportConfig,

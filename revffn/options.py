@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from .recipe import DataConfig, at_least, check_seed
+from .recipe import DataConfig, ModelConfig, at_least, check_seed
 
 
 @dataclass(kw_only=True)
@@ -63,6 +63,15 @@ class PlanConfig:
                 f"tile_tokens must be auto (the largest that fits), 0 (the whole batch) or at least 1, got "
                 f"{self.tile_tokens}. Leave it out for auto."
             )
+
+
+@dataclass(kw_only=True)
+class ShowDataConfig:
+    """Say before a run what its data is: counts, what is left out and why, lengths, and five examples with what is
+    learnt of them. Takes a run's recipe and its options, of which these matter."""
+
+    model: ModelConfig
+    data: DataConfig = field(default_factory=DataConfig)
 
 
 @dataclass(kw_only=True)
@@ -133,7 +142,7 @@ class UpcycleConfig:
 
     The text is instruction, context and answer one after the other, without the chat template: the experts specialise,
     and what there is to learn about chatting is left to `revffn train`. The held-out loss is on examples that `revffn
-    train` with the same `text`, `num_heldout` and data seed 0 holds out as well.
+    train` with `text` as its data, `num_heldout` as `data.heldout` and data seed 0 holds out as well.
     """
 
     output: str
@@ -158,7 +167,7 @@ class UpcycleConfig:
     """Peak learning rate of those steps."""
     text: str | None = None
     """Examples to train and measure on, as in `data.path` of a recipe; null is dolly-15k."""
-    num_heldout: int = DataConfig.num_heldout
+    num_heldout: int = 256
     """Examples that are kept for the measurement."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of the weights in the folder. Training is in float32."""

@@ -5,15 +5,19 @@ command_line.py fills them from a YAML recipe and from options. `first` marks wh
 
 from __future__ import annotations
 
+import functools
 import math
+import warnings
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from .config import ReversibleConfig, first
 
 LARGEST = 2**31 - 1
 """Of every number in a recipe."""
 LARGEST_SEED = 2**32 - 1
+RENAMED = {"num_heldout": "heldout"}
+"""Settings of `DataConfig` before, and what they are called now."""
 
 
 class InputError(ValueError):
@@ -72,37 +76,107 @@ class RunReversibleConfig(ReversibleConfig):
 
 
 @dataclass(kw_only=True)
-class DataConfig:
-    """The conversations to learn from. Only the responses count in the loss."""
+class Source:
+    """One of several places to read examples from, with what `datasets.load_dataset` needs to be told."""
 
-    path: str = first("data/databricks-dolly-15k/databricks-dolly-15k.jsonl.gz")
-    """A .jsonl, .jsonl.gz, .json or .csv file with the columns instruction, response (and context); or instruction,
-    output (and input); or question, answer (and context); or messages (and tools). Looked for in the working
-    directory, beside the recipe and in the source checkout. Anything else is taken for a data set on the Hub."""
+    path: str
+    """As in `data.path`."""
+    name: str | None = None
+    """Subset of a data set on the Hub that has several."""
+    split: str | None = None
+    """Null is `data.split`."""
+    weight: float | None = None
+    """Share of this source in what is drawn, relative to the others' weights. All sources have one, or none."""
+
+
+def accept_old_names(cls: type) -> type:
+    """Of before, with a warning that says the present one."""
+    made = cls.__init__
+
+    @functools.wraps(made)
+    def __init__(self: Any, **values: Any) -> None:
+        for old in values.keys() & RENAMED.keys():
+            warnings.warn(f"{old} is called {RENAMED[old]} now.", FutureWarning, stacklevel=2)
+            values[RENAMED[old]] = values.pop(old)
+        made(self, **values)
+
+    cls.__init__ = __init__
+    return cls
+
+
+@accept_old_names
+@dataclass(kw_only=True)
+class DataConfig:
+    """The examples to learn from. Only responses count in the loss, and plain text (docs/data.md)."""
+
+    path: str | Source | list[str | Source] = first("data/databricks-dolly-15k/databricks-dolly-15k.jsonl.gz")
+    """A .jsonl, .json, .csv (or .gz, .zst of one), .parquet or .arrow file, a folder of them, a data set on the Hub,
+    or a list of these. Files are looked for in the working directory, beside the recipe and in the source checkout.
+    The columns say what an example is: messages (and tools); conversations as ShareGPT has them; prompt and
+    completion; instruction and output (and input); instruction and response (and context); question and answer; or
+    text. In a recipe a source may have a name, a split and a weight: {path: a.jsonl, weight: 2}."""
     split: str = "train"
-    """Split of a data set on the Hub."""
+    """Split of a data set on the Hub, or of a folder whose files are named after splits."""
     num_examples: int | None = None
     """Training examples to use, drawn by `seed`; null is all that are not held out."""
-    num_heldout: int = 256
-    """Examples held out for evaluation, drawn by `seed`. The same ones whatever `num_examples` is."""
+    heldout: int | float | str | Source = 256
+    """Examples held out for evaluation: how many, or which share (below 1), drawn by `seed`; or a source of their own,
+    as in `path`. The same ones whatever `num_examples` is."""
     max_length: int = first(1024)
-    """Tokens per sequence; what is longer is cut at the end."""
+    """Tokens per sequence; what is longer is cut at the end, and plain text goes on in the next sequence."""
     learn: Literal["all_responses", "last_response"] = "all_responses"
     """Which responses of a conversation of several turns count in the loss; the others are read as part of the
-    prompt."""
+    prompt. Of prompt and completion only the completion is learnt."""
     max_dropped: float = 0.05
     """Largest share of the training examples that may be left out because their prompts fill `max_length`. How many
     were is printed and recorded in run.json; above this share the run is refused."""
     packing: bool = False
-    """Put several examples into one sequence of `max_length` tokens, kept apart by position ids. Otherwise pad."""
+    """Put several examples into one sequence of `max_length` tokens, the best fit first, kept apart by position ids.
+    Otherwise pad."""
     seed: int = 0
     """Seed of the held-out split and of the choice of training examples."""
 
     def __post_init__(self):
-        at_least(self, num_examples=1, num_heldout=0, max_length=8)
+        at_least(self, num_examples=1, max_length=8)
         if not 0 <= self.max_dropped <= 1:
             raise ValueError(f"max_dropped is a share: it must be from 0 to 1, got {self.max_dropped}.")
         check_seed(self)
+        self.heldout = number(self.heldout)
+        if isinstance(self.heldout, (int, float)) and not self.holds_out_a_number():
+            raise ValueError(
+                f"heldout must be a whole number of examples up to {LARGEST}, a share above 0 and below 1, or a path, "
+                f"got {self.heldout}."
+            )
+        self.check_sources()
+
+    def holds_out_a_number(self) -> bool:
+        """Whether `heldout` is a number of examples, or a share of them."""
+        if isinstance(self.heldout, int):
+            return 0 <= self.heldout <= LARGEST
+        return isinstance(self.heldout, float) and 0 < self.heldout < 1
+
+    def check_sources(self) -> None:
+        sources = self.sources()
+        weights = [source.weight for source in sources if source.weight is not None]
+        if not sources:
+            raise ValueError("path is an empty list. Name at least one source.")
+        if weights and len(weights) < len(sources):
+            raise ValueError(f"path: {len(weights)} of {len(sources)} sources have a weight. Give all one, or none.")
+        if any(not 0 < weight < math.inf for weight in weights):
+            raise ValueError(f"path: weights must be numbers above 0, got {', '.join(map(str, weights))}.")
+
+    def sources(self) -> list[Source]:
+        """What is read for training, each with its split."""
+        paths = self.path if isinstance(self.path, list) else [self.path]
+        return [self.source(path) for path in paths]
+
+    def heldout_source(self) -> Source | None:
+        """What is read for evaluation alone."""
+        return None if isinstance(self.heldout, (int, float)) else self.source(self.heldout)
+
+    def source(self, path: str | Source) -> Source:
+        source = Source(path=path) if isinstance(path, str) else path
+        return replace(source, split=source.split or self.split)
 
 
 @dataclass(kw_only=True)
@@ -303,3 +377,13 @@ def check_seed(config: object) -> None:
     seed = config.seed
     if not 0 <= seed <= LARGEST_SEED:
         raise ValueError(f"seed must be 0 to {LARGEST_SEED}, got {seed}.")
+
+
+def number(value: Any) -> Any:
+    """A text that spells a number as that number; anything else as it is."""
+    for kind in (int, float):
+        try:
+            return kind(value) if isinstance(value, str) else value
+        except ValueError:
+            continue
+    return value

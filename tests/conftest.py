@@ -103,7 +103,7 @@ def recipe_file(tmp_path, model_folder, data_file):
         recipe = tmp_path / "recipe.yaml"
         recipe.write_text(
             f"model:\n  path: {model_folder(model_type)}\n  dtype: float32\n"
-            f"data:\n  path: {data_file()}\n  num_heldout: 8\n  max_length: 64\n"
+            f"data:\n  path: {data_file()}\n  heldout: 8\n  max_length: 64\n"
             f"training:\n  output_dir: {tmp_path / 'run'}\n  num_steps: 3\n  batch_size: 4\n{text}"
         )
         return recipe

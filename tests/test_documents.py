@@ -22,6 +22,7 @@ from helpers import tiny_model
 
 from revffn.__main__ import COMMANDS as REVFFN
 from revffn.__main__ import main
+from revffn.command_line import load_run_config
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [
@@ -82,6 +83,7 @@ def test_commands_are_taken(words, monkeypatch):
     """By the command line's own parsing, up to the function that does the work."""
     for place in (
         "revffn.training.run.train",
+        "revffn.data.command.data_command",
         "revffn.models.upcycle_command.upcycle_command",
         "revffn.memory.command.plan_command",
         "revffn.evaluation.command.evaluate_command",
@@ -133,6 +135,13 @@ def test_extras_exist(words):
         assert set(named.split(",")) <= set(extras)
 
 
+@pytest.mark.parametrize("file", sorted((ROOT / "docs").glob("*.md")), ids=lambda file: file.name)
+def test_recipes_in_documents_are_taken(file, tmp_path):
+    for i, text in enumerate(re.findall(r"```yaml\n(.*?)```", file.read_text(), re.DOTALL)):
+        (tmp_path / f"{i}.yaml").write_text(text)
+        load_run_config(tmp_path / f"{i}.yaml")
+
+
 # --- run -------------------------------------------------------------------------------------------------------------
 
 
@@ -148,7 +157,7 @@ def checkout(tmp_path, model_folder, data_file, monkeypatch):
 
 SHORTER = {
     "train": (
-        "--data.path data.jsonl --data.num_examples 48 --data.num_heldout 8 --evaluation.max_new_tokens 4 "
+        "--data.path data.jsonl --data.num_examples 48 --data.heldout 8 --evaluation.max_new_tokens 4 "
         "--training.num_steps 2"
     ).split()
 }

@@ -87,7 +87,7 @@ def test_bad_settings(recipe_file, refused, name):
 def test_examples_that_are_left_out_are_counted_or_refused(recipe_file, data_file, refused, capsys, tmp_path):
     recipe = recipe_file()
     records = [{"instruction": "red " * 200, "response": "x"}] * 30 + [{"instruction": "red", "response": "x"}] * 10
-    words = [recipe, "--data.path", data_file(records, "long.jsonl"), "--data.num_heldout", "0"]
+    words = [recipe, "--data.path", data_file(records, "long.jsonl"), "--data.heldout", "0"]
     line = refused("train", *words)
     assert "30 of 40 training examples, more than data.max_dropped=0.05 allows" in line
     enough, share = re.search(r"data.max_length to at least (\d+), or data.max_dropped to ([\d.]+)", line).groups()

@@ -41,7 +41,7 @@ class Results:
         self.memory: dict[str, Any] = {}
         self.start = time.perf_counter() - run.resume.seconds
         self.finished = False
-        self.data_sha256 = digest(run.training)
+        self.data_sha256, self.heldout_sha256 = digest(run.training), digest(run.heldout)
         self.drift = RouterDrift(model, run.output_dir / BASE_CHOICES)
 
     def seconds(self) -> float:
@@ -120,7 +120,9 @@ class Results:
             "num_parameters": self.model.num_parameters(),
             "config": asdict(self.run.config),
             "data": {name: counts.summary() for name, counts in self.run.counts.items()},
+            "sources": [asdict(source) for source in self.run.sources],
             "data_sha256": self.data_sha256,
+            "heldout_sha256": self.heldout_sha256,
             "tile": None if self.run.tile is None else asdict(self.run.tile),
             "versions": {name: installed(name) for name in packages},
             "kernels": dispatch.describe(),

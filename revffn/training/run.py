@@ -73,6 +73,7 @@ def carry_out(run: Run, interrupts: Interrupts) -> None:
     config = run.config
     for folder in (run.output_dir, *(run.output_dir / stage for stage in STAGES)):
         remove_partials(folder)
+    print(*run.sources, sep="\n", flush=True)
     for name, counts in (("Data", run.counts["training"]), ("Held-out data", run.counts["heldout"])):
         if counts.examples:
             print(counts.line(name, config.data.max_length), flush=True)
@@ -263,6 +264,7 @@ def sft_arguments(run: Run, stage: int, aux_loss: float | None) -> SFTConfig:
         bf16=False,
         max_length=data.max_length,
         packing=data.packing,
+        packing_strategy="bfd",  # the best fit first, the longest example first; nothing is longer than max_length
         seed=training.seed,
         logging_steps=training.log_steps,
         save_strategy="no" if training.save_steps is None else "steps",

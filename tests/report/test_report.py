@@ -32,7 +32,7 @@ def finished(tmp_path_factory, model_folder):
     data.write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
     recipe.write_text(
         f"model: {{path: {model_folder()}, dtype: float32}}\n"
-        f"data: {{path: {data}, num_heldout: 8, max_length: 64}}\n"
+        f"data: {{path: {data}, heldout: 8, max_length: 64}}\n"
         "reversible: {coupling: cross_branch, cross_branch: {query_stream: right}}\n"
         f"training: {{output_dir: {folder / 'run'}, stage1_steps: 2, num_steps: 6, batch_size: 4,\n"
         "  freeze_router: false}\n"

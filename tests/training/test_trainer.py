@@ -493,7 +493,7 @@ def test_shipped_cpu_recipes_run(recipe, model_folder, data_file, tmp_path):
     stages = {name: "2" for name in ("stage1_steps", "num_steps") if words["training"].get(name)}
     folder = run(
         recipe, "--model.path", str(model_folder("qwen2_moe")), "--data.path", str(data_file()),
-        "--data.num_heldout", "8", "--data.num_examples", "48", "--training.output_dir", str(tmp_path / "run"),
+        "--data.heldout", "8", "--data.num_examples", "48", "--training.output_dir", str(tmp_path / "run"),
         *(word for name, steps in stages.items() for word in (f"--training.{name}", steps)),
         "--evaluation.max_new_tokens", "4",
     )  # fmt: skip
