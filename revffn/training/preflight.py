@@ -22,9 +22,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from ..config import ReversibleConfig
 from ..data import Counts, batches, check_left_out, load_conversations, tokenize_and_count
 from ..files import existing_parent, read_json, reason
+from ..memory import disk
 from ..memory.amounts import gib, parse_bytes
-from ..memory.plan import USUAL_TILE, TileChoice, choose_tile, plan, tiled, what_would_fit
-from ..memory.predict import RESERVE_BYTES, Plan, count
+from ..memory.answers import USUAL_TILE, Plan, TileChoice
+from ..memory.plan import choose_tile, plan, tiled, what_would_fit
+from ..memory.predict import RESERVE_BYTES, count
 from ..memory.simulation import Method
 from ..models.architectures import ARCHITECTURES, PREFIX
 from ..models.conversion import convert, coupling_parameters
@@ -115,10 +117,11 @@ def check(config: RunConfig, recipe: Path | None = None) -> Run:
         check_left_out(counts[name], data.max_dropped if name == "training" else 1.0, data.max_length)
         rows.append(kept)
     resume.check_data(found, rows[0], output_dir)
-    config, tile = choose(config, hf_config, method, rows[0], checkpoint)
-    method = tiled(method, config.reversible.tile_tokens)
-    answer = check_memory(config, hf_config, method, rows[0])
-    check_disk(config, hf_config, method, output_dir)
+    with disk.in_use():
+        config, tile = choose(config, hf_config, method, rows[0], checkpoint)
+        method = tiled(method, config.reversible.tile_tokens)
+        answer = check_memory(config, hf_config, method, rows[0])
+        check_disk(config, hf_config, method, output_dir)
     frozen = config.training.freeze_router is not False and has_routers(hf_config)
     return Run(config, method, frozen, output_dir, hf_config, tokenizer, *rows, counts, found, answer, tile)
 
