@@ -16,30 +16,32 @@ ACCEPTED_GAP = 0.02
 
 
 def train(words: list[str]) -> None:
-    """Fine-tune a model as a recipe says: revffn train RECIPE [--section.key value ...]"""
+    """Fine-tune a model: revffn train RECIPE, or MODEL DATA; [--section.key value ...] [--dry-run]"""
     from . import command_line, recipe
 
     if not words or words[0] in ("-h", "--help", "--help-all"):
-        command_line.from_words(recipe.RunConfig, words or ["--help"], "revffn train RECIPE")
-    if words[0].startswith("-"):
-        raise recipe.InputError(
-            f"command line: the recipe comes first, got {words[0]!r}. Usage: revffn train RECIPE [--section.key "
-            "value ...]"
-        )
+        program = "revffn train RECIPE, or revffn train MODEL DATA;"
+        command_line.from_words(recipe.RunConfig, words or ["--help"], program)
+    dry_run = "--dry-run" in words
     from .training.processes import check_one_process
 
     check_one_process()
-    config = command_line.load_run_config(words[0], words[1:])
+    config, path = command_line.run_from_words([word for word in words if word != "--dry-run"])
     missing = [name for name in ("trl", "datasets", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         raise recipe.InputError(not_installed(missing[0]))
     # After the recipe, because the imports take seconds.
+    if dry_run:
+        from .training.preflight import check, describe
+
+        print(describe(check(config, path)))
+        return
     from .engine.recompute import StateMismatchError
     from .optim import NonFiniteGradientError
     from .training.run import train
 
     try:
-        train(config, Path(words[0]))
+        train(config, path)
     except (StateMismatchError, NonFiniteGradientError) as error:
         sys.exit(f"revffn train: stopped, because training on would use wrong gradients. {error}")
 

@@ -156,10 +156,10 @@ class MemoryConfig:
     """Start although the prediction does not fit. `--force` on the command line is short for it."""
     linear_cross_entropy: bool = True
     """Compute the loss in chunks of tokens, never the full logits. False leaves the loss to TRL."""
-    weights: Literal["device", "host"] = first("device")
+    weights: Literal["device", "host", "auto"] = first("device")
     """`host`: decoder layers and the optimizer's states of them live in host memory, two layers at a time on the
     device. Needs a coupling and the optimizer in backward; large steps hide the copies (`revffn plan` says how
-    large)."""
+    large). `auto`, where no recipe is given: `host` if the run is predicted to fit only so."""
 
 
 @dataclass(kw_only=True)
@@ -271,6 +271,15 @@ class RunConfig:
             ):
                 if wrong:
                     raise ValueError(f"memory.weights: host does not go with these settings; {remedy}.")
+
+
+def with_weights(config: RunConfig, weights: Literal["device", "host"]) -> RunConfig:
+    """The same run with its weights' place said.
+
+    Raises:
+        ValueError: `host` does not go with its settings.
+    """
+    return replace(config, memory=replace(config.memory, weights=weights))
 
 
 def with_tile(config: RunConfig, tile_tokens: int | None) -> RunConfig:

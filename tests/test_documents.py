@@ -37,7 +37,7 @@ DOCUMENTS = [
     for file in sorted(ROOT.glob(pattern))
     if file.name != "CHANGELOG.md"
 ]
-PLACEHOLDERS = {"RECIPE": "recipes/qwen1.5-moe-a2.7b_40gb.yaml"}
+PLACEHOLDERS = {"RECIPE": "recipes/qwen1.5-moe-a2.7b_40gb.yaml", "MODEL": "org/model", "DATA": "my.jsonl"}
 """What a reader puts in place of a word in capitals, where a parser looks at it."""
 
 
@@ -81,6 +81,7 @@ def test_commands_are_taken(words, monkeypatch):
     """By the command line's own parsing, up to the function that does the work."""
     for place in (
         "revffn.training.run.train",
+        "revffn.training.preflight.check",
         "revffn.models.upcycle_command.upcycle_command",
         "revffn.memory.command.plan_command",
         "revffn.evaluation.command.evaluate_command",

@@ -25,13 +25,14 @@ from ..files import existing_parent, read_json, reason
 from ..memory import disk
 from ..memory.amounts import gib, parse_bytes
 from ..memory.answers import USUAL_TILE, Plan, TileChoice
+from ..memory.command import table
 from ..memory.plan import choose_tile, plan, tiled, what_would_fit
 from ..memory.predict import RESERVE_BYTES, count
 from ..memory.simulation import Method
 from ..models.architectures import ARCHITECTURES, PREFIX
 from ..models.conversion import convert, coupling_parameters
 from ..models.losses import check_plain_loss
-from ..recipe import InputError, ModelConfig, RunConfig, with_tile
+from ..recipe import InputError, ModelConfig, RunConfig, with_tile, with_weights
 from . import resume
 from .checkpoint import KEPT, STAGES, checkpoints
 from .lock import check_free
@@ -47,7 +48,7 @@ class Run:
     """A checked run: what can be had without loading weights."""
 
     config: RunConfig
-    """As given, with a number (or None) for `reversible.tile_tokens`."""
+    """As given, with a number (or None) for `reversible.tile_tokens`, and a place for `memory.weights`."""
     method: Method
     """The run in the planner's words; its `reversible` is what `convert` takes."""
     freezes_routers: bool
@@ -118,6 +119,8 @@ def check(config: RunConfig, recipe: Path | None = None) -> Run:
         rows.append(kept)
     resume.check_data(found, rows[0], output_dir)
     with disk.in_use():
+        config = choose_weights(config, hf_config, rows[0], checkpoint)
+        method = method_of(config)
         config, tile = choose(config, hf_config, method, rows[0], checkpoint)
         method = tiled(method, config.reversible.tile_tokens)
         answer = check_memory(config, hf_config, method, rows[0])
@@ -229,8 +232,37 @@ def method_of(config: RunConfig) -> Method:
         optimizer_in_backward=config.optimizer.in_backward,
         linear_cross_entropy=config.memory.linear_cross_entropy,
         dtype=getattr(torch, config.model.dtype),
-        weights=config.memory.weights,
+        weights="device" if config.memory.weights == "auto" else config.memory.weights,
     )
+
+
+def choose_weights(
+    config: RunConfig, hf_config: PreTrainedConfig, rows: list[dict[str, list[int]]], checkpoint: Path | None
+) -> RunConfig:
+    """Say a place for `weights: auto`: host memory if the run is predicted to fit only so.
+
+    Raises:
+        InputError: See `check_memory`.
+    """
+    if config.memory.weights != "auto":
+        return config
+    on_device = with_weights(config, "device")
+    # Without a GPU the host's memory is the only one, unless a limit stands for a device's.
+    if not torch.cuda.is_available() and config.memory.limit is None or hf_config.model_type not in ARCHITECTURES:
+        return on_device
+    try:
+        on_host = with_weights(config, "host")
+    except ValueError:  # other settings keep them on the device
+        return on_device
+    limit = limit_of(config) + (0 if torch.cuda.is_available() else RESERVE_BYTES)
+    for attempt in (on_device, on_host):
+        method = method_of(attempt)
+        chosen, _ = choose(attempt, hf_config, method, rows, checkpoint)
+        method = tiled(method, chosen.reversible.tile_tokens)
+        answer = plan(hf_config, config.training.batch_size, longest_of(config, rows), method, with_alternatives=False)
+        if answer.total_bytes <= limit:
+            return attempt
+    return on_device
 
 
 def choose(
@@ -380,6 +412,32 @@ def has_routers(hf_config: PreTrainedConfig) -> bool:
     if row is not None:
         return row.router is not None
     return any(getattr(hf_config.get_text_config(), name, None) for name in ("num_experts", "num_local_experts"))
+
+
+def introduction(run: Run) -> list[str]:
+    """What a run says before it loads weights."""
+    lines = [
+        counts.line(name, run.config.data.max_length)
+        for name, counts in (("Data", run.counts["training"]), ("Held-out data", run.counts["heldout"]))
+        if counts.examples
+    ]
+    if run.config.memory.weights == "host":
+        lines.append("Weights: in host memory, two decoder layers at a time on the device")
+    return [*lines, str(run.tile)] if run.tile is not None else lines
+
+
+def describe(run: Run) -> str:
+    """The plan of a run, for `--dry-run`."""
+    if run.resume.finished:
+        return "\n".join(run.resume.says)
+    training = run.config.training
+    steps = f"{training.num_epochs:g} epochs" if training.num_steps is None else f"{training.num_steps} steps"
+    lines = [*run.resume.says, *introduction(run), f"Training: {steps} of {training.batch_size} sequences"]
+    if run.plan is None:
+        lines.append(f"Memory: not predicted, the planner does not know model_type={run.hf_config.model_type!r}")
+    else:
+        lines += [f"Memory of the largest step, {run.plan.batch} x {run.plan.tokens} tokens:", table(run.plan, None)]
+    return "\n".join([*lines, f"It would go into {run.output_dir}. Nothing has been written (--dry-run)."])
 
 
 def calibration(run: Run, num_tokens: int, model: PreTrainedModel) -> Iterator[dict[str, torch.Tensor]]:

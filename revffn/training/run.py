@@ -27,7 +27,7 @@ from .checkpoint import KEPT, STAGES, step_of
 from .ending import in_one_line
 from .heldout import step_bytes
 from .lock import locked
-from .preflight import Run, calibration, check
+from .preflight import Run, calibration, check, introduction
 from .results import Results
 from .resume import METRICS, MODEL
 from .trainer import RevFFNTrainer, RunCallback
@@ -71,11 +71,8 @@ def carry_out(run: Run, interrupts: Interrupts) -> None:
     config = run.config
     for folder in (run.output_dir, *(run.output_dir / stage for stage in STAGES)):
         remove_partials(folder)
-    for name, counts in (("Data", run.counts["training"]), ("Held-out data", run.counts["heldout"])):
-        if counts.examples:
-            print(counts.line(name, config.data.max_length), flush=True)
-    if run.tile is not None:
-        print(run.tile, flush=True)
+    for line in introduction(run):
+        print(line, flush=True)
     # The trainer passes over the tokenized data several times; a bar each says nothing.
     disable_progress_bars()
     set_seed(config.training.seed)
