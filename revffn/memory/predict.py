@@ -22,7 +22,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, wraps
 from itertools import chain
 from typing import Any
 from unittest.mock import patch
@@ -97,6 +97,7 @@ def cached(kept_as: type) -> Callable:
                 disk.remember(key, asdict(value))
             return value
 
+        @wraps(function)
         def call(hf_config: PreTrainedConfig, method: Method, *args: Any) -> Any:
             # ReversibleConfig is mutable, so the methods' text stands for them.
             text = f"{hf_config.to_json_string(use_diff=False)} {hf_config._attn_implementation} {method}"
