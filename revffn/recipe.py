@@ -5,9 +5,10 @@ command_line.py fills them from a YAML recipe and from options. `first` marks wh
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from .config import ReversibleConfig, first
 
@@ -132,8 +133,23 @@ class OptimizerConfig:
     """Of sgd, and of adafactor (an average of updates in bfloat16); 0 keeps none."""
     warmup_ratio: float = 0.05
     """Share of each stage's steps in which the learning rate rises from 0."""
-    schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
-    """How the learning rate goes on after the warm-up."""
+    schedule: Literal[
+        "cosine",
+        "linear",
+        "constant",
+        "constant_with_warmup",
+        "cosine_with_restarts",
+        "cosine_with_min_lr",
+        "cosine_warmup_with_min_lr",
+        "polynomial",
+        "inverse_sqrt",
+        "warmup_stable_decay",
+    ] = "cosine"
+    """How the learning rate goes on after the warm-up: transformers' schedules, by its names (`constant` has no
+    warm-up)."""
+    schedule_kwargs: str | None = None
+    """What the schedule takes besides, as JSON: '{"min_lr_rate": 0.1}' for cosine_with_min_lr, '{"num_decay_steps":
+    100}' for warmup_stable_decay, '{"num_cycles": 2}' for cosine_with_restarts. Of both stages."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 does not clip. In backward the norm of all gradients is not known yet,
     and the last step's stands in for it; see revffn/optim/in_backward.py."""
@@ -143,6 +159,27 @@ class OptimizerConfig:
         for name in ("beta1", "beta2", "momentum", "warmup_ratio"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}.")
+        self.schedule_arguments()
+
+    def schedule_arguments(self) -> dict[str, Any]:
+        """`schedule_kwargs`, read.
+
+        Raises:
+            ValueError: It is no JSON object, or the schedule takes nothing.
+        """
+        if self.schedule_kwargs is None:
+            return {}
+        try:
+            found = json.loads(self.schedule_kwargs)
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            raise ValueError(
+                f"schedule_kwargs must be a JSON object like '{{\"num_cycles\": 2}}', got {self.schedule_kwargs!r}."
+            )
+        if found and self.schedule.startswith("constant"):
+            raise ValueError(f"schedule_kwargs: the schedule {self.schedule} takes none. Leave the key out.")
+        return found
 
 
 @dataclass(kw_only=True)

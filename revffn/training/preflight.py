@@ -17,7 +17,14 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    get_scheduler,
+)
 
 from ..config import ReversibleConfig
 from ..data import Counts, batches, check_left_out, load_conversations, tokenize_and_count
@@ -85,6 +92,7 @@ def check(config: RunConfig, recipe: Path | None = None) -> Run:
         raise InputError("training.output_dir is not set. Name the folder of the run.")
     output_dir = Path(config.training.output_dir)
     check_folder(output_dir)
+    check_schedule(config)
     found = resume.find(config, output_dir)
     checkpoint = found.checkpoint
     training, heldout = load_conversations(config.data, recipe)
@@ -127,6 +135,26 @@ def check(config: RunConfig, recipe: Path | None = None) -> Run:
         check_disk(config, hf_config, method, output_dir)
     frozen = config.training.freeze_router is not False and has_routers(hf_config)
     return Run(config, method, frozen, output_dir, hf_config, tokenizer, *rows, counts, found, answer, tile)
+
+
+def check_schedule(config: RunConfig) -> None:
+    """Refuse a schedule that cannot be made with its arguments.
+
+    Raises:
+        InputError: With what transformers says.
+    """
+    optimizer, kwargs = config.optimizer, config.optimizer.schedule_arguments()
+    rates = [optimizer.learning_rate] + [optimizer.stage1_learning_rate] * (config.training.stage1_steps > 0)
+    for rate in rates:
+        try:
+            stepped = torch.optim.SGD([torch.zeros(1)], lr=rate)
+            get_scheduler(optimizer.schedule, stepped, 1, 100, kwargs)
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"optimizer.schedule {optimizer.schedule} does not go with optimizer.schedule_kwargs="
+                f"{optimizer.schedule_kwargs} and a learning rate of {rate:g} ({reason(error)}). Correct "
+                "optimizer.schedule_kwargs."
+            ) from None
 
 
 def check_folder(output_dir: Path) -> None:

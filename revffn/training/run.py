@@ -236,6 +236,7 @@ def sft_arguments(run: Run, stage: int, aux_loss: float | None) -> SFTConfig:
         learning_rate=optimizer.stage1_learning_rate if stage == 1 else optimizer.learning_rate,
         warmup_steps=optimizer.warmup_ratio,
         lr_scheduler_type=optimizer.schedule,
+        lr_scheduler_kwargs=optimizer.schedule_arguments(),
         max_grad_norm=optimizer.max_grad_norm,
         router_aux_loss_coef=aux_loss,
         # Weights, gradients and computation are all in the model's dtype.
