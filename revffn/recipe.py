@@ -221,6 +221,9 @@ class TrainingConfig:
     """Leave the routers as pretrained. Null does so if the model has any (as the paper); true insists that it has."""
     router_aux_loss_coef: float | None = None
     """Weight of the load-balancing loss; null is 0 with frozen routers and else what the model's config says."""
+    router_z_loss_coef: float = 0.0
+    """Weight of the routers' z-loss in stage 2, the mean of logsumexp(router logits)^2 (ST-MoE: 0.001); it needs
+    `freeze_router: false`."""
     calibration_tokens: int = 16384
     """Tokens of training data, rounded up to whole batches, that `convert` sees: they set the grid and fit the
     predictors. Some ten times the hidden size and more; 0 fits nothing."""
@@ -242,8 +245,13 @@ class TrainingConfig:
 
     def __post_init__(self):
         at_least(self, stage1_steps=0, num_steps=0, batch_size=1, gradient_accumulation_steps=1, calibration_tokens=0)
-        at_least(self, log_steps=1, save_steps=1, router_aux_loss_coef=0)
+        at_least(self, log_steps=1, save_steps=1, router_aux_loss_coef=0, router_z_loss_coef=0)
         check_seed(self)
+        if self.router_z_loss_coef and self.freeze_router is not False:
+            raise ValueError(
+                f"router_z_loss_coef={self.router_z_loss_coef} trains routers, which are frozen. Set freeze_router: "
+                "false, or leave router_z_loss_coef out."
+            )
         if not 0 < self.num_epochs < math.inf:
             raise ValueError(f"num_epochs must be a number above 0, got {self.num_epochs}.")
 

@@ -152,7 +152,8 @@ SHORTER = {
 
 def test_a_first_session(checkout):
     """README's own train and export, word for word but for the length of the run."""
-    session = [words for where, words in COMMANDS.items() if where.startswith("README.md")]
+    found = [words for where, words in COMMANDS.items() if where.startswith("README.md")]
+    session = [words for words in found if "--dry-run" not in words]  # of a model on the Hub
     train, export = (next(w for w in session if w[:2] == ["revffn", name]) for name in ("train", "export"))
     assert main(train[1:] + SHORTER["train"]) == 0
     assert main(export[1:]) == 0

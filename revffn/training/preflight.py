@@ -239,6 +239,11 @@ def check_model(config: RunConfig, hf_config: PreTrainedConfig, reversible: Reve
             check_plain_loss(model_type)
         except ValueError as error:
             raise InputError(f"{path}: {error} Or set memory.linear_cross_entropy: false.") from None
+    if config.training.router_z_loss_coef and not has_routers(hf_config):
+        raise InputError(
+            f"training.router_z_loss_coef={config.training.router_z_loss_coef}, but {path} (model_type="
+            f"{model_type!r}) has no router. Leave the key out."
+        )
     if config.training.freeze_router and not has_routers(hf_config):
         raise InputError(
             f"training.freeze_router: true, but {path} (model_type={model_type!r}) is not a Mixture-of-Experts "
