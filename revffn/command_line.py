@@ -269,12 +269,15 @@ def build(make: type[T], given: dict[str, Given], otherwise: str) -> T:
         InputError: A value is missing, has the wrong type or is out of range.
     """
     tree: dict[str, Any] = {}
+    known = leaves(make)
     for name, value in given.items():
         *path, last = name.split(".")
         inner = tree
         for group in path:
             inner = inner.setdefault(group, {})
-        inner[last] = value.value
+        # One value is a list of one, where only a list will do.
+        alone = get_origin(known.get(name)) is list and isinstance(value.value, str)
+        inner[last] = [value.value] if alone else value.value
     try:
         return TypeAdapter(make).validate_python(tree)
     except ValidationError as failed:
@@ -284,13 +287,12 @@ def build(make: type[T], given: dict[str, Given], otherwise: str) -> T:
         # Of __post_init__: "beta1 must be ...", of the section that the path names.
         text = f"{'.'.join(path)}: {problem['ctx']['error']}" if path else str(problem["ctx"]["error"])
         raise InputError(f"{blamed(text, given, otherwise)}: {text}") from None
-    known = leaves(make)
     # Behind the field's name there may be the member of a union that did not fit either.
     name = next(".".join(path[:i]) for i in range(len(path), 0, -1) if ".".join(path[:i]) in known)
     if problem["type"] == "missing":
         raise InputError(f"{otherwise}: {name} is missing. Give --{name}: {accepted(known[name])}.") from None
     value, where = given[name].value, given[name].where
-    if isinstance(value, list) and list not in kinds(known[name]):
+    if isinstance(value, list) and not any(get_origin(kind) is list for kind in kinds(known[name])):
         raise InputError(f"{where}: {name} takes one value, got {' '.join(map(str, value))!r}.") from None
     raise InputError(f"{where}: {name}: expected {accepted(known[name])}, got {written(value)}.") from None
 
@@ -306,18 +308,16 @@ def blamed(text: str, given: dict[str, Given], otherwise: str) -> str:
 
 
 def kinds(hint: Any) -> list[Any]:
-    """The members of a union, or the type alone: without parameters, and literals as they are."""
-    if get_origin(hint) is Literal or not get_args(hint):
+    """The members of a union, or the type alone; literals and lists as they are."""
+    if get_origin(hint) in (Literal, list) or not get_args(hint):
         return [hint]
-    if get_origin(hint) is list:
-        return [list]
     return [kind for member in get_args(hint) for kind in kinds(member)]
 
 
 def accepted(hint: Any) -> str:
     """A field's type in words."""
     words = {str: "a text", int: "a whole number", float: "a number, like 2e-5", bool: "true or false"}
-    words |= {NoneType: "null", list: "a list of whole numbers"}
+    words |= {NoneType: "null", list[int]: "a list of whole numbers", list[str]: "a list of texts"}
     found = []
     for kind in kinds(hint):
         found += [", ".join(map(str, get_args(kind)))] if get_origin(kind) is Literal else [words[kind]]

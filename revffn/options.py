@@ -170,3 +170,52 @@ class UpcycleConfig:
         check_seed(self)
         if self.dtype not in ("bfloat16", "float32"):
             raise ValueError(f"dtype must be 'bfloat16' or 'float32', got {self.dtype!r}.")
+
+
+@dataclass(kw_only=True)
+class ReportConfig:
+    """A page about a run, or several side by side: losses, speed, memory against the plan, rebuilt states, experts,
+    answers, settings. It needs no network to be looked at."""
+
+    output: str | None = None
+    """File of the page; null is report.html in the run's folder, or in the working directory for several runs."""
+    weights: bool = True
+    """Compare the trained weights with the base model's, module by module, if both are on this machine: each file is
+    read once."""
+
+
+@dataclass(kw_only=True)
+class ChatConfig:
+    """Talk to a model, or ask two the same questions: `revffn chat MODEL [OTHER]`.
+
+    On a terminal /clear forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer. Otherwise each line
+    of standard input is a question, and the answers are printed as they are.
+    """
+
+    model: str
+    """Folder of a Hugging Face model with its tokenizer, of a finished run, or of a saved reversible model (its
+    exported function answers); or a name on the Hub."""
+    other: str | None = None
+    """A second model, which is asked the same questions and answers beside the first."""
+    system: str | None = None
+    """What the model is told before the first question."""
+    temperature: float = 0.7
+    """Of what is drawn; 0 takes the most likely token each time."""
+    top_p: float = 0.95
+    """Draw from the most likely tokens that together have this probability."""
+    greedy: bool = False
+    """The same as `temperature` 0."""
+    max_new_tokens: int = 512
+    """Longest answer."""
+    seed: int = 0
+    """Of what is drawn: the same questions get the same answers."""
+    device: str | None = None
+    """cuda, cuda:1, cpu and so on; null is the GPU if there is one."""
+
+    def __post_init__(self):
+        at_least(self, temperature=0, max_new_tokens=1)
+        check_seed(self)
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
+        if self.greedy:
+            self.temperature = 0.0

@@ -231,7 +231,10 @@ class TrainingConfig:
     """Recompute each layer from its stored input. Only with `reversible.coupling: null`; the others do it
     themselves."""
     log_steps: int = 1
-    """A line in metrics.jsonl every so many optimizer steps."""
+    """A line in metrics.jsonl, and a report, every so many optimizer steps."""
+    report_to: list[str] = field(default_factory=list)
+    """Who is told the numbers of metrics.jsonl while the run goes on, by transformers' names: tensorboard, trackio,
+    wandb and others. The package must be installed. tensorboard's files lie in the run's folder, in `stage2/runs`."""
     save_steps: int | None = first(None)
     """A checkpoint to resume from every so many optimizer steps; null keeps none."""
     save_on_interrupt: bool = False
@@ -268,12 +271,17 @@ class EvaluationConfig:
     """A question answered before and after training; null asks none."""
     max_new_tokens: int = 64
     """Longest answer."""
-    compare_checkpointing: bool = False
+    compare_checkpointing: list[int] = field(default_factory=list)
     """Before training, measure one forward and backward pass of the plain model with activation checkpointing and of
-    the reversible one, on the same batch: bytes kept for backward, and peak memory."""
+    the reversible one, on the same batches of so many sequences: bytes kept for backward, and peak memory. Empty
+    measures nothing."""
 
     def __post_init__(self):
         at_least(self, batch_size=1, every_steps=1, max_new_tokens=1)
+        if any(size < 1 for size in self.compare_checkpointing):
+            raise ValueError(
+                f"compare_checkpointing has numbers of sequences, each at least 1, got {self.compare_checkpointing}."
+            )
 
 
 @dataclass(kw_only=True)
@@ -311,7 +319,7 @@ class RunConfig:
                 (not self.optimizer.in_backward, "set optimizer.in_backward: true, gradient_accumulation_steps: 1"),
                 (
                     self.evaluation.compare_checkpointing,
-                    "set evaluation.compare_checkpointing: false, which needs all weights at once",
+                    "set evaluation.compare_checkpointing: [], which needs all weights at once",
                 ),
             ):
                 if wrong:

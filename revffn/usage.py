@@ -80,8 +80,8 @@ def shape(hint: Any) -> str:
 
 
 def default_of(found: Field) -> str:
-    if found.default is MISSING:
-        return "  (required)"
     value = found.default
+    if value is MISSING:
+        return "  (required)" if found.default_factory is MISSING else "  (none)"
     is_word = value is None or isinstance(value, bool)
     return f"  ({ {None: 'null', True: 'true', False: 'false'}[value] if is_word else value })"

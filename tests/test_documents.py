@@ -20,6 +20,7 @@ import pytest
 import torch
 from helpers import tiny_model
 
+from revffn.__main__ import COMMANDS as REVFFN
 from revffn.__main__ import main
 
 ROOT = Path(__file__).parent.parent
@@ -37,7 +38,12 @@ DOCUMENTS = [
     for file in sorted(ROOT.glob(pattern))
     if file.name != "CHANGELOG.md"
 ]
-PLACEHOLDERS = {"RECIPE": "recipes/qwen1.5-moe-a2.7b_40gb.yaml", "MODEL": "org/model", "DATA": "my.jsonl"}
+PLACEHOLDERS = {
+    "RECIPE": "recipes/qwen1.5-moe-a2.7b_40gb.yaml",
+    "MODEL": "org/model",
+    "DATA": "my.jsonl",
+    "COMMAND": "train",
+}
 """What a reader puts in place of a word in capitals, where a parser looks at it."""
 
 
@@ -47,7 +53,7 @@ def commands() -> dict[str, list[str]]:
     for file in DOCUMENTS:
         for number, line in enumerate(file.read_text().splitlines(), 1):
             indented = re.findall(r"^    ((?:revffn|python|make|pip) .*)", line)
-            inline = re.findall(r"`((?:revffn (?:train|plan|export|upcycle|evaluate)|make|pip install) [^`]+)`", line)
+            inline = re.findall(rf"`((?:revffn (?:{'|'.join(REVFFN)}|help)|make|pip install) [^`]+)`", line)
             for i, text in enumerate(indented + inline):
                 words = [PLACEHOLDERS.get(word, word) for word in shlex.split(text, comments=True)]
                 part = i >= len(indented) and words[1] == "plan" and "--model" not in words  # of a command
@@ -86,12 +92,16 @@ def test_commands_are_taken(words, monkeypatch):
         "revffn.memory.command.plan_command",
         "revffn.evaluation.command.evaluate_command",
         "revffn.evaluation.command.compare_command",
+        "revffn.report.command.report_command",
+        "revffn.evaluation.chat.chat_command",
     ):
         monkeypatch.setattr(place, stop)
     monkeypatch.chdir(ROOT)
     if words[1] == "export":
         assert len(words) in (2, 4)  # in a sentence it stands alone
-    elif {"--help", "--help-all"} & set(words):
+    elif words[1] in ("completion", "--version", "--help"):
+        assert main(words[1:3]) == 0
+    elif {"help", "--help", "--help-all"} & set(words):
         with pytest.raises(SystemExit) as ended:
             main(words[1:])
         assert ended.value.code == 0

@@ -6,15 +6,22 @@ Run: pytest tests/test_main.py
 
 import json
 import re
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import revffn
 from revffn.__main__ import COMMANDS, main
 from revffn.command_line import run_from_words
+from revffn.interrupts import Interrupted
 from revffn.models.known import load_config
+from revffn.recipe import InputError
 from revffn.training.preflight import check
+
+ROOT = Path(__file__).parent.parent
 
 BAD_DATA = {
     "missing columns": ([{"question": "a", "reply": "b"}], "line 1: missing columns"),
@@ -68,6 +75,8 @@ BAD_OVERRIDES |= {
     "no momentum": ("--optimizer.momentum nan", "momentum must be at least 0 and below 1, got nan"),
     "endless steps": (f"--training.num_steps {10**20}", "num_steps must be at most"),
     "no load balance": ("--training.router_aux_loss_coef inf", "router_aux_loss_coef must be at most"),
+    "unknown listener": ("--training.report_to tensorbord", "report_to: tensorbord is not supported, only"),
+    "no listener": ("--training.report_to null", "report_to: expected a list of texts, got null"),
     "half a resume": ("--training.resume optimizer", "training.resume: expected true or false or weights"),
 }
 
@@ -154,7 +163,9 @@ def test_cross_branch_cannot_be_exported(recipe_file, refused, tmp_path):
 def test_other_bad_command_lines(refused, tmp_path):
     assert "no such recipe" in refused("train", "nothing.yaml")
     assert "a recipe, or a model and its data, comes first" in refused("train", "--model.path", "x")
-    assert "unknown command 'trian'" in refused("trian")
+    assert "unknown command 'trian'. Did you mean train? Commands: train, " in refused("trian")
+    assert "unknown command 'xyz'. Commands: train, " in refused("xyz")
+    assert "Did you mean help?" in refused("hlep")
     assert "Usage: revffn export RUN OUT" in refused("export", "one")
     assert "output" in refused("upcycle")
     assert "model" in refused("plan") and "model" in refused("evaluate")
@@ -169,11 +180,27 @@ def test_help_names_every_command(capsys):
     assert all(name in out for name in COMMANDS)
 
 
-@pytest.mark.parametrize("command", ["train", "upcycle", "evaluate"])
+def help_of(words, capsys) -> str:
+    try:
+        status = main(words)
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_a_command(command, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main([command, "--help"])
-    assert stop.value.code == 0 and "--" in capsys.readouterr().out
+    out = help_of([command, "--help"], capsys)
+    assert out.startswith("usage: revffn " + command)
+    assert help_of(["help", command], capsys) == out
+    assert help_of([command, "something", "--help"], capsys) == out
+
+
+def test_help_and_version(capsys):
+    out = help_of([], capsys)
+    assert out == help_of(["help"], capsys) == help_of(["--help"], capsys) == help_of(["help", "help"], capsys)
+    assert help_of(["--version"], capsys) == f"revffn {revffn.__version__}\n"
 
 
 @pytest.mark.parametrize(
@@ -196,6 +223,42 @@ def test_mistakes_are_seen_before_torch_is_imported(recipe_file, words, message)
     code += f"from revffn.__main__ import main; sys.exit(main({words!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["help", "train"], ["completion", "zsh"]], ids=str)
+def test_help_comes_without_torch(words):
+    code = "import sys; sys.argv[0] = 'revffn'; sys.modules['torch'] = sys.modules['transformers'] = None; "
+    code += f"from revffn.__main__ import main; sys.exit(main({words!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout and not done.stderr
+
+
+STATUSES = {
+    0: None,
+    1: OSError(28, "No space left on device"),
+    2: InputError("not this"),
+    130: Interrupted(signal.SIGINT),
+    143: Interrupted(signal.SIGTERM),
+}
+
+
+@pytest.mark.parametrize("status", STATUSES)
+def test_the_exit_statuses_are_the_documented_ones(status, monkeypatch, capsys):
+    def command(words):
+        if STATUSES[status] is not None:
+            raise STATUSES[status]
+
+    monkeypatch.setitem(COMMANDS, "export", command)
+    assert main(["export"]) == status
+    err = capsys.readouterr().err
+    assert err.count("\n") == (status != 0) and err.startswith("revffn export: " if status else "")
+    table = (ROOT / "docs" / "command_line.md").read_text()
+    assert re.findall(r"^\| (\d+) \|", table, re.MULTILINE) == [str(documented) for documented in STATUSES]
+
+
+def test_every_command_is_documented():
+    table = (ROOT / "docs" / "command_line.md").read_text()
+    assert set(re.findall(r"^\| `(\w+)", table, re.MULTILINE)) == set(COMMANDS)
 
 
 @pytest.mark.parametrize("package", ["trl", "datasets", "accelerate"])

@@ -92,7 +92,7 @@ class Chat:
 
     def marked(self, learn: str) -> list[Span]:
         """What the template itself marks, with the end-of-turn token behind it, which teaches to stop."""
-        from transformers.utils.chat_template_utils import render_jinja_template
+        from ..upstream import render_jinja_template
 
         template = self.tokenizer.get_chat_template(tools=self.tools)
         if not MARKS.search(template):

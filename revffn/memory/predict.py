@@ -38,6 +38,7 @@ from ..models import losses
 from ..models.architectures import ARCHITECTURES, num_dense_layers
 from ..models.losses import chunk_size
 from ..optim import OptimizerInBackward
+from ..upstream import attention_implementation
 from . import disk
 from .answers import Plan
 from .fake import RememberingFakeTensorMode
@@ -100,7 +101,7 @@ def cached(kept_as: type) -> Callable:
         @wraps(function)
         def call(hf_config: PreTrainedConfig, method: Method, *args: Any) -> Any:
             # ReversibleConfig is mutable, so the methods' text stands for them.
-            text = f"{hf_config.to_json_string(use_diff=False)} {hf_config._attn_implementation} {method}"
+            text = f"{hf_config.to_json_string(use_diff=False)} {attention_implementation(hf_config)} {method}"
             configs[text] = (hf_config, method)
             return remembered(text, *args)
 
@@ -150,7 +151,7 @@ def count(hf_config: PreTrainedConfig, method: Method) -> Counts:
         optimizer_bytes,
         host_bytes,
         # Known only now: a config leaves the choice to the model.
-        model.config._attn_implementation == "eager",
+        attention_implementation(model.config) == "eager",
     )
 
 

@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from ..upstream import has_own_loss, remove_own_loss
 from .architectures import ARCHITECTURES, plain_model_type
 
 # N = tokens, C = tokens of one chunk, D = hidden size, V = vocabulary
@@ -321,7 +322,7 @@ def use_linear_cross_entropy(
         ValueError: The model's architecture has no plain loss, or the model has a loss function of its own.
     """
     check_plain_loss(model.config.model_type)
-    if hasattr(model, "_loss_function"):
+    if has_own_loss(model):
         raise ValueError(
             "The model has a loss_function of its own, which linear cross-entropy would bypass. Remove it "
             "(`del model._loss_function`) or do without use_linear_cross_entropy."
@@ -366,7 +367,7 @@ def use_linear_cross_entropy(
         try:
             outputs = run(*args, **kwargs, return_dict=True)
         finally:
-            del self._loss_function
+            remove_own_loss(self)
             if head_forward is None:
                 del head.forward
             else:

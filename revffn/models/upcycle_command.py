@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from ..data import load_conversations
 from ..files import new_folder
 from ..options import UpcycleConfig
+from ..quiet import without_bars
 from ..recipe import DataConfig
 from .upcycle import (
     HELDOUT_ROWS,
@@ -30,6 +31,7 @@ from .upcycle import (
 )
 
 
+@without_bars()
 def upcycle_command(config: UpcycleConfig) -> dict[str, Any]:
     """Upcycle a dense model into a Qwen2-MoE folder, measure it, and print what was measured.
 

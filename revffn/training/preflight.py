@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedModel,
     get_scheduler,
 )
+from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 
 from ..config import ReversibleConfig
 from ..data import Counts, batches, check_left_out, load_conversations, tokenize_and_count
@@ -32,7 +33,6 @@ from ..files import existing_parent, read_json, reason
 from ..memory import disk
 from ..memory.amounts import gib, parse_bytes
 from ..memory.answers import USUAL_TILE, Plan, TileChoice
-from ..memory.command import table
 from ..memory.plan import choose_tile, plan, tiled, what_would_fit
 from ..memory.predict import RESERVE_BYTES, count
 from ..memory.simulation import Method
@@ -93,6 +93,7 @@ def check(config: RunConfig, recipe: Path | None = None) -> Run:
     output_dir = Path(config.training.output_dir)
     check_folder(output_dir)
     check_schedule(config)
+    check_report_to(config.training.report_to)
     found = resume.find(config, output_dir)
     checkpoint = found.checkpoint
     training, heldout = load_conversations(config.data, recipe)
@@ -182,6 +183,21 @@ def check_folder(output_dir: Path) -> None:
             f"training.output_dir {str(output_dir)[:200]}: {reason(error)}. Name a folder that can be written to."
         ) from None
     check_free(output_dir)
+
+
+def check_report_to(names: list[str]) -> None:
+    """Refuse a name that transformers does not know, or whose package is not installed.
+
+    Raises:
+        InputError: Names it.
+    """
+    for name in names:
+        try:
+            get_reporting_integration_callbacks([name])
+        except ValueError as error:
+            raise InputError(f"training.report_to: {error}") from None
+        if name not in get_available_reporting_integrations():
+            raise InputError(f"training.report_to: {name} is not installed here. Install it, or leave it out.")
 
 
 def load_hf(auto_class: Any, model: ModelConfig) -> Any:
@@ -445,32 +461,6 @@ def has_routers(hf_config: PreTrainedConfig) -> bool:
     if row is not None:
         return row.router is not None
     return any(getattr(hf_config.get_text_config(), name, None) for name in ("num_experts", "num_local_experts"))
-
-
-def introduction(run: Run) -> list[str]:
-    """What a run says before it loads weights."""
-    lines = [
-        counts.line(name, run.config.data.max_length)
-        for name, counts in (("Data", run.counts["training"]), ("Held-out data", run.counts["heldout"]))
-        if counts.examples
-    ]
-    if run.config.memory.weights == "host":
-        lines.append("Weights: in host memory, two decoder layers at a time on the device")
-    return [*lines, str(run.tile)] if run.tile is not None else lines
-
-
-def describe(run: Run) -> str:
-    """The plan of a run, for `--dry-run`."""
-    if run.resume.finished:
-        return "\n".join(run.resume.says)
-    training = run.config.training
-    steps = f"{training.num_epochs:g} epochs" if training.num_steps is None else f"{training.num_steps} steps"
-    lines = [*run.resume.says, *introduction(run), f"Training: {steps} of {training.batch_size} sequences"]
-    if run.plan is None:
-        lines.append(f"Memory: not predicted, the planner does not know model_type={run.hf_config.model_type!r}")
-    else:
-        lines += [f"Memory of the largest step, {run.plan.batch} x {run.plan.tokens} tokens:", table(run.plan, None)]
-    return "\n".join([*lines, f"It would go into {run.output_dir}. Nothing has been written (--dry-run)."])
 
 
 def calibration(run: Run, num_tokens: int, model: PreTrainedModel) -> Iterator[dict[str, torch.Tensor]]:

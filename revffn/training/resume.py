@@ -18,7 +18,7 @@ from ..recipe import InputError, RunConfig
 from .checkpoint import STATES, newest, read_manifest
 from .lock import LOCK
 
-MODEL, METRICS, SUMMARY = "model", "metrics.jsonl", "run.json"
+MODEL, METRICS, ROUTERS, SUMMARY = "model", "metrics.jsonl", "router.jsonl", "run.json"
 MAY_DIFFER = (
     "training.output_dir",
     "training.resume",
@@ -27,6 +27,7 @@ MAY_DIFFER = (
     "training.save_steps",
     "training.save_on_interrupt",
     "training.log_steps",
+    "training.report_to",
     "memory.limit",
     "memory.force",
     "memory.weights",  # bit for bit the same training

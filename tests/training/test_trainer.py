@@ -88,6 +88,27 @@ def test_a_run_leaves_a_model_metrics_and_a_summary(recipe_file, coupling, capsy
     )
 
 
+def test_tensorboard_gets_the_numbers_of_metrics_jsonl(recipe_file):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = run(recipe_file(), "--training.report_to", "tensorboard")
+    (file,) = folder.rglob("events.out.tfevents.*")
+    assert file.parent.parent == folder / "stage2" / "runs"
+    events = EventAccumulator(str(file))
+    events.Reload()
+    lines = [line for line in metrics(folder) if "loss" in line]
+    assert len(lines) == 3
+    for name in ("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_bytes", "mismatched_states"):
+        written = {event.step: event.value for event in events.Scalars(f"train/{name}")}
+        assert written == pytest.approx({line["step"]: line[name] for line in lines if name in line})
+
+
+def test_who_is_told_must_be_installed(recipe_file, refused, monkeypatch):
+    monkeypatch.setattr("revffn.training.preflight.get_available_reporting_integrations", lambda: ["tensorboard"])
+    words = ("--training.report_to", "tensorboard", "wandb")
+    assert "report_to: wandb is not installed here" in refused("train", recipe_file(), *words)
+
+
 def test_innovation_exports_to_what_was_evaluated(recipe_file, tmp_path):
     folder = run(recipe_file())
     assert main(["export", str(folder), str(tmp_path / "plain")]) == 0
@@ -387,11 +408,16 @@ def test_a_dense_model_trains(recipe_file):
     assert type(AutoModelForCausalLM.from_pretrained(folder / "model")).__name__ == "RevFFNLlamaForCausalLM"
 
 
-def test_checkpointing_is_measured_beside_the_coupling(recipe_file):
-    folder = run(recipe_file(), "--evaluation.compare_checkpointing", "true")
+def test_checkpointing_is_measured_beside_the_coupling(recipe_file, capsys):
+    folder = run(recipe_file(), "--evaluation.compare_checkpointing", "2", "8")
     measured = json.loads((folder / "run.json").read_text())["step_bytes"]
-    assert measured["innovation"]["kept_bytes"] > 0
-    assert measured["activation checkpointing"]["peak_bytes"] > measured["activation checkpointing"]["kept_bytes"] > 0
+    ours, theirs = measured["innovation"], measured["activation checkpointing"]
+    assert [step["batch"] for step in ours] == [step["batch"] for step in theirs] == [2, 8]
+    for small, large in zip(ours, theirs, strict=True):
+        assert 0 < small["kept_bytes"] < large["kept_bytes"] < large["peak_bytes"]
+    table = capsys.readouterr().out.split("MiB at the peak")[1].splitlines()[1:4]
+    assert table[0].split()[-2:] == [f"{step['batch'] * step['tokens']:,}" for step in ours]
+    assert table[1].startswith("activation checkpointing") and table[2].startswith("innovation")
 
 
 def test_the_trainer_alone_keeps_checkpointing_off(tokenizer, tmp_path):
