@@ -21,50 +21,49 @@ HELP = {"-h", "--help", "--help-all"}
 
 
 def train(words: list[str]) -> None:
-    """Fine-tune a model as a recipe says: revffn train RECIPE [--section.key value ...]"""
+    """Fine-tune a model: revffn train RECIPE, or MODEL DATA; [--section.key value ...] [--dry-run]"""
     from . import command_line, recipe
 
-    check_recipe(words, "train", recipe.RunConfig)
+    if not words or HELP & set(words):
+        program = "revffn train RECIPE, or revffn train MODEL DATA;"
+        command_line.from_words(recipe.RunConfig, words or ["--help"], program)
+    dry_run = "--dry-run" in words
     from .training.processes import check_one_process
 
     check_one_process()
-    config = command_line.load_run_config(words[0], words[1:])
+    config, path = command_line.run_from_words([word for word in words if word != "--dry-run"])
     missing = [name for name in ("trl", "datasets", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         raise recipe.InputError(not_installed(missing[0]))
     # After the recipe, because the imports take seconds.
+    if dry_run:
+        from .training.introduction import describe
+        from .training.preflight import check
+
+        print(describe(check(config, path)))
+        return
     from .engine.recompute import StateMismatchError
     from .optim import NonFiniteGradientError
     from .training.run import train
 
     try:
-        train(config, Path(words[0]))
+        train(config, path)
     except (StateMismatchError, NonFiniteGradientError) as error:
         sys.exit(f"revffn train: stopped, because training on would use wrong gradients. {error}")
 
 
-def check_recipe(words: list[str], command: str, make: type) -> None:
-    """Of a command whose first word is a recipe: helps, or refuses another first word."""
-    from . import command_line, recipe
-
-    if not words or HELP & set(words):
-        command_line.from_words(make, words or ["--help"], f"revffn {command} RECIPE")
-    if words[0].startswith("-"):
-        raise recipe.InputError(
-            f"command line: the recipe comes first, got {words[0]!r}. Usage: revffn {command} RECIPE [--section.key "
-            "value ...]"
-        )
-
-
 def data(words: list[str]) -> None:
-    """Show what a run would learn from: revffn data RECIPE [--section.key value ...]"""
+    """Show what a run would learn from: revffn data RECIPE, or MODEL DATA; [--section.key value ...]"""
     from . import command_line, options
 
-    check_recipe(words, "data", options.ShowDataConfig)
-    config = command_line.load_run_config(words[0], words[1:])
+    if not words or HELP & set(words):
+        program = "revffn data RECIPE, or revffn data MODEL DATA;"
+        command_line.from_words(options.ShowDataConfig, words or ["--help"], program)
+    config, path = command_line.run_from_words(words)
     from .data.command import data_command
 
-    data_command(config, Path(words[0]))
+    with Interrupts():
+        data_command(config, path)
 
 
 def upcycle(words: list[str]) -> None:

@@ -34,6 +34,72 @@ class Given:
     where: str = COMMAND_LINE
 
 
+RECIPES = (".yaml", ".yml")
+DATA = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".gz", ".zst")
+USAGE = "Usage: revffn train RECIPE, or revffn train MODEL DATA; then [--section.key value ...]"
+
+
+def run_from_words(words: list[str]) -> tuple[RunConfig, Path | None]:
+    """What `revffn train` is told: a recipe, or a model and its data; then overrides.
+
+    Returns:
+        The run, and the recipe if there is one.
+
+    Raises:
+        InputError: See `load_run_config`; or it is neither.
+    """
+    first = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    named, overrides = words[:first], words[first:]
+    if not named:
+        raise InputError(f"{COMMAND_LINE}: a recipe, or a model and its data, comes first, got {words[0]!r}. {USAGE}")
+    if len(named) == 1:
+        check_is_recipe(named[0])
+        return load_run_config(named[0], overrides), Path(named[0])
+    recipe = next((word for word in named if word.endswith(RECIPES)), None)
+    if recipe is not None:
+        raise InputError(
+            f"{COMMAND_LINE}: the recipe {recipe} names model and data itself, so it stands alone, got "
+            f"{' '.join(named)!r}. Other ones are given with --model.path and --data.path. {USAGE}"
+        )
+    if len(named) > 2:
+        raise InputError(f"{COMMAND_LINE}: expected a model and its data, got {len(named)} words. {USAGE}")
+    return run_without_recipe(*named, overrides), None
+
+
+def check_is_recipe(word: str) -> None:
+    """Refuse a model or data that stand alone, with what is missing beside them."""
+    if word.endswith(RECIPES):
+        return
+    is_model = (Path(word) / "config.json").is_file()
+    if is_model or not Path(word).is_file() and not word.endswith(DATA) and word.count("/") == 1:
+        kind = "a model" if is_model else "no recipe (a .yaml file)"
+        raise InputError(f"{COMMAND_LINE}: {word} is {kind}. Name its data too: revffn train {word} DATA.")
+    if word.endswith(DATA) or Path(word).is_dir():
+        kind = "a folder" if Path(word).is_dir() else "data"
+        raise InputError(f"{COMMAND_LINE}: {word} is {kind}. Name a model before it: revffn train MODEL {word}.")
+
+
+def run_without_recipe(model: str, data: str, overrides: list[str]) -> RunConfig:
+    """The defaults, on whatever machine this is; weights wait in host memory where they do not fit otherwise."""
+    given = {"model.path": Given(model), "data.path": Given(data), "memory.weights": Given("auto")}
+    config = build(RunConfig, given | read_words(RunConfig, aliased(overrides)), COMMAND_LINE)
+    if config.training.output_dir is None:
+        config.training.output_dir = str(Path("runs", f"{Path(model).name}-{name_of_data(data)}"))
+    return config
+
+
+def name_of_data(data: str) -> str:
+    """A file's or folder's name without what says how to read it."""
+    name = Path(data).name
+    while name.endswith(DATA):
+        name = name.rpartition(".")[0]
+    return name
+
+
+def aliased(words: list[str]) -> list[str]:
+    return [word if word != "--force" else "--memory.force" for word in words]
+
+
 def load_run_config(recipe: str | Path, overrides: list[str] | None = None) -> RunConfig:
     """Read a recipe and apply command-line overrides.
 
@@ -45,8 +111,7 @@ def load_run_config(recipe: str | Path, overrides: list[str] | None = None) -> R
         InputError: The file is missing or is not YAML, a key is unknown, or a value has the wrong type or range.
     """
     recipe = Path(recipe)
-    overrides = [word if word != "--force" else "--memory.force" for word in overrides or []]
-    given = read_recipe(recipe) | read_words(RunConfig, overrides)
+    given = read_recipe(recipe) | read_words(RunConfig, aliased(overrides or []))
     if "model.path" not in given:
         raise InputError(f"{recipe}: the section model has no path. Add `path:` there, or --model.path VALUE.")
     config = build(RunConfig, given, str(recipe))

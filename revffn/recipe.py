@@ -6,6 +6,7 @@ command_line.py fills them from a YAML recipe and from options. `first` marks wh
 from __future__ import annotations
 
 import functools
+import json
 import math
 import warnings
 from dataclasses import dataclass, field, replace
@@ -206,8 +207,23 @@ class OptimizerConfig:
     """Of sgd, and of adafactor (an average of updates in bfloat16); 0 keeps none."""
     warmup_ratio: float = 0.05
     """Share of each stage's steps in which the learning rate rises from 0."""
-    schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
-    """How the learning rate goes on after the warm-up."""
+    schedule: Literal[
+        "cosine",
+        "linear",
+        "constant",
+        "constant_with_warmup",
+        "cosine_with_restarts",
+        "cosine_with_min_lr",
+        "cosine_warmup_with_min_lr",
+        "polynomial",
+        "inverse_sqrt",
+        "warmup_stable_decay",
+    ] = "cosine"
+    """How the learning rate goes on after the warm-up: transformers' schedules, by its names (`constant` has no
+    warm-up)."""
+    schedule_kwargs: str | None = None
+    """What the schedule takes besides, as JSON: '{"min_lr_rate": 0.1}' for cosine_with_min_lr, '{"num_decay_steps":
+    100}' for warmup_stable_decay, '{"num_cycles": 2}' for cosine_with_restarts. Of both stages."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 does not clip. In backward the norm of all gradients is not known yet,
     and the last step's stands in for it; see revffn/optim/in_backward.py."""
@@ -217,6 +233,27 @@ class OptimizerConfig:
         for name in ("beta1", "beta2", "momentum", "warmup_ratio"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}.")
+        self.schedule_arguments()
+
+    def schedule_arguments(self) -> dict[str, Any]:
+        """`schedule_kwargs`, read.
+
+        Raises:
+            ValueError: It is no JSON object, or the schedule takes nothing.
+        """
+        if self.schedule_kwargs is None:
+            return {}
+        try:
+            found = json.loads(self.schedule_kwargs)
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            raise ValueError(
+                f"schedule_kwargs must be a JSON object like '{{\"num_cycles\": 2}}', got {self.schedule_kwargs!r}."
+            )
+        if found and self.schedule.startswith("constant"):
+            raise ValueError(f"schedule_kwargs: the schedule {self.schedule} takes none. Leave the key out.")
+        return found
 
 
 @dataclass(kw_only=True)
@@ -230,10 +267,10 @@ class MemoryConfig:
     """Start although the prediction does not fit. `--force` on the command line is short for it."""
     linear_cross_entropy: bool = True
     """Compute the loss in chunks of tokens, never the full logits. False leaves the loss to TRL."""
-    weights: Literal["device", "host"] = first("device")
+    weights: Literal["device", "host", "auto"] = first("device")
     """`host`: decoder layers and the optimizer's states of them live in host memory, two layers at a time on the
     device. Needs a coupling and the optimizer in backward; large steps hide the copies (`revffn plan` says how
-    large)."""
+    large). `auto`, where no recipe is given: `host` if the run is predicted to fit only so."""
 
 
 @dataclass(kw_only=True)
@@ -258,6 +295,9 @@ class TrainingConfig:
     """Leave the routers as pretrained. Null does so if the model has any (as the paper); true insists that it has."""
     router_aux_loss_coef: float | None = None
     """Weight of the load-balancing loss; null is 0 with frozen routers and else what the model's config says."""
+    router_z_loss_coef: float = 0.0
+    """Weight of the routers' z-loss in stage 2, the mean of logsumexp(router logits)^2 (ST-MoE: 0.001); it needs
+    `freeze_router: false`."""
     calibration_tokens: int = 16384
     """Tokens of training data, rounded up to whole batches, that `convert` sees: they set the grid and fit the
     predictors. Some ten times the hidden size and more; 0 fits nothing."""
@@ -282,8 +322,13 @@ class TrainingConfig:
 
     def __post_init__(self):
         at_least(self, stage1_steps=0, num_steps=0, batch_size=1, gradient_accumulation_steps=1, calibration_tokens=0)
-        at_least(self, log_steps=1, save_steps=1, router_aux_loss_coef=0)
+        at_least(self, log_steps=1, save_steps=1, router_aux_loss_coef=0, router_z_loss_coef=0)
         check_seed(self)
+        if self.router_z_loss_coef and self.freeze_router is not False:
+            raise ValueError(
+                f"router_z_loss_coef={self.router_z_loss_coef} trains routers, which are frozen. Set freeze_router: "
+                "false, or leave router_z_loss_coef out."
+            )
         if not 0 < self.num_epochs < math.inf:
             raise ValueError(f"num_epochs must be a number above 0, got {self.num_epochs}.")
 
@@ -353,6 +398,15 @@ class RunConfig:
             ):
                 if wrong:
                     raise ValueError(f"memory.weights: host does not go with these settings; {remedy}.")
+
+
+def with_weights(config: RunConfig, weights: Literal["device", "host"]) -> RunConfig:
+    """The same run with its weights' place said.
+
+    Raises:
+        ValueError: `host` does not go with its settings.
+    """
+    return replace(config, memory=replace(config.memory, weights=weights))
 
 
 def with_tile(config: RunConfig, tile_tokens: int | None) -> RunConfig:

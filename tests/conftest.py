@@ -9,6 +9,8 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 # Some virtual machines announce AMX and then refuse it: oneDNN's bf16 products die there with an illegal instruction.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+# What a test measures is measured, whatever an earlier one, or its user, has kept.
+os.environ["REVFFN_CACHE"] = os.devnull
 
 import pytest
 import torch

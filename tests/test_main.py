@@ -15,8 +15,11 @@ import pytest
 
 import revffn
 from revffn.__main__ import COMMANDS, main
+from revffn.command_line import run_from_words
 from revffn.interrupts import Interrupted
+from revffn.models.known import load_config
 from revffn.recipe import InputError
+from revffn.training.preflight import check
 
 ROOT = Path(__file__).parent.parent
 
@@ -159,7 +162,7 @@ def test_cross_branch_cannot_be_exported(recipe_file, refused, tmp_path):
 
 def test_other_bad_command_lines(refused, tmp_path):
     assert "no such recipe" in refused("train", "nothing.yaml")
-    assert "the recipe comes first" in refused("train", "--model.path", "x")
+    assert "a recipe, or a model and its data, comes first" in refused("train", "--model.path", "x")
     assert "unknown command 'trian'. Did you mean train? Commands: train, " in refused("trian")
     assert "unknown command 'xyz'. Commands: train, " in refused("xyz")
     assert "Did you mean help?" in refused("hlep")
@@ -302,3 +305,69 @@ def test_as_a_program(recipe_file, tmp_path):
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("revffn")]
     assert f"{recipe} line 12: unknown key 'optimiser'" in line and "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+# --- a model and its data, without a recipe --------------------------------------------------------------------------
+
+NEITHER = {
+    "a model alone": (["{model}"], "is a model. Name its data too: revffn train {model} DATA"),
+    "a name of the Hub alone": (["org/model"], "Name its data too: revffn train org/model DATA"),
+    "data alone": (["{data}"], "is data. Name a model before it: revffn train MODEL {data}"),
+    "a folder alone": (["."], "is a folder. Name a model before it"),
+    "a recipe and data": (["recipe.yaml", "{data}"], "the recipe recipe.yaml names model and data itself"),
+    "three words": (["{model}", "{data}", "more"], "expected a model and its data, got 3 words"),
+    "data that is not there": (["{model}", "nothing.jsonl"], "nothing.jsonl"),
+    "a model that is not there": (["nowhere", "{data}", "--data.num_heldout", "8"], "'nowhere'"),
+    "an unknown setting": (["{model}", "{data}", "--data.paths", "x"], "Did you mean data.path?"),
+}
+
+
+@pytest.mark.parametrize("name", NEITHER)
+def test_neither_a_recipe_nor_a_model_with_data(refused, model_folder, data_file, name):
+    words, message = NEITHER[name]
+    there = {"model": model_folder("qwen2_moe"), "data": data_file()}
+    assert message.format(**there) in refused("train", *(word.format(**there) for word in words))
+
+
+SMALL = "--model.dtype float32 --data.num_heldout 8 --data.max_length 64 --training.num_steps 2".split()
+
+
+def test_a_model_and_its_data(model_folder, data_file, tmp_path, monkeypatch, capsys):
+    """The folder is named for both; a dry run says the plan and writes nothing; what was chosen is recorded."""
+    monkeypatch.chdir(tmp_path)
+    model, data = model_folder("qwen2_moe"), data_file()
+    words = ["train", str(model), str(data), *SMALL, "--training.batch_size", "4"]
+    before = sorted(tmp_path.rglob("*"))
+    assert main([*words, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert sorted(tmp_path.rglob("*")) == before
+    name = f"{model.name}-{data.name.partition('.')[0]}"
+    for words_said in ("Data: ", "Tiles: ", "Memory of the largest step, 4 x ", "innovation m=2", f"runs/{name}"):
+        assert words_said in said
+    assert main(words) == 0
+    recorded = json.loads((tmp_path / "runs" / name / "run.json").read_text())
+    assert recorded["finished"] and recorded["config"]["memory"]["weights"] == "device"
+    assert recorded["config"]["reversible"]["coupling"] == "innovation"
+
+
+def test_a_dry_run_is_refused_as_the_run_would_be(recipe_file, refused):
+    line = refused("train", recipe_file(), "--dry-run", "--memory.limit", "0.1MB")
+    assert "What would fit" in line
+
+
+def test_weights_wait_on_the_host_where_they_fit_only_so(tmp_path, tokenizer, data_file, monkeypatch, capsys):
+    """At what the resident run takes and one byte below it; a place that is named is kept, and refused there."""
+    monkeypatch.chdir(tmp_path)
+    sizes = dict(num_hidden_layers=8, hidden_size=64, intermediate_size=64, vocab_size=512)
+    load_config("olmoe-1b-7b", **sizes, pad_token_id=0, eos_token_id=2).save_pretrained("deep")
+    tokenizer.save_pretrained("deep")
+    words = ["deep", str(data_file()), *SMALL]
+    config, _ = run_from_words([*words, "--memory.weights", "device", "--memory.limit", "1GiB"])
+    resident = check(config).plan.peak_bytes
+    for less, place in ((0, "device"), (1, "host")):
+        limited = [*words, "--memory.limit", f"{(resident - less) / 1e6:.6f}MB"]
+        assert check(run_from_words(limited)[0]).config.memory.weights == place
+        assert main(["train", *limited, "--dry-run"]) == 0
+        assert ("Weights: in host memory" in capsys.readouterr().out) == (place == "host")
+    named = [*limited, "--memory.weights", "device", "--force"]
+    assert check(run_from_words(named)[0]).config.memory.weights == "device"

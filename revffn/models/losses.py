@@ -258,6 +258,28 @@ def linear_cross_entropy(
         return _LinearCrossEntropy.apply(hidden_ND, weight, bias, labels_N, scale, z_loss, ignore_index, chunk, grads)
 
 
+def router_z_loss(router_logits: Sequence[Tensor], attention_mask: Tensor | None = None) -> Tensor:
+    """Mean over layers and tokens of `logsumexp(router logits)^2`, which keeps the logits small (ST-MoE,
+    https://arxiv.org/abs/2202.08906, equation 5; there it is summed over layers).
+
+    Args:
+        router_logits: One (B * T, E) tensor per sparse layer, as models return them.
+        attention_mask: (B, T); tokens with 0 do not count.
+
+    Returns:
+        A float32 (float64 for float64 logits) scalar.
+    """
+    each = []
+    for logits in router_logits:
+        logits = logits.reshape(-1, logits.shape[-1])
+        each.append(logits.to(torch.promote_types(logits.dtype, torch.float32)).logsumexp(-1).square())
+    squares = torch.stack(each)
+    if attention_mask is None:
+        return squares.mean()
+    counts = attention_mask.reshape(-1).to(squares)
+    return (squares * counts).sum() / (len(each) * counts.sum())
+
+
 def check_plain_loss(model_type: str) -> None:
     """Raise ValueError where linear cross-entropy is not known to be a family's loss."""
     row = ARCHITECTURES.get(plain_model_type(model_type))

@@ -8,6 +8,7 @@ ending.py         how a run ends that does not come to its end: one line
 router_health.py  how evenly routers spread tokens, and what they have changed
 heldout.py        held-out loss, an answer, bytes of a step
 preflight.py      a run, checked before weights are loaded
+introduction.py   what a run says before it loads weights
 progress.py       how far a stage is: a bar, or a few lines
 trainer.py        RevFFNTrainer, and what is logged
 results.py        what a run measured: run.json and the table at its end

@@ -26,6 +26,7 @@ from ..quiet import without_bars
 from ..recipe import RunConfig
 from .checkpoint import KEPT, STAGES, step_of
 from .ending import in_one_line, save
+from .introduction import introduction
 from .lock import locked
 from .preflight import Run, calibration, check
 from .results import Results
@@ -73,12 +74,8 @@ def carry_out(run: Run, interrupts: Interrupts) -> None:
     config = run.config
     for folder in (run.output_dir, *(run.output_dir / stage for stage in STAGES)):
         remove_partials(folder)
-    print(*run.sources, sep="\n", flush=True)
-    for name, counts in (("Data", run.counts["training"]), ("Held-out data", run.counts["heldout"])):
-        if counts.examples:
-            print(counts.line(name, config.data.max_length), flush=True)
-    if run.tile is not None:
-        print(run.tile, flush=True)
+    for line in introduction(run):
+        print(line, flush=True)
     set_seed(config.training.seed)
     print(f"Loading {run.checkpoint or config.model.path}", flush=True)
     trust = config.model.trust_remote_code
@@ -188,6 +185,7 @@ def train_stage(
             model,
             arguments,
             linear_cross_entropy=run.config.memory.linear_cross_entropy,
+            router_z_loss_coef=config.router_z_loss_coef if stage == 2 else 0.0,
             measure_step=stage == 2 and not torch.cuda.is_available(),
             host_weights=store,
             loaded_from=run.checkpoint,
@@ -258,6 +256,7 @@ def sft_arguments(run: Run, stage: int, aux_loss: float | None) -> SFTConfig:
         learning_rate=optimizer.stage1_learning_rate if stage == 1 else optimizer.learning_rate,
         warmup_steps=optimizer.warmup_ratio,
         lr_scheduler_type=optimizer.schedule,
+        lr_scheduler_kwargs=optimizer.schedule_arguments(),
         max_grad_norm=optimizer.max_grad_norm,
         router_aux_loss_coef=aux_loss,
         # Weights, gradients and computation are all in the model's dtype.

@@ -28,7 +28,7 @@ from ..files import append_line, new_folder, write_text
 from ..interrupts import Interrupts
 from ..memory.live_bytes import LiveBytes
 from ..models.conversion import is_reversible, reversible_report
-from ..models.losses import use_linear_cross_entropy
+from ..models.losses import router_z_loss, use_linear_cross_entropy
 from ..optim import OptimizerInBackward
 from .checkpoint import delete_old, read_manifest, readable_lines, write_manifest
 from .heldout import peak_bytes
@@ -49,6 +49,7 @@ class RevFFNTrainer(SFTTrainer):
     Args:
         linear_cross_entropy: The model makes its own loss (see `losses.use_linear_cross_entropy`); TRL's token
             accuracy and entropy are not logged then.
+        router_z_loss_coef: Weight of `losses.router_z_loss`.
         measure_step: Count live tensors during one step; on a CPU, where nobody else does. `measured` has them then.
         loaded_from: A checkpoint that `model` has been loaded from already; resuming from it does not read it again.
         host_weights: Where the model's layers live, if in host memory; `measure_step` leaves that out.
@@ -62,6 +63,7 @@ class RevFFNTrainer(SFTTrainer):
         args: SFTConfig,
         *,
         linear_cross_entropy: bool = False,
+        router_z_loss_coef: float = 0.0,
         measure_step: bool = False,
         loaded_from: str | Path | None = None,
         host_weights: HostWeights | None = None,
@@ -73,6 +75,7 @@ class RevFFNTrainer(SFTTrainer):
             args.gradient_checkpointing = args.activation_checkpointing = False
         self.last_log: tuple[float, float] | None = None
         self.linear_cross_entropy, self.measure_step = linear_cross_entropy, measure_step
+        self.router_z_loss_coef = router_z_loss_coef
         self.loaded_from, self.host_weights, self.seconds = loaded_from, host_weights, seconds
         self.router_load = RouterLoad(model) if router_load is None else router_load
         self.saving_to: Path | None = None
@@ -94,9 +97,32 @@ class RevFFNTrainer(SFTTrainer):
             check_loss(args, kwargs.get("compute_loss_func"))
             use_linear_cross_entropy(model)
         super().__init__(model, args, **kwargs)
+        if router_z_loss_coef and hasattr(model, "router_aux_loss_coef"):
+            # A model that is asked for its logits adds its load-balancing loss by itself.
+            model.router_aux_loss_coef = self.router_aux_loss_coef if self.aux_loss_enabled else 0.0
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if not self.router_z_loss_coef or not self.model.training:
+            return self.language_model_loss(model, inputs, return_outputs, num_items_in_batch)
+        # Of the backbone, because TRL's fused head does not pass them on. For other outputs TRL runs it once more.
+        seen: list[Any] = []
+        handle = self.model.model.register_forward_hook(lambda module, given, out: seen.append(out.router_logits))
+        try:
+            asked = inputs | {"output_router_logits": True}
+            found = self.language_model_loss(model, asked, return_outputs, num_items_in_batch)
+        finally:
+            handle.remove()
+        z_loss = router_z_loss(seen[0], inputs.get("attention_mask"))
+        self._metrics["train"]["router_z_loss"].append(z_loss.item())
+        # A mean over the tokens of a forward pass, like the load-balancing loss: of several passes the mean too.
+        steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+        weighted = self.router_z_loss_coef / steps * z_loss
+        return (found[0] + weighted, *found[1:]) if return_outputs else found + weighted
+
+    def language_model_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool, num_items_in_batch: Any
     ) -> Any:
         # With a load-balancing loss TRL decides how the two are weighed.
         if not self.linear_cross_entropy or return_outputs or self.aux_loss_enabled or not self.model.training:

@@ -382,6 +382,27 @@ def test_packed_sequences_train_the_same_tokens(recipe_file):
     assert all(line["mismatched_states"] == 0 for line in metrics(folder))
 
 
+@pytest.mark.parametrize("words", ["", "--training.router_aux_loss_coef 0.1", "--memory.linear_cross_entropy false"])
+def test_router_z_loss_is_added(recipe_file, tmp_path, words):
+    """To whatever else is in the loss; frozen routers and models without any are refused."""
+    words = ["--training.freeze_router", "false", "--training.num_steps", "1", *words.split()]
+    if "--training.router_aux_loss_coef" not in words:
+        words += ["--training.router_aux_loss_coef", "0"]
+    (without,) = metrics(run(recipe_file(), *words))
+    again = [*words, "--training.output_dir", str(tmp_path / "again"), "--training.router_z_loss_coef", "0.5"]
+    (line,) = metrics(run(recipe_file(), *again))
+    assert line["router_z_loss"] > 0.1
+    assert line["loss"] == pytest.approx(without["loss"] + 0.5 * line["router_z_loss"], rel=1e-5)
+    assert line["grad_norm"] != without["grad_norm"]
+
+
+def test_router_z_loss_needs_routers_that_train(recipe_file, refused):
+    words = ["--training.router_z_loss_coef", "0.1"]
+    assert "trains routers, which are frozen" in refused("train", recipe_file(), *words)
+    dense = [recipe_file(model_type="llama"), *words, "--training.freeze_router", "false"]
+    assert "has no router" in refused("train", *dense)
+
+
 def test_a_dense_model_trains(recipe_file):
     folder = run(recipe_file(model_type="llama"))
     assert type(AutoModelForCausalLM.from_pretrained(folder / "model")).__name__ == "RevFFNLlamaForCausalLM"
