@@ -317,7 +317,7 @@ NEITHER = {
     "a recipe and data": (["recipe.yaml", "{data}"], "the recipe recipe.yaml names model and data itself"),
     "three words": (["{model}", "{data}", "more"], "expected a model and its data, got 3 words"),
     "data that is not there": (["{model}", "nothing.jsonl"], "nothing.jsonl"),
-    "a model that is not there": (["nowhere", "{data}", "--data.num_heldout", "8"], "'nowhere'"),
+    "a model that is not there": (["nowhere", "{data}", "--data.heldout", "8"], "'nowhere'"),
     "an unknown setting": (["{model}", "{data}", "--data.paths", "x"], "Did you mean data.path?"),
 }
 
@@ -329,7 +329,7 @@ def test_neither_a_recipe_nor_a_model_with_data(refused, model_folder, data_file
     assert message.format(**there) in refused("train", *(word.format(**there) for word in words))
 
 
-SMALL = "--model.dtype float32 --data.num_heldout 8 --data.max_length 64 --training.num_steps 2".split()
+SMALL = "--model.dtype float32 --data.heldout 8 --data.max_length 64 --training.num_steps 2".split()
 
 
 def test_a_model_and_its_data(model_folder, data_file, tmp_path, monkeypatch, capsys):

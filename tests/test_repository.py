@@ -105,9 +105,10 @@ OTHERS_PRIVATE = {
         "_version",
     ),
     "accelerate": ("_hf_hook",),
+    "os": ("_exit",),
     "trl": ("_metrics", "_total_train_tokens"),
 }  # fmt: skip
-"""Private names of other libraries than transformers that the package uses."""
+"""Private names of others than transformers that the package uses."""
 
 
 def private(name: object) -> bool:
