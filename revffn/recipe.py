@@ -311,6 +311,9 @@ class TrainingConfig:
     wandb and others. The package must be installed. tensorboard's files lie in the run's folder, in `stage2/runs`."""
     save_steps: int | None = first(None)
     """A checkpoint to resume from every so many optimizer steps; null keeps none."""
+    load_best_model_at_end: bool = False
+    """Save the model of the checkpoint with the lowest held-out loss in stage 2, which is not deleted, instead of the
+    last one. Needs `save_steps`, a multiple of evaluation.every_steps."""
     save_on_interrupt: bool = False
     """On Ctrl-C or SIGTERM finish the step and save a checkpoint. False stops at once: resuming repeats what came
     after the last checkpoint."""
@@ -341,6 +344,8 @@ class EvaluationConfig:
     """Sequences per forward pass."""
     every_steps: int | None = None
     """Held-out loss every so many optimizer steps, written to metrics.jsonl; null is before and after only."""
+    patience: int | None = None
+    """Stop stage 2 after so many of these evaluations without a lower held-out loss; null never does."""
     prompt: str | None = first(None)
     """A question answered before and after training; null asks none."""
     max_new_tokens: int = 64
@@ -351,7 +356,12 @@ class EvaluationConfig:
     measures nothing."""
 
     def __post_init__(self):
-        at_least(self, batch_size=1, every_steps=1, max_new_tokens=1)
+        at_least(self, batch_size=1, every_steps=1, patience=1, max_new_tokens=1)
+        if self.patience is not None and self.every_steps is None:
+            raise ValueError(
+                f"patience={self.patience} counts the evaluations of every_steps, which is null. Set every_steps, or "
+                "leave patience out."
+            )
         if any(size < 1 for size in self.compare_checkpointing):
             raise ValueError(
                 f"compare_checkpointing has numbers of sequences, each at least 1, got {self.compare_checkpointing}."
@@ -378,6 +388,13 @@ class RunConfig:
             )
         if self.reversible.coupling is None and self.training.stage1_steps:
             raise ValueError("training.stage1_steps has nothing to train with reversible.coupling: null. Set it to 0.")
+        save, every = self.training.save_steps, self.evaluation.every_steps
+        if self.training.load_best_model_at_end and (save is None or every is None or save % every):
+            raise ValueError(
+                "training.load_best_model_at_end: true compares checkpoints by held-out loss; it needs "
+                f"training.save_steps (got {save or 'null'}), a multiple of evaluation.every_steps (got "
+                f"{every or 'null'}). Set both, or leave it out."
+            )
         steps = self.training.gradient_accumulation_steps
         if self.optimizer.in_backward is None:
             self.optimizer.in_backward = steps == 1

@@ -3,6 +3,7 @@
 processes.py      one process, not several
 lock.py           one run in a folder at a time
 checkpoint.py     checkpoints that are complete or not counted
+best.py           early stopping and the best checkpoint, by held-out losses
 resume.py         going on with a run: from what, and whether it is the same run
 ending.py         how a run ends that does not come to its end: one line
 router_health.py  how evenly routers spread tokens, and what they have changed

@@ -151,7 +151,7 @@ def last_good(output_dir: Path) -> str:
     return f"the last complete checkpoint is {found}" if found else "there is no checkpoint yet"
 
 
-def delete_old(folder: Path, limit: int | None, best: str | None = None) -> None:
+def delete_old(folder: Path, limit: int | None, best: str | Path | None = None) -> None:
     """Keep the newest complete checkpoints of a stage, and the best one; only complete ones count, and what is
     incomplete goes once a newer one is complete.
 

@@ -36,6 +36,7 @@ from ..models.losses import check_plain_loss
 from ..recipe import InputError, RunConfig, with_tile, with_weights
 from ..upstream import reports_to
 from . import resume
+from .best import check_heldout
 from .checkpoint import KEPT, STAGES, checkpoints
 from .lock import check_free
 from .processes import check_one_process
@@ -117,6 +118,7 @@ def check(config: RunConfig, recipe: Path | None = None) -> Run:
         # Held-out examples are only measured: enough that there is one.
         check_left_out(counts[name], data.max_dropped if name == "training" else 1.0, data.max_length)
         rows.append(kept)
+    check_heldout(config, rows[1])
     resume.check_data(found, *rows, output_dir)
     with disk.in_use():
         config = choose_weights(config, hf_config, rows[0], checkpoint)
@@ -430,9 +432,9 @@ def disk_bytes(config: RunConfig, weights: int, states: int) -> int:
     if training.save_on_interrupt:
         second = max(second, 1)
     kept = min(first, KEPT) * weights  # in stage 1 there are next to no states
-    checkpoint = weights + states
-    most = [min(first, KEPT + 1) * weights, kept + min(second, KEPT + 1) * checkpoint]
-    return max(*most, kept + min(second, KEPT) * checkpoint + weights)
+    checkpoint, most_kept = weights + states, KEPT + training.load_best_model_at_end
+    most = [min(first, KEPT + 1) * weights, kept + min(second, most_kept + 1) * checkpoint]
+    return max(*most, kept + min(second, most_kept) * checkpoint + weights)
 
 
 def number_of_checkpoints(steps: int | None, every: int | None) -> float:

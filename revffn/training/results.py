@@ -20,6 +20,7 @@ from ..memory.amounts import gib
 from ..memory.plan import plan
 from ..models.conversion import is_reversible, reversible_report
 from ..ops import dispatch
+from .best import evaluations_since_lowest, is_exhausted, lowest
 from .heldout import answer, coupled, heldout_loss, peak_bytes, step_bytes
 from .preflight import Run
 from .resume import MODEL, SUMMARY, digest
@@ -39,6 +40,8 @@ class Results:
         self.bytes: dict[str, list[dict[str, int]]] = {}
         self.num_tokens: dict[str, int] = {}
         self.memory: dict[str, Any] = {}
+        self.stopped_early: dict[str, Any] | None = None
+        self.best: dict[str, Any] | None = None
         self.start = time.perf_counter() - run.resume.seconds
         self.finished = False
         self.data_sha256, self.heldout_sha256 = digest(run.training), digest(run.heldout)
@@ -92,6 +95,33 @@ class Results:
             shape = {"batch": sequences, "tokens": tokens}
             self.bytes[name].append(shape | step_bytes(self.model, batch))
 
+    def note_stop(self, losses: dict[int, float], step: int, num_steps: int) -> None:
+        """Whether the stage ended before its last step, and why.
+
+        Args:
+            losses: Held-out losses by step.
+            step: The one that it ended with.
+            num_steps: Of the whole stage.
+        """
+        if step >= num_steps or not is_exhausted(self.run.config.evaluation.patience, losses):
+            return
+        number, best = evaluations_since_lowest(losses), lowest(losses)
+        self.stopped_early = {"step": step, "evaluations": number, "lowest_at": best}
+        since = "ever" if best is None else f"since step {best} ({losses[best]:.4f} nats)"
+        print(
+            f"Stopped at step {step} of {num_steps}: no lower held-out loss {since}, in "
+            f"{number} evaluation{'s' * (number > 1)}.",
+            flush=True,
+        )
+
+    def note_best(self, losses: dict[int, float], step: int | None) -> None:
+        """Which checkpoint's weights are the model's; None if none has a finite held-out loss."""
+        if step is None:
+            print("No checkpoint has a finite held-out loss: the model is that of the last step.", flush=True)
+            return
+        self.best = {"step": step, "heldout_loss": losses[step]}
+        print(f"Model of step {step}, the lowest held-out loss of a checkpoint: {losses[step]:.4f} nats.", flush=True)
+
     def note_memory(self, trainer: RevFFNTrainer) -> None:
         """Predicted against measured: of one step on a CPU, of the largest on a GPU."""
         if self.run.plan is None:
@@ -129,6 +159,8 @@ class Results:
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "resumed_from": str(self.run.checkpoint) if self.run.checkpoint else None,
             "heldout": self.losses,
+            "stopped_early": self.stopped_early,
+            "best": self.best,
             "answers": self.answers,
             "step_bytes": self.bytes,
             "memory": self.memory,

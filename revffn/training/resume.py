@@ -88,9 +88,10 @@ def find(config: RunConfig, output_dir: Path) -> Resume:
         check_not_trained(output_dir)
         return from_the_beginning(output_dir, found.passed_over)
     compare(summary["config"], config, output_dir)
-    if finished and not asks_for_more(summary["config"], config, output_dir):
+    if finished and not asks_for_more(summary, config, output_dir):
         line = f"{output_dir}: this run is finished, its model is {output_dir / MODEL}. Nothing was changed. "
-        return Resume(finished=True, says=(line + "A larger training.num_steps goes on with it.",))
+        setting = "evaluation.patience" if summary.get("stopped_early") else "training.num_steps"
+        return Resume(finished=True, says=(line + f"A larger {setting} goes on with it.",))
     if checkpoint is None:
         raise InputError(
             f"{output_dir}: this run is finished and has no complete checkpoint to go on from"
@@ -186,6 +187,10 @@ class Memory(BaseModel, strict=True):
     measured_bytes: Count
 
 
+class Stopped(BaseModel, strict=True):
+    evaluations: Count
+
+
 class Record(BaseModel, strict=True):
     """What is taken over from run.json: its form."""
 
@@ -198,6 +203,7 @@ class Record(BaseModel, strict=True):
     num_tokens: dict[str, Count]
     memory: Memory | Annotated[dict[str, Any], Field(max_length=0)]
     peak_bytes: Count = 0
+    stopped_early: Stopped | None = None
 
 
 def where(error: Exception) -> str:
@@ -285,13 +291,13 @@ def short(value: Any) -> str:
 # --- how far it is to go ---------------------------------------------------------------------------------------------
 
 
-def asks_for_more(recorded: dict[str, Any], config: RunConfig, output_dir: Path) -> bool:
-    """Whether a finished run is asked for steps beyond its last.
+def asks_for_more(summary: dict[str, Any], config: RunConfig, output_dir: Path) -> bool:
+    """Whether a finished run is asked for steps beyond its last, or, where it stopped early, for more patience.
 
     Raises:
         InputError: It is asked for fewer.
     """
-    before, now = recorded.get("training", {}), config.training
+    before, now = summary["config"].get("training", {}), config.training
     name = "num_epochs" if now.num_steps is None else "num_steps"
     if not all(type(before.get(key, "")) in (int, float, type(None)) for key in ("num_steps", "num_epochs")):
         raise InputError(f"training.resume: {output_dir / SUMMARY} does not say how long its run was. Put it back.")
@@ -306,6 +312,9 @@ def asks_for_more(recorded: dict[str, Any], config: RunConfig, output_dir: Path)
             f"training.{name}={wanted}: the run in {output_dir} is finished with {done}. Give at least that, or name "
             "another training.output_dir."
         )
+    if summary.get("stopped_early"):
+        patience = config.evaluation.patience
+        return patience is None or patience > summary["stopped_early"]["evaluations"]
     return wanted > done
 
 

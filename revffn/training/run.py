@@ -24,13 +24,14 @@ from ..models.losses import forward_for_a_while
 from ..optim import OptimizerInBackward, parameter_groups
 from ..quiet import without_bars
 from ..recipe import RunConfig
+from .best import best_checkpoint, heldout_losses, is_exhausted
 from .checkpoint import KEPT, STAGES, step_of
 from .ending import in_one_line, save
 from .introduction import introduction
 from .lock import locked
 from .preflight import Run, calibration, check
 from .results import Results
-from .resume import METRICS, ROUTERS
+from .resume import METRICS, ROUTERS, read_state
 from .router_health import RouterLoad
 from .trainer import RevFFNTrainer, RunCallback
 
@@ -167,13 +168,15 @@ def train_stage(
         aux_loss = 0.0
     arguments = sft_arguments(run, stage, aux_loss)
     router_load = RouterLoad(model, run.output_dir / ROUTERS)
+    patience = run.config.evaluation.patience if stage == 2 else None
     callback = RunCallback(
         stage,
         run.output_dir / METRICS,
-        results.on_the_way,
-        run.config.evaluation.every_steps,
         interrupts,
         router_load,
+        every_steps=run.config.evaluation.every_steps,
+        at_end=config.load_best_model_at_end and stage == 2,
+        patience=patience,
     )
     resumed = run.checkpoint if run.checkpoint and run.checkpoint.parent.name == f"stage{stage}" else None
     optimizer = make_optimizer(run.config, model)
@@ -195,12 +198,16 @@ def train_stage(
             callbacks=[callback],
             seconds=results.seconds,
             router_load=router_load,
+            on_the_way=results.on_the_way,
+            keep_best=config.load_best_model_at_end and stage == 2,
         )
         trainer.remove_callback(PrinterCallback)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
+        num_steps = number_of_steps(trainer)
+        step, losses = (step_of(resumed), heldout_losses(read_state(resumed)["log_history"])) if resumed else (0, {})
         # A checkpoint of the last step leaves nothing to train: `Trainer` would take one more step.
-        if resumed is None or step_of(resumed) < number_of_steps(trainer):
+        if step < num_steps and not is_exhausted(patience, losses):
             try:
                 trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
             finally:
@@ -208,10 +215,26 @@ def train_stage(
             results.num_tokens[f"stage{stage}"] = trainer.num_tokens
             if stage == 2:
                 results.note_memory(trainer)
+            step, losses = trainer.state.global_step, heldout_losses(trainer.state.log_history)
         else:
-            callback.forget_after(step_of(resumed))
+            callback.forget_after(step)
             results.num_tokens[f"stage{stage}"] = run.resume.num_tokens
     optimizer.detach()
+    if stage == 2:
+        results.note_stop(losses, step, num_steps)
+        if config.load_best_model_at_end:
+            results.note_best(losses, load_best(trainer, losses, step))
+
+
+def load_best(trainer: RevFFNTrainer, losses: dict[int, float], step: int) -> int | None:
+    """Give the model, which is that of `step`, the best checkpoint's weights; returns that one's step, if there is
+    one."""
+    best = best_checkpoint(Path(trainer.args.output_dir), losses, contents=True)
+    if best is None:
+        return None
+    if step_of(best) != step:
+        trainer.load_weights(best)
+    return step_of(best)
 
 
 def number_of_steps(trainer: RevFFNTrainer) -> int:

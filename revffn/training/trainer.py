@@ -30,8 +30,9 @@ from ..memory.live_bytes import LiveBytes
 from ..models.conversion import is_reversible, reversible_report
 from ..models.losses import router_z_loss, use_linear_cross_entropy
 from ..optim import OptimizerInBackward
+from .best import best_checkpoint, heldout_losses, is_exhausted
 from .checkpoint import delete_old, read_manifest, readable_lines, write_manifest
-from .heldout import peak_bytes
+from .heldout import mode, peak_bytes
 from .progress import Progress
 from .router_health import RouterLoad
 
@@ -55,6 +56,9 @@ class RevFFNTrainer(SFTTrainer):
         host_weights: Where the model's layers live, if in host memory; `measure_step` leaves that out.
         seconds: How long the run has taken until now, for the manifest.
         router_load: Counts what the routers choose; made for the model if None.
+        on_the_way: What `evaluate` measures in place of `Trainer`'s loop over an `eval_dataset`: a line for
+            metrics.jsonl, which `on_evaluate` gets. Its `heldout_loss` is logged as `eval_loss`.
+        keep_best: The checkpoint with the lowest `eval_loss` is not deleted.
     """
 
     def __init__(
@@ -69,6 +73,8 @@ class RevFFNTrainer(SFTTrainer):
         host_weights: HostWeights | None = None,
         seconds: Callable[[], float] | None = None,
         router_load: RouterLoad | None = None,
+        on_the_way: Callable[[], dict[str, Any]] | None = None,
+        keep_best: bool = False,
         **kwargs: Any,
     ):
         if is_reversible(model):
@@ -78,6 +84,7 @@ class RevFFNTrainer(SFTTrainer):
         self.router_z_loss_coef = router_z_loss_coef
         self.loaded_from, self.host_weights, self.seconds = loaded_from, host_weights, seconds
         self.router_load = RouterLoad(model) if router_load is None else router_load
+        self.on_the_way, self.keep_best = on_the_way, keep_best
         self.saving_to: Path | None = None
         """Where a checkpoint is being written, instead of the output folder."""
         self.measured: tuple[tuple[int, ...], int] | None = None
@@ -166,17 +173,33 @@ class RevFFNTrainer(SFTTrainer):
             self.measured = shape, counter.peak_bytes_of_phase
         return loss
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if self.on_the_way is None:
+            return super().evaluate(*args, **kwargs)
+        # In training mode TRL would log what it has gathered of the training steps here, and forget it.
+        with mode(self.model, training=False):
+            line = self.on_the_way()
+            numbers = {name: value for name, value in line.items() if isinstance(value, float)}
+            if "heldout_loss" in numbers:
+                numbers["eval_loss"] = numbers.pop("heldout_loss")
+            self.log(dict(numbers))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, line)
+        return numbers
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """`Trainer` reads weights by the names in the file, which are not those of fused experts: it would warn, and
-        leave the experts as they are. `from_pretrained` converts them. Grids are no weights, and decide the function
-        that is trained."""
         try:
             self._total_train_tokens = read_manifest(Path(resume_from_checkpoint)).get("num_tokens", 0)
         except ValueError:
             pass  # another trainer's
         if str(resume_from_checkpoint) == str(self.loaded_from):
             return
-        saved = AutoModelForCausalLM.from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
+        self.load_weights(resume_from_checkpoint)
+
+    def load_weights(self, checkpoint: str | Path) -> None:
+        """`Trainer` reads weights by the names in the file, which are not those of fused experts: it would warn, and
+        leave the experts as they are. `from_pretrained` converts them. Grids are no weights, and decide the function
+        that is trained."""
+        saved = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=self.model.dtype)
         self.model.load_state_dict(saved.state_dict())
         if is_reversible(self.model) and is_reversible(saved):
             self.model.config.revffn["grids"] = saved.reversible_config.to_dict()["grids"]
@@ -229,7 +252,10 @@ class RevFFNTrainer(SFTTrainer):
             about = {} if self.seconds is None else {"seconds": self.seconds()}
             about["name"] = f"{final.absolute().parent.name}/{final.name}"
             write_manifest(partial, num_tokens=self.num_tokens, **about)
-        delete_old(final.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
+        best = self.state.best_model_checkpoint
+        if self.keep_best:
+            best = best_checkpoint(final.parent, heldout_losses(self.state.log_history))
+        delete_old(final.parent, self.args.save_total_limit, best)
         if self.in_backward is not None:
             self.in_backward.last_checkpoint = str(final)
 
@@ -288,23 +314,27 @@ FIXED_POINT = ("iterations", "contraction", "kept_bits", "kept_rows")
 
 
 class RunCallback(TrainerCallback):
-    """How far it is, metrics.jsonl, what is measured on the way, and interruptions that wait for a step's end.
+    """How far it is, metrics.jsonl, when to evaluate and to stop, and interruptions that wait for a step's end.
 
     Args:
-        evaluate: Gives a line for metrics.jsonl, every `every_steps` optimizer steps but the last.
+        every_steps: Evaluate every so many optimizer steps.
+        at_end: Evaluate after the last step too.
+        patience: Stop after so many evaluations without a lower held-out loss.
     """
 
     def __init__(
         self,
         stage: int,
         metrics: Path,
-        evaluate: Callable[[], dict[str, Any]],
-        every_steps: int | None,
         interrupts: Interrupts,
         router_load: RouterLoad,
+        *,
+        every_steps: int | None = None,
+        at_end: bool = False,
+        patience: int | None = None,
     ):
-        self.stage, self.metrics, self.evaluate, self.every_steps = stage, metrics, evaluate, every_steps
-        self.interrupts, self.router_load = interrupts, router_load
+        self.stage, self.metrics, self.interrupts, self.router_load = stage, metrics, interrupts, router_load
+        self.every_steps, self.at_end, self.patience = every_steps, at_end, patience
         self.progress: Progress | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -322,8 +352,15 @@ class RunCallback(TrainerCallback):
             self.interrupts.between_steps()
         if self.progress is not None:
             self.progress.advance(state.global_step)
-        if self.every_steps and state.global_step % self.every_steps == 0 and state.global_step < state.max_steps:
-            self.write(state, self.evaluate())
+        if self.every_steps:
+            is_last, is_due = state.global_step >= state.max_steps, state.global_step % self.every_steps == 0
+            control.should_evaluate = self.at_end if is_last else is_due
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        self.write(state, metrics)
+        if is_exhausted(self.patience, heldout_losses(state.log_history)):
+            control.should_training_stop = True
+            control.should_save = args.save_strategy != "no"
 
     def on_save(self, args, state, control, **kwargs):
         self.interrupts.between_steps()

@@ -21,6 +21,7 @@ from revffn.models.loading import load_causal_lm
 from revffn.recipe import InputError
 from revffn.training import preflight, resume
 from revffn.training.results import Results
+from revffn.training.router_health import RouterLoad
 from revffn.training.trainer import RunCallback
 
 MORE = ["--training.num_steps", "6", "--training.resume", "true"]
@@ -133,7 +134,7 @@ def test_a_mutated_run_goes_on_from_an_intact_checkpoint_or_is_refused(begun, tm
         results.read()
         results.table().encode()
         results.write(folder)
-        RunCallback(2, folder / "metrics.jsonl", None, None, Interrupts()).forget_after(4)
+        RunCallback(2, folder / "metrics.jsonl", Interrupts(), RouterLoad(model)).forget_after(4)
 
     for i in range(number_of("checkpoints")):
         done = mutated(numbers, pristine, folder)

@@ -91,7 +91,7 @@ def test_a_run_leaves_a_model_metrics_and_a_summary(recipe_file, coupling, capsy
 def test_tensorboard_gets_the_numbers_of_metrics_jsonl(recipe_file):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    folder = run(recipe_file(), "--training.report_to", "tensorboard")
+    folder = run(recipe_file(), "--training.report_to", "tensorboard", "--evaluation.every_steps", "2")
     (file,) = folder.rglob("events.out.tfevents.*")
     assert file.parent.parent == folder / "stage2" / "runs"
     events = EventAccumulator(str(file))
@@ -101,6 +101,9 @@ def test_tensorboard_gets_the_numbers_of_metrics_jsonl(recipe_file):
     for name in ("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_bytes", "mismatched_states"):
         written = {event.step: event.value for event in events.Scalars(f"train/{name}")}
         assert written == pytest.approx({line["step"]: line[name] for line in lines if name in line})
+    (heldout,) = (line for line in metrics(folder) if "heldout_loss" in line)
+    (written,) = events.Scalars("eval/loss")
+    assert (written.step, written.value) == (2, pytest.approx(heldout["heldout_loss"]))
 
 
 def test_who_is_told_must_be_installed(recipe_file, refused, monkeypatch):
