@@ -105,7 +105,7 @@ def prepare(
     if task == "mt_bench" or (task in HARNESS_TASKS and config.chat_template):
         check_chat_template(tokenizer, config.model)
     if task in HARNESS_TASKS:
-        return prepare_harness(task, config, tokenizer)
+        return prepare_harness(task, config, model_config, tokenizer)
     if task == "perplexity":
         from .perplexity import check, perplexity, read_text
 
@@ -130,7 +130,9 @@ def prepare(
     return lambda model, about, how: bench.run(model, tokenizer, about)
 
 
-def prepare_harness(task: str, config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) -> Run:
+def prepare_harness(
+    task: str, config: EvaluateConfig, model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> Run:
     missing = [name for name in ("lm_eval", "datasets") if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(
@@ -144,6 +146,7 @@ def prepare_harness(task: str, config: EvaluateConfig, tokenizer: PreTrainedToke
     if config.mmlu_subjects is not None:
         subjects = [subject.strip() for subject in config.mmlu_subjects.split(",")]
     group = harness.load_task(task, paths, subjects)
+    harness.check_context(group, model_config, tokenizer)
 
     def run(model: PreTrainedModel, about: dict[str, Any], how: dict[str, Any]) -> dict[str, Any]:
         lm = harness.wrap(model, tokenizer, config.batch_size)

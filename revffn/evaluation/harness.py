@@ -20,8 +20,9 @@ import lm_eval.tasks
 from lm_eval.api.group import Group
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs, resolve_max_length
 from lm_eval.tasks import TaskManager
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import read_file
 from ..recipe import InputError
@@ -186,6 +187,27 @@ def keep_only(manager: TaskManager, wanted: set[str]) -> None:
     for entry in manager.task_index.values():
         if entry.name.startswith("mmlu_") and entry.tags and entry.yaml_path is None:
             entry.tags &= wanted
+
+
+def check_context(group: Group, model_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a task whose answers are generated and whose first prompt, without a chat template, has no room beside
+    the longest answer: the harness would cut it from the left, or fail.
+
+    Raises:
+        InputError: What the task needs, and what the model has.
+    """
+    longest = resolve_max_length(model_config, tokenizer)
+    for task in group.get_all_tasks():
+        if task.OUTPUT_TYPE != "generate_until":
+            continue
+        answer = normalize_gen_kwargs(task.config.generation_kwargs)["max_gen_toks"]
+        text = task.fewshot_context(task.eval_docs[0], num_fewshot=task.config.num_fewshot or 0)
+        prompt = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+        if prompt + answer > longest:
+            raise InputError(
+                f"{task.config.task} needs {prompt + answer} tokens ({prompt} of its first prompt, {answer} for the "
+                f"answer), and the model sees {longest}. Leave the task out, or give a model with a longer context."
+            )
 
 
 def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> HFLM:

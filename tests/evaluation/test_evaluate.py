@@ -10,6 +10,7 @@ import importlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -441,6 +442,33 @@ def test_bad_settings(name, folder, data, text_file, refused):
     words, message = BAD[name]
     words = words.format(data=data, text=text_file).split()
     assert message in refused("evaluate", folder, *([] if "--output" in words else ["--output", "r.json"]), *words)
+
+
+@pytest.mark.parametrize("task, longest", [("gsm8k", 256), ("gsm8k", 600), ("mgsm_cot", 256)])
+def test_a_prompt_that_does_not_fit_is_refused(tokenizer, data, tmp_path, refused, monkeypatch, task, longest):
+    """Before weights are loaded; with 600 the answer has room, but not the examples, which the harness would cut."""
+    special = dict(vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=None, eos_token_id=2)
+    name = task.removesuffix("_cot")
+    words = ("--tasks", task, f"--{name}_path", str(data / name))
+
+    def make(longest):
+        place = tmp_path / str(longest)
+        tiny_model("llama", max_position_embeddings=longest, **special).save_pretrained(place)
+        tokenizer.save_pretrained(place)
+        return place
+
+    def asked(longest):
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluate, "load_model", None)
+            line = refused("evaluate", make(longest), "--output", "r.json", *words)
+        return [int(number) for number in re.search(r"needs (\d+) .*\((\d+) of .* sees (\d+)\.", line).groups()]
+
+    needed, prompt, seen = asked(longest)
+    assert needed == prompt + 256 > seen == longest
+    if (task, longest) == ("gsm8k", 600):
+        assert asked(needed - 1) == [needed, prompt, needed - 1]
+        results = evaluated(make(needed), tmp_path / "r.json", *words, "--limit", "1")
+        assert results["results"][task]["questions"] == 1
 
 
 def test_bad_files(folder, tmp_path, refused, data_file):
