@@ -2,6 +2,7 @@
 # make test         environment, what the tests need, all fast tests
 # make test-oldest  the tests that lean on transformers and TRL, under the oldest versions that are allowed
 # make lint         the same environment, ruff
+# make docs         the site of docs/, into site/
 
 PYTHON ?= python3
 VENV := .venv
@@ -22,7 +23,7 @@ BASE := runs/smollm2-moe
 export OMP_WAIT_POLICY ?= PASSIVE
 RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: quickstart test test-oldest lint install install-test clean
+.PHONY: quickstart test test-oldest lint docs install install-test clean
 
 install: $(VENV)/installed
 
@@ -45,6 +46,10 @@ $(VENV)/installed: pyproject.toml
 $(VENV)/installed-test: $(VENV)/installed benchmarks/llama_cpp.txt
 	$(BIN)/python -m pip install --no-compile -e '.[train,upcycle,report,test]'
 	$(BIN)/python -m pip install --no-compile --no-deps --upgrade --target $(VENV)/llama_cpp -r benchmarks/llama_cpp.txt
+	@touch $@
+
+$(VENV)/installed-docs: $(VENV)/installed
+	$(BIN)/python -m pip install --no-compile -e '.[docs]'
 	@touch $@
 
 # Only what differs from .venv is installed; the rest is seen there through a .pth file. torch too: of 2.11 there is no
@@ -72,6 +77,9 @@ test-oldest: $(OLDEST)/installed
 
 lint: install-test
 	$(BIN)/ruff check .
+
+docs: $(VENV)/installed-docs
+	$(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) $(OLDEST)
