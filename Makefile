@@ -66,6 +66,11 @@ quickstart: install
 	@if [ -f $(BASE)/config.json ]; then echo "Reusing the upcycled model in $(BASE) (delete the folder to make it anew)."; \
 	else $(BIN)/revffn upcycle --output $(BASE); fi
 	$(BIN)/revffn train recipes/quickstart_cpu.yaml --model.path $(BASE) --training.output_dir $(RUN)
+	@echo; echo "All of it, as a page for any browser:"
+	@$(BIN)/revffn report $(RUN)
+	@echo "Next, a word with both models, or the plain model for other software:"
+	@echo "  $(BIN)/revffn chat $(BASE) $(RUN)"
+	@echo "  $(BIN)/revffn export $(RUN) $(RUN)-plain"
 
 # Files of tests side by side: on two cores in half the time. (The tests themselves run on one thread each.)
 test: install-test
