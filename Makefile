@@ -2,6 +2,7 @@
 # make test         environment, what the tests need, all fast tests
 # make test-oldest  the tests that lean on transformers and TRL, under the oldest versions that are allowed
 # make lint         the same environment, ruff
+# make docs         the site of docs/, into site/
 
 PYTHON ?= python3
 VENV := .venv
@@ -22,7 +23,7 @@ BASE := runs/smollm2-moe
 export OMP_WAIT_POLICY ?= PASSIVE
 RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: quickstart test test-oldest lint install install-test clean
+.PHONY: quickstart test test-oldest lint docs install install-test clean
 
 install: $(VENV)/installed
 
@@ -47,6 +48,10 @@ $(VENV)/installed-test: $(VENV)/installed benchmarks/llama_cpp.txt
 	$(BIN)/python -m pip install --no-compile --no-deps --upgrade --target $(VENV)/llama_cpp -r benchmarks/llama_cpp.txt
 	@touch $@
 
+$(VENV)/installed-docs: $(VENV)/installed
+	$(BIN)/python -m pip install --no-compile -e '.[docs]'
+	@touch $@
+
 # Only what differs from .venv is installed; the rest is seen there through a .pth file. torch too: of 2.11 there is no
 # small build for Linux on PyPI. Where there is room for it: make test-oldest OLDEST_TORCH=torch==2.11.0
 $(OLDEST)/installed: $(VENV)/installed-test tests/oldest.txt
@@ -61,6 +66,11 @@ quickstart: install
 	@if [ -f $(BASE)/config.json ]; then echo "Reusing the upcycled model in $(BASE) (delete the folder to make it anew)."; \
 	else $(BIN)/revffn upcycle --output $(BASE); fi
 	$(BIN)/revffn train recipes/quickstart_cpu.yaml --model.path $(BASE) --training.output_dir $(RUN)
+	@echo; echo "All of it, as a page for any browser:"
+	@$(BIN)/revffn report $(RUN)
+	@echo "Next, a word with both models, or the plain model for other software:"
+	@echo "  $(BIN)/revffn chat $(BASE) $(RUN)"
+	@echo "  $(BIN)/revffn export $(RUN) $(RUN)-plain"
 
 # Files of tests side by side: on two cores in half the time. (The tests themselves run on one thread each.)
 test: install-test
@@ -72,6 +82,9 @@ test-oldest: $(OLDEST)/installed
 
 lint: install-test
 	$(BIN)/ruff check .
+
+docs: $(VENV)/installed-docs
+	$(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) $(OLDEST)

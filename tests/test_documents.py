@@ -6,6 +6,7 @@ Run: pytest tests/test_documents.py
 """
 
 import argparse
+import ast
 import json
 import re
 import runpy
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from helpers import tiny_model
 
 from revffn.__main__ import COMMANDS as REVFFN
@@ -146,6 +148,91 @@ def test_recipes_in_documents_are_taken(file, tmp_path):
     for i, text in enumerate(re.findall(r"```yaml\n(.*?)```", file.read_text(), re.DOTALL)):
         (tmp_path / f"{i}.yaml").write_text(text)
         load_run_config(tmp_path / f"{i}.yaml")
+
+
+# --- what is said ----------------------------------------------------------------------------------------------------
+
+
+def rows(document: str) -> list[list[str]]:
+    """The cells of its tables' rows, without heads and lines of dashes."""
+    lines = (ROOT / "docs" / document).read_text().splitlines()
+    heads = {i - 1 for i, line in enumerate(lines) if line.startswith("|---")}
+    found = [line for i, line in enumerate(lines) if line.startswith("| ") and i not in heads]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in found]
+
+
+def test_the_comparison_names_tests_that_are_there():
+    tests = set(re.findall(r"def (test_\w+)", "".join(file.read_text() for file in (ROOT / "tests").rglob("*.py"))))
+    features = [(cells[0], cells[1]) for cells in rows("comparison.md") if not cells[0].startswith("**")]
+    assert len(features) > 25
+    for feature, ours in features:
+        named = re.findall(r"`(test_\w+)`", ours)
+        assert set(named) <= tests, f"{feature}: there is no {set(named) - tests}"
+        assert named or ours.startswith("no"), f"{feature}: no test shows it"
+
+
+def test_the_comparison_has_its_sources():
+    text = (ROOT / "docs" / "comparison.md").read_text()
+    given = set(re.findall(r"^\[(\w+)\]: https://", text, re.MULTILINE))
+    table, _, listed = text.partition("## Sources")
+    assert set(re.findall(r"\[([TAUL]\d+)\]", table)) == given == set(re.findall(r"\[([TAUL]\d+)\](?!:)", listed))
+
+
+def messages() -> set[str]:
+    """Every string of the package that is no docstring; what is filled in stands as …"""
+    found = set()
+    for file in (ROOT / "revffn").rglob("*.py"):
+        tree = ast.parse(file.read_text())
+        said = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.JoinedStr):
+                parts = (part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+                found.add("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in said:
+                found.add(node.value)
+    return found
+
+
+def test_errors_are_quoted_as_they_are():
+    there = "\n".join(messages())
+    quoted = [cells[0].strip("`") for cells in rows("troubleshooting.md")]
+    assert len(quoted) > 40
+    assert not [text for text in quoted if text not in there]
+
+
+def test_numbers_for_a_choice_are_those_of_the_tables():
+    """docs/choosing.md measures nothing of its own."""
+    sources = ("README.md", "docs/benchmarks.md", "docs/memory.md")
+    there = {number for name in sources for number in re.findall(r"\d[\d,.]*\d", (ROOT / name).read_text())}
+    text = (ROOT / "docs" / "choosing.md").read_text()
+    numbers = re.findall(r"\d+[,.]\d[\d,.]*\d|\d+[.]\d", re.sub(r"(qwen|Qwen)[\w.-]+", "", text))
+    assert len(numbers) > 40 and not set(numbers) - there
+
+
+def pages(navigation: list | dict | str) -> list[str]:
+    if isinstance(navigation, str):
+        return [navigation]
+    inside = navigation.values() if isinstance(navigation, dict) else navigation
+    return [page for part in inside for page in pages(part)]
+
+
+def test_every_page_is_in_the_navigation():
+    settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    found = pages(settings["nav"])
+    assert sorted(found) == sorted(file.name for file in (ROOT / "docs").glob("*.md"))
+    tree = re.search(r"^docs/ (.*?)```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)[1]
+    assert found == re.findall(r"\w+\.md", tree)
+
+
+def test_the_site_builds_and_asks_for_nothing(tmp_path):
+    pytest.importorskip("material", reason="of the extra docs; ends when it is installed")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    for file in sorted((ROOT / "docs").glob("*.md")):
+        page = (tmp_path / f"{file.stem}.html").read_text()
+        loaded = re.findall(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=\"?(https?:[^\" >]+)", page)
+        assert not loaded, f"{file.name} loads {loaded}"
 
 
 # --- run -------------------------------------------------------------------------------------------------------------
