@@ -107,12 +107,10 @@ class Results:
             return
         number, best = evaluations_since_lowest(losses), lowest(losses)
         self.stopped_early = {"step": step, "evaluations": number, "lowest_at": best}
-        since = "ever" if best is None else f"since step {best} ({losses[best]:.4f} nats)"
-        print(
-            f"Stopped at step {step} of {num_steps}: no lower held-out loss {since}, in "
-            f"{number} evaluation{'s' * (number > 1)}.",
-            flush=True,
-        )
+        since = "" if best is None else f" since step {best} ({losses[best]:.4f} nats)"
+        why = f"no {'finite' if best is None else 'lower'} held-out loss{since}"
+        times = f"{number} evaluation{'s' * (number > 1)}"
+        print(f"Stopped at step {step} of {num_steps}: {why}, in {times}.", flush=True)
 
     def note_best(self, losses: dict[int, float], step: int | None) -> None:
         """Which checkpoint's weights are the model's; None if none has a finite held-out loss."""

@@ -182,7 +182,8 @@ class RevFFNTrainer(SFTTrainer):
             numbers = {name: value for name, value in line.items() if isinstance(value, float)}
             if "heldout_loss" in numbers:
                 numbers["eval_loss"] = numbers.pop("heldout_loss")
-            self.log(dict(numbers))
+            if numbers:
+                self.log(dict(numbers))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, line)
         return numbers
 
@@ -360,7 +361,7 @@ class RunCallback(TrainerCallback):
         self.write(state, metrics)
         if is_exhausted(self.patience, heldout_losses(state.log_history)):
             control.should_training_stop = True
-            control.should_save = args.save_strategy != "no"
+            control.should_save |= args.save_strategy != "no"
 
     def on_save(self, args, state, control, **kwargs):
         self.interrupts.between_steps()

@@ -84,7 +84,7 @@ def test_a_run_stops_when_the_held_out_loss_does_not_fall(recipe_file, tmp_path,
     two_stages = [*COUPLINGS["cross_branch"], "--training.stage1_steps", "6"]
     folder = run(recipe, *EVERY, *two_stages, "--evaluation.patience", "2")
     assert steps(folder, stage=1) == [1, 2, 3, 4, 5, 6] and steps(folder) == [1, 2, 3, 4]
-    assert steps(folder, "heldout_loss") == [1, 2, 3, 4]
+    assert steps(folder, "heldout_loss") == [1, 2, 3, 4] and not checkpoints(folder / "stage2")
     assert summary(folder)["stopped_early"] == {"step": 4, "evaluations": 2, "lowest_at": 2}
     assert "Stopped at step 4 of 6: no lower held-out loss since step 2 (2.5000 nats), in 2 evaluations." in (
         capsys.readouterr().out
