@@ -20,7 +20,8 @@ from simulate import provenance
 
 from revffn import ReversibleConfig
 from revffn.memory.amounts import gib
-from revffn.memory.plan import ACCEPTED_ERROR, plan
+from revffn.memory.answers import ACCEPTED_ERROR
+from revffn.memory.plan import plan
 from revffn.memory.simulation import Method, simulate_step
 from revffn.models.known import load_config
 

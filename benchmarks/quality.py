@@ -208,7 +208,7 @@ METHODS: dict[str, Method] = {
 
 def load(workload: Workload, tokenizer: Any, seed: int) -> tuple[list, list]:
     """(training, held-out) rows. Held-out ones are the same for every seed; the seed orders the others."""
-    data = DataConfig(path=workload.path, num_heldout=4 * workload.num_heldout)
+    data = DataConfig(path=workload.path, heldout=4 * workload.num_heldout)
     training, heldout = load_conversations(data)
     needed = workload.steps * workload.batch_size
     order = torch.randperm(len(training), generator=torch.Generator().manual_seed(seed)).tolist()

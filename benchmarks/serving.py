@@ -177,7 +177,7 @@ def questions(model: Path, number: int, max_tokens: int = 96) -> list[list[int]]
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     path = ROOT / "data" / "databricks-dolly-15k" / "databricks-dolly-15k.jsonl.gz"
-    _, heldout = load_conversations(DataConfig(path=str(path), num_heldout=8 * number))
+    _, heldout = load_conversations(DataConfig(path=str(path), heldout=8 * number))
     prompts = []
     for conversation in heldout:
         ids = tokenizer.apply_chat_template(conversation["prompt"], add_generation_prompt=True, return_dict=True)[

@@ -29,7 +29,7 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="float32")
-    training, _ = load_conversations(DataConfig(path=arguments.data, num_examples=32, num_heldout=4))
+    training, _ = load_conversations(DataConfig(path=arguments.data, num_examples=32, heldout=4))
     rows = Dataset.from_list(training)
     texts = [tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=False) for row in training]
     batch = tokenizer(texts[:8], return_tensors="pt", padding=True, truncation=True, max_length=128)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -11,39 +13,57 @@ from pathlib import Path
 from .interrupts import Interrupts, at_once
 
 EXTRA_OF = {"trl": "train", "datasets": "train", "accelerate": "train", "gguf": "upcycle", "matplotlib": "plot"}
-EXTRA_OF |= {"lm_eval": "evaluate", "torchao": "lowbit"}
+EXTRA_OF |= {"plotly": "report", "lm_eval": "evaluate", "torchao": "lowbit", "rich": "train", "pyarrow": "train"}
 """The extra that brings a package."""
 ACCEPTED_GAP = 0.02
 """Nats that export may cost without a warning."""
+HELP = {"-h", "--help", "--help-all"}
 
 
 def train(words: list[str]) -> None:
-    """Fine-tune a model as a recipe says: revffn train RECIPE [--section.key value ...]"""
+    """Fine-tune a model: revffn train RECIPE, or MODEL DATA; [--section.key value ...] [--dry-run]"""
     from . import command_line, recipe
 
-    if not words or words[0] in ("-h", "--help", "--help-all"):
-        command_line.from_words(recipe.RunConfig, words or ["--help"], "revffn train RECIPE")
-    if words[0].startswith("-"):
-        raise recipe.InputError(
-            f"command line: the recipe comes first, got {words[0]!r}. Usage: revffn train RECIPE [--section.key "
-            "value ...]"
-        )
+    if not words or HELP & set(words):
+        program = "revffn train RECIPE, or revffn train MODEL DATA;"
+        command_line.from_words(recipe.RunConfig, words or ["--help"], program)
+    dry_run = "--dry-run" in words
     from .training.processes import check_one_process
 
     check_one_process()
-    config = command_line.load_run_config(words[0], words[1:])
+    config, path = command_line.run_from_words([word for word in words if word != "--dry-run"])
     missing = [name for name in ("trl", "datasets", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         raise recipe.InputError(not_installed(missing[0]))
     # After the recipe, because the imports take seconds.
+    if dry_run:
+        from .training.introduction import describe
+        from .training.preflight import check
+
+        print(describe(check(config, path)))
+        return
     from .engine.recompute import StateMismatchError
     from .optim import NonFiniteGradientError
     from .training.run import train
 
     try:
-        train(config, Path(words[0]))
+        train(config, path)
     except (StateMismatchError, NonFiniteGradientError) as error:
         sys.exit(f"revffn train: stopped, because training on would use wrong gradients. {error}")
+
+
+def data(words: list[str]) -> None:
+    """Show what a run would learn from: revffn data RECIPE, or MODEL DATA; [--section.key value ...]"""
+    from . import command_line, options
+
+    if not words or HELP & set(words):
+        program = "revffn data RECIPE, or revffn data MODEL DATA;"
+        command_line.from_words(options.ShowDataConfig, words or ["--help"], program)
+    config, path = command_line.run_from_words(words)
+    from .data.command import data_command
+
+    with Interrupts():
+        data_command(config, path)
 
 
 def upcycle(words: list[str]) -> None:
@@ -64,6 +84,8 @@ def export(words: list[str]) -> None:
     """Write the plain Hugging Face model of a finished run: revffn export RUN OUT"""
     from .recipe import InputError
 
+    if HELP & set(words):
+        return explain(export)
     if len(words) != 2 or words[0].startswith("-"):
         raise InputError("command line: expected two folders. Usage: revffn export RUN OUT")
     run, out = Path(words[0]), Path(words[1])
@@ -79,6 +101,7 @@ def export(words: list[str]) -> None:
     from .models.architectures import fit_for_servers
     from .models.conversion import export as plain_model
     from .models.loading import load_causal_lm
+    from .quiet import without_bars
 
     try:
         # A rehearsal without weights: what export refuses, it refuses before they are read.
@@ -88,7 +111,7 @@ def export(words: list[str]) -> None:
         raise InputError(f"{folder}: {error}") from None
     plain = plain_model(load_causal_lm(folder, "auto"))
     about_servers = fit_for_servers(plain)
-    with Interrupts(), new_folder(out) as partial:
+    with Interrupts(), new_folder(out) as partial, without_bars():
         plain.save_pretrained(partial)
         if (folder / "tokenizer_config.json").is_file():
             AutoTokenizer.from_pretrained(folder).save_pretrained(partial)
@@ -142,11 +165,28 @@ def plan(words: list[str]) -> None:
         sys.exit(f"revffn plan: {problem}")
 
 
+def report(words: list[str]) -> None:
+    """A page about a run, or several side by side: revffn report RUN [RUN ...] [--output FILE]"""
+    from . import command_line, options, recipe
+
+    split = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    folders = words[:split]
+    if not words:
+        raise recipe.InputError("command line: name a run's folder. Usage: revffn report RUN [RUN ...]")
+    config = command_line.from_words(options.ReportConfig, words[split:], "revffn report RUN [RUN ...]")
+    if not folders:
+        raise recipe.InputError("command line: the runs' folders come first. Usage: revffn report RUN [RUN ...]")
+    from .report.command import report_command
+
+    with Interrupts():
+        print(report_command(folders, config))
+
+
 def evaluate(words: list[str]) -> None:
     """Score a model, or compare scores: revffn evaluate MODEL --tasks mmlu,gsm8k --output FILE; --compare FILE FILE"""
     from . import command_line, options
 
-    if words[:1] == ["--compare"]:
+    if words[:1] == ["--compare"] and not HELP & set(words):
         from .evaluation.command import compare_command
 
         with Interrupts():
@@ -164,13 +204,58 @@ def evaluate(words: list[str]) -> None:
         sys.exit(f"revffn evaluate: {error}")
 
 
+def chat(words: list[str]) -> None:
+    """Talk to a model, or to two side by side: revffn chat MODEL [OTHER] [--key value ...]"""
+    from . import command_line, options, recipe
+
+    number = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    if number > 2:
+        raise recipe.InputError(
+            f"command line: expected one model or two, got {' '.join(words[:number])!r}. Usage: revffn chat MODEL "
+            "[OTHER] [--key value ...]"
+        )
+    names = [f"--{key}={given}" for key, given in zip(("model", "other"), words[:number], strict=False)]
+    config = command_line.from_words(options.ChatConfig, names + words[number:], "revffn chat MODEL [OTHER]")
+    from .evaluation.chat import chat_command
+
+    with Interrupts():
+        chat_command(config)
+
+
+def completion(words: list[str]) -> None:
+    """Print what a shell needs to complete commands and options: revffn completion bash | zsh | fish"""
+    from .completion import script
+    from .recipe import InputError
+
+    if HELP & set(words):
+        return explain(completion)
+    if len(words) != 1:
+        raise InputError("command line: expected the name of a shell. Usage: revffn completion bash | zsh | fish")
+    print(script(words[0], {name: summary(function).partition(":")[0] for name, function in COMMANDS.items()}), end="")
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
+    "data": data,
     "upcycle": upcycle,
     "export": export,
     "plan": plan,
+    "report": report,
     "evaluate": evaluate,
+    "chat": chat,
+    "completion": completion,
 }
+
+
+def summary(command: Callable) -> str:
+    """What a command is for, and how it is called: its first line."""
+    return (inspect.getdoc(command) or "").partition("\n")[0]
+
+
+def explain(command: Callable) -> None:
+    """The help of a command without options."""
+    what, _, how = summary(command).partition(": ")
+    print(f"usage: {how}\n\n{what}.")
 
 
 def main(words: list[str] | None = None) -> int:
@@ -181,16 +266,27 @@ def main(words: list[str] | None = None) -> int:
         be written or read, 130 or 143 for Ctrl-C or SIGTERM.
     """
     words = sys.argv[1:] if words is None else words
-    if not words or words[0] in ("-h", "--help"):
+    while words[:1] == ["help"]:  # alone, or with a command
+        words = [*words[1:2], "--help"]
+    if not words or words[0] in HELP:
         print("usage: revffn COMMAND ...\n")
         for name, function in COMMANDS.items():
-            print(f"  {name:<8} {(function.__doc__ or '').splitlines()[0]}")
-        print("\nrevffn COMMAND --help lists what a command takes.")
+            print(f"  {name:<10} {summary(function)}")
+        print("\nrevffn help COMMAND, or revffn COMMAND --help, lists what a command takes; revffn --version.")
+        return 0
+    if words[0] == "--version":
+        from . import __version__
+
+        print(f"revffn {__version__}")
         return 0
     # TRL reports each run's model and machine over the network unless told not to.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars that nobody sees move
     if words[0] not in COMMANDS:
-        print(f"revffn: unknown command {words[0]!r}. Commands: {', '.join(COMMANDS)}.", file=sys.stderr)
+        near = difflib.get_close_matches(words[0], [*COMMANDS, "help"], n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        print(f"revffn: unknown command {words[0]!r}.{hint} Commands: {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
     with at_once(f"revffn {words[0]}"):
         status, line = in_one_line(COMMANDS[words[0]], words[1:])
@@ -202,10 +298,12 @@ def main(words: list[str] | None = None) -> int:
 def in_one_line(command: Callable[[list[str]], None], words: list[str]) -> tuple[int, str]:
     """Run a command: its exit status, and what is to be said if that is not 0."""
     from .files import describe
+    from .quiet import without_noise
     from .recipe import InputError
 
     try:
-        command(words)
+        with without_noise():
+            command(words)
     except InputError as error:
         return 2, str(error)
     except OSError as error:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from .recipe import DataConfig, at_least, check_seed
+from .recipe import DataConfig, ModelConfig, at_least, check_seed
 
 
 @dataclass(kw_only=True)
@@ -63,6 +63,15 @@ class PlanConfig:
                 f"tile_tokens must be auto (the largest that fits), 0 (the whole batch) or at least 1, got "
                 f"{self.tile_tokens}. Leave it out for auto."
             )
+
+
+@dataclass(kw_only=True)
+class ShowDataConfig:
+    """Say before a run what its data is: counts, what is left out and why, lengths, and five examples with what is
+    learnt of them. Takes a run's recipe and its options, of which these matter."""
+
+    model: ModelConfig
+    data: DataConfig = field(default_factory=DataConfig)
 
 
 @dataclass(kw_only=True)
@@ -133,7 +142,7 @@ class UpcycleConfig:
 
     The text is instruction, context and answer one after the other, without the chat template: the experts specialise,
     and what there is to learn about chatting is left to `revffn train`. The held-out loss is on examples that `revffn
-    train` with the same `text`, `num_heldout` and data seed 0 holds out as well.
+    train` with `text` as its data, `num_heldout` as `data.heldout` and data seed 0 holds out as well.
     """
 
     output: str
@@ -158,7 +167,7 @@ class UpcycleConfig:
     """Peak learning rate of those steps."""
     text: str | None = None
     """Examples to train and measure on, as in `data.path` of a recipe; null is dolly-15k."""
-    num_heldout: int = DataConfig.num_heldout
+    num_heldout: int = 256
     """Examples that are kept for the measurement."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of the weights in the folder. Training is in float32."""
@@ -170,3 +179,52 @@ class UpcycleConfig:
         check_seed(self)
         if self.dtype not in ("bfloat16", "float32"):
             raise ValueError(f"dtype must be 'bfloat16' or 'float32', got {self.dtype!r}.")
+
+
+@dataclass(kw_only=True)
+class ReportConfig:
+    """A page about a run, or several side by side: losses, speed, memory against the plan, rebuilt states, experts,
+    answers, settings. It needs no network to be looked at."""
+
+    output: str | None = None
+    """File of the page; null is report.html in the run's folder, or in the working directory for several runs."""
+    weights: bool = True
+    """Compare the trained weights with the base model's, module by module, if both are on this machine: each file is
+    read once."""
+
+
+@dataclass(kw_only=True)
+class ChatConfig:
+    """Talk to a model, or ask two the same questions: `revffn chat MODEL [OTHER]`.
+
+    On a terminal /clear forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer. Otherwise each line
+    of standard input is a question, and the answers are printed as they are.
+    """
+
+    model: str
+    """Folder of a Hugging Face model with its tokenizer, of a finished run, or of a saved reversible model (its
+    exported function answers); or a name on the Hub."""
+    other: str | None = None
+    """A second model, which is asked the same questions and answers beside the first."""
+    system: str | None = None
+    """What the model is told before the first question."""
+    temperature: float = 0.7
+    """Of what is drawn; 0 takes the most likely token each time."""
+    top_p: float = 0.95
+    """Draw from the most likely tokens that together have this probability."""
+    greedy: bool = False
+    """The same as `temperature` 0."""
+    max_new_tokens: int = 512
+    """Longest answer."""
+    seed: int = 0
+    """Of what is drawn: the same questions get the same answers."""
+    device: str | None = None
+    """cuda, cuda:1, cpu and so on; null is the GPU if there is one."""
+
+    def __post_init__(self):
+        at_least(self, temperature=0, max_new_tokens=1)
+        check_seed(self)
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
+        if self.greedy:
+            self.temperature = 0.0

@@ -5,15 +5,20 @@ command_line.py fills them from a YAML recipe and from options. `first` marks wh
 
 from __future__ import annotations
 
+import functools
+import json
 import math
+import warnings
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from .config import ReversibleConfig, first
 
 LARGEST = 2**31 - 1
 """Of every number in a recipe."""
 LARGEST_SEED = 2**32 - 1
+RENAMED = {"num_heldout": "heldout"}
+"""Settings of `DataConfig` before, and what they are called now."""
 
 
 class InputError(ValueError):
@@ -72,37 +77,107 @@ class RunReversibleConfig(ReversibleConfig):
 
 
 @dataclass(kw_only=True)
-class DataConfig:
-    """The conversations to learn from. Only the responses count in the loss."""
+class Source:
+    """One of several places to read examples from, with what `datasets.load_dataset` needs to be told."""
 
-    path: str = first("data/databricks-dolly-15k/databricks-dolly-15k.jsonl.gz")
-    """A .jsonl, .jsonl.gz, .json or .csv file with the columns instruction, response (and context); or instruction,
-    output (and input); or question, answer (and context); or messages (and tools). Looked for in the working
-    directory, beside the recipe and in the source checkout. Anything else is taken for a data set on the Hub."""
+    path: str
+    """As in `data.path`."""
+    name: str | None = None
+    """Subset of a data set on the Hub that has several."""
+    split: str | None = None
+    """Null is `data.split`."""
+    weight: float | None = None
+    """Share of this source in what is drawn, relative to the others' weights. All sources have one, or none."""
+
+
+def accept_old_names(cls: type) -> type:
+    """Of before, with a warning that says the present one."""
+    made = cls.__init__
+
+    @functools.wraps(made)
+    def __init__(self: Any, **values: Any) -> None:
+        for old in values.keys() & RENAMED.keys():
+            warnings.warn(f"{old} is called {RENAMED[old]} now.", FutureWarning, stacklevel=2)
+            values[RENAMED[old]] = values.pop(old)
+        made(self, **values)
+
+    cls.__init__ = __init__
+    return cls
+
+
+@accept_old_names
+@dataclass(kw_only=True)
+class DataConfig:
+    """The examples to learn from. Only responses count in the loss, and plain text (docs/data.md)."""
+
+    path: str | Source | list[str | Source] = first("data/databricks-dolly-15k/databricks-dolly-15k.jsonl.gz")
+    """A .jsonl, .json, .csv (or .gz, .zst of one), .parquet or .arrow file, a folder of them, a data set on the Hub,
+    or a list of these. Files are looked for in the working directory, beside the recipe and in the source checkout.
+    The columns say what an example is: messages (and tools); conversations as ShareGPT has them; prompt and
+    completion; instruction and output (and input); instruction and response (and context); question and answer; or
+    text. In a recipe a source may have a name, a split and a weight: {path: a.jsonl, weight: 2}."""
     split: str = "train"
-    """Split of a data set on the Hub."""
+    """Split of a data set on the Hub, or of a folder whose files are named after splits."""
     num_examples: int | None = None
     """Training examples to use, drawn by `seed`; null is all that are not held out."""
-    num_heldout: int = 256
-    """Examples held out for evaluation, drawn by `seed`. The same ones whatever `num_examples` is."""
+    heldout: int | float | str | Source = 256
+    """Examples held out for evaluation: how many, or which share (below 1), drawn by `seed`; or a source of their own,
+    as in `path`. The same ones whatever `num_examples` is."""
     max_length: int = first(1024)
-    """Tokens per sequence; what is longer is cut at the end."""
+    """Tokens per sequence; what is longer is cut at the end, and plain text goes on in the next sequence."""
     learn: Literal["all_responses", "last_response"] = "all_responses"
     """Which responses of a conversation of several turns count in the loss; the others are read as part of the
-    prompt."""
+    prompt. Of prompt and completion only the completion is learnt."""
     max_dropped: float = 0.05
     """Largest share of the training examples that may be left out because their prompts fill `max_length`. How many
     were is printed and recorded in run.json; above this share the run is refused."""
     packing: bool = False
-    """Put several examples into one sequence of `max_length` tokens, kept apart by position ids. Otherwise pad."""
+    """Put several examples into one sequence of `max_length` tokens, the best fit first, kept apart by position ids.
+    Otherwise pad."""
     seed: int = 0
     """Seed of the held-out split and of the choice of training examples."""
 
     def __post_init__(self):
-        at_least(self, num_examples=1, num_heldout=0, max_length=8)
+        at_least(self, num_examples=1, max_length=8)
         if not 0 <= self.max_dropped <= 1:
             raise ValueError(f"max_dropped is a share: it must be from 0 to 1, got {self.max_dropped}.")
         check_seed(self)
+        self.heldout = number(self.heldout)
+        if isinstance(self.heldout, (int, float)) and not self.holds_out_a_number():
+            raise ValueError(
+                f"heldout must be a whole number of examples up to {LARGEST}, a share above 0 and below 1, or a path, "
+                f"got {self.heldout}."
+            )
+        self.check_sources()
+
+    def holds_out_a_number(self) -> bool:
+        """Whether `heldout` is a number of examples, or a share of them."""
+        if isinstance(self.heldout, int):
+            return 0 <= self.heldout <= LARGEST
+        return isinstance(self.heldout, float) and 0 < self.heldout < 1
+
+    def check_sources(self) -> None:
+        sources = self.sources()
+        weights = [source.weight for source in sources if source.weight is not None]
+        if not sources:
+            raise ValueError("path is an empty list. Name at least one source.")
+        if weights and len(weights) < len(sources):
+            raise ValueError(f"path: {len(weights)} of {len(sources)} sources have a weight. Give all one, or none.")
+        if any(not 0 < weight < math.inf for weight in weights):
+            raise ValueError(f"path: weights must be numbers above 0, got {', '.join(map(str, weights))}.")
+
+    def sources(self) -> list[Source]:
+        """What is read for training, each with its split."""
+        paths = self.path if isinstance(self.path, list) else [self.path]
+        return [self.source(path) for path in paths]
+
+    def heldout_source(self) -> Source | None:
+        """What is read for evaluation alone."""
+        return None if isinstance(self.heldout, (int, float)) else self.source(self.heldout)
+
+    def source(self, path: str | Source) -> Source:
+        source = Source(path=path) if isinstance(path, str) else path
+        return replace(source, split=source.split or self.split)
 
 
 @dataclass(kw_only=True)
@@ -132,8 +207,23 @@ class OptimizerConfig:
     """Of sgd, and of adafactor (an average of updates in bfloat16); 0 keeps none."""
     warmup_ratio: float = 0.05
     """Share of each stage's steps in which the learning rate rises from 0."""
-    schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
-    """How the learning rate goes on after the warm-up."""
+    schedule: Literal[
+        "cosine",
+        "linear",
+        "constant",
+        "constant_with_warmup",
+        "cosine_with_restarts",
+        "cosine_with_min_lr",
+        "cosine_warmup_with_min_lr",
+        "polynomial",
+        "inverse_sqrt",
+        "warmup_stable_decay",
+    ] = "cosine"
+    """How the learning rate goes on after the warm-up: transformers' schedules, by its names (`constant` has no
+    warm-up)."""
+    schedule_kwargs: str | None = None
+    """What the schedule takes besides, as JSON: '{"min_lr_rate": 0.1}' for cosine_with_min_lr, '{"num_decay_steps":
+    100}' for warmup_stable_decay, '{"num_cycles": 2}' for cosine_with_restarts. Of both stages."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 does not clip. In backward the norm of all gradients is not known yet,
     and the last step's stands in for it; see revffn/optim/in_backward.py."""
@@ -143,6 +233,27 @@ class OptimizerConfig:
         for name in ("beta1", "beta2", "momentum", "warmup_ratio"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}.")
+        self.schedule_arguments()
+
+    def schedule_arguments(self) -> dict[str, Any]:
+        """`schedule_kwargs`, read.
+
+        Raises:
+            ValueError: It is no JSON object, or the schedule takes nothing.
+        """
+        if self.schedule_kwargs is None:
+            return {}
+        try:
+            found = json.loads(self.schedule_kwargs)
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            raise ValueError(
+                f"schedule_kwargs must be a JSON object like '{{\"num_cycles\": 2}}', got {self.schedule_kwargs!r}."
+            )
+        if found and self.schedule.startswith("constant"):
+            raise ValueError(f"schedule_kwargs: the schedule {self.schedule} takes none. Leave the key out.")
+        return found
 
 
 @dataclass(kw_only=True)
@@ -156,10 +267,10 @@ class MemoryConfig:
     """Start although the prediction does not fit. `--force` on the command line is short for it."""
     linear_cross_entropy: bool = True
     """Compute the loss in chunks of tokens, never the full logits. False leaves the loss to TRL."""
-    weights: Literal["device", "host"] = first("device")
+    weights: Literal["device", "host", "auto"] = first("device")
     """`host`: decoder layers and the optimizer's states of them live in host memory, two layers at a time on the
     device. Needs a coupling and the optimizer in backward; large steps hide the copies (`revffn plan` says how
-    large)."""
+    large). `auto`, where no recipe is given: `host` if the run is predicted to fit only so."""
 
 
 @dataclass(kw_only=True)
@@ -184,6 +295,9 @@ class TrainingConfig:
     """Leave the routers as pretrained. Null does so if the model has any (as the paper); true insists that it has."""
     router_aux_loss_coef: float | None = None
     """Weight of the load-balancing loss; null is 0 with frozen routers and else what the model's config says."""
+    router_z_loss_coef: float = 0.0
+    """Weight of the routers' z-loss in stage 2, the mean of logsumexp(router logits)^2 (ST-MoE: 0.001); it needs
+    `freeze_router: false`."""
     calibration_tokens: int = 16384
     """Tokens of training data, rounded up to whole batches, that `convert` sees: they set the grid and fit the
     predictors. Some ten times the hidden size and more; 0 fits nothing."""
@@ -191,7 +305,10 @@ class TrainingConfig:
     """Recompute each layer from its stored input. Only with `reversible.coupling: null`; the others do it
     themselves."""
     log_steps: int = 1
-    """A line in metrics.jsonl every so many optimizer steps."""
+    """A line in metrics.jsonl, and a report, every so many optimizer steps."""
+    report_to: list[str] = field(default_factory=list)
+    """Who is told the numbers of metrics.jsonl while the run goes on, by transformers' names: tensorboard, trackio,
+    wandb and others. The package must be installed. tensorboard's files lie in the run's folder, in `stage2/runs`."""
     save_steps: int | None = first(None)
     """A checkpoint to resume from every so many optimizer steps; null keeps none."""
     save_on_interrupt: bool = False
@@ -205,8 +322,13 @@ class TrainingConfig:
 
     def __post_init__(self):
         at_least(self, stage1_steps=0, num_steps=0, batch_size=1, gradient_accumulation_steps=1, calibration_tokens=0)
-        at_least(self, log_steps=1, save_steps=1, router_aux_loss_coef=0)
+        at_least(self, log_steps=1, save_steps=1, router_aux_loss_coef=0, router_z_loss_coef=0)
         check_seed(self)
+        if self.router_z_loss_coef and self.freeze_router is not False:
+            raise ValueError(
+                f"router_z_loss_coef={self.router_z_loss_coef} trains routers, which are frozen. Set freeze_router: "
+                "false, or leave router_z_loss_coef out."
+            )
         if not 0 < self.num_epochs < math.inf:
             raise ValueError(f"num_epochs must be a number above 0, got {self.num_epochs}.")
 
@@ -223,12 +345,17 @@ class EvaluationConfig:
     """A question answered before and after training; null asks none."""
     max_new_tokens: int = 64
     """Longest answer."""
-    compare_checkpointing: bool = False
+    compare_checkpointing: list[int] = field(default_factory=list)
     """Before training, measure one forward and backward pass of the plain model with activation checkpointing and of
-    the reversible one, on the same batch: bytes kept for backward, and peak memory."""
+    the reversible one, on the same batches of so many sequences: bytes kept for backward, and peak memory. Empty
+    measures nothing."""
 
     def __post_init__(self):
         at_least(self, batch_size=1, every_steps=1, max_new_tokens=1)
+        if any(size < 1 for size in self.compare_checkpointing):
+            raise ValueError(
+                f"compare_checkpointing has numbers of sequences, each at least 1, got {self.compare_checkpointing}."
+            )
 
 
 @dataclass(kw_only=True)
@@ -266,11 +393,20 @@ class RunConfig:
                 (not self.optimizer.in_backward, "set optimizer.in_backward: true, gradient_accumulation_steps: 1"),
                 (
                     self.evaluation.compare_checkpointing,
-                    "set evaluation.compare_checkpointing: false, which needs all weights at once",
+                    "set evaluation.compare_checkpointing: [], which needs all weights at once",
                 ),
             ):
                 if wrong:
                     raise ValueError(f"memory.weights: host does not go with these settings; {remedy}.")
+
+
+def with_weights(config: RunConfig, weights: Literal["device", "host"]) -> RunConfig:
+    """The same run with its weights' place said.
+
+    Raises:
+        ValueError: `host` does not go with its settings.
+    """
+    return replace(config, memory=replace(config.memory, weights=weights))
 
 
 def with_tile(config: RunConfig, tile_tokens: int | None) -> RunConfig:
@@ -295,3 +431,13 @@ def check_seed(config: object) -> None:
     seed = config.seed
     if not 0 <= seed <= LARGEST_SEED:
         raise ValueError(f"seed must be 0 to {LARGEST_SEED}, got {seed}.")
+
+
+def number(value: Any) -> Any:
+    """A text that spells a number as that number; anything else as it is."""
+    for kind in (int, float):
+        try:
+            return kind(value) if isinstance(value, str) else value
+        except ValueError:
+            continue
+    return value

@@ -11,7 +11,7 @@ import inspect
 import re
 import shutil
 import textwrap
-from dataclasses import MISSING, Field
+from dataclasses import MISSING, Field, is_dataclass
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
@@ -75,13 +75,15 @@ def shape(hint: Any) -> str:
     if get_origin(hint) is list:
         return f"{shape(get_args(hint)[0])} ..."
     if get_args(hint):
-        return " | ".join(shape(member) for member in get_args(hint) if member is not NoneType)
+        # What only a recipe can write has no word here.
+        members = [member for member in get_args(hint) if member is not NoneType and not is_dataclass(member)]
+        return " | ".join(map(shape, members))
     return {str: "TEXT", int: "N", float: "X", bool: "true | false"}[hint]
 
 
 def default_of(found: Field) -> str:
-    if found.default is MISSING:
-        return "  (required)"
     value = found.default
+    if value is MISSING:
+        return "  (required)" if found.default_factory is MISSING else "  (none)"
     is_word = value is None or isinstance(value, bool)
     return f"  ({ {None: 'null', True: 'true', False: 'false'}[value] if is_word else value })"

@@ -6,6 +6,7 @@ Run: pytest tests/test_documents.py
 """
 
 import argparse
+import ast
 import json
 import re
 import runpy
@@ -18,9 +19,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from helpers import tiny_model
 
+from revffn.__main__ import COMMANDS as REVFFN
 from revffn.__main__ import main
+from revffn.command_line import load_run_config
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [
@@ -37,7 +41,12 @@ DOCUMENTS = [
     for file in sorted(ROOT.glob(pattern))
     if file.name != "CHANGELOG.md"
 ]
-PLACEHOLDERS = {"RECIPE": "recipes/qwen1.5-moe-a2.7b_40gb.yaml"}
+PLACEHOLDERS = {
+    "RECIPE": "recipes/qwen1.5-moe-a2.7b_40gb.yaml",
+    "MODEL": "org/model",
+    "DATA": "my.jsonl",
+    "COMMAND": "train",
+}
 """What a reader puts in place of a word in capitals, where a parser looks at it."""
 
 
@@ -47,7 +56,7 @@ def commands() -> dict[str, list[str]]:
     for file in DOCUMENTS:
         for number, line in enumerate(file.read_text().splitlines(), 1):
             indented = re.findall(r"^    ((?:revffn|python|make|pip) .*)", line)
-            inline = re.findall(r"`((?:revffn (?:train|plan|export|upcycle|evaluate)|make|pip install) [^`]+)`", line)
+            inline = re.findall(rf"`((?:revffn (?:{'|'.join(REVFFN)}|help)|make|pip install) [^`]+)`", line)
             for i, text in enumerate(indented + inline):
                 words = [PLACEHOLDERS.get(word, word) for word in shlex.split(text, comments=True)]
                 part = i >= len(indented) and words[1] == "plan" and "--model" not in words  # of a command
@@ -81,16 +90,22 @@ def test_commands_are_taken(words, monkeypatch):
     """By the command line's own parsing, up to the function that does the work."""
     for place in (
         "revffn.training.run.train",
+        "revffn.data.command.data_command",
+        "revffn.training.preflight.check",
         "revffn.models.upcycle_command.upcycle_command",
         "revffn.memory.command.plan_command",
         "revffn.evaluation.command.evaluate_command",
         "revffn.evaluation.command.compare_command",
+        "revffn.report.command.report_command",
+        "revffn.evaluation.chat.chat_command",
     ):
         monkeypatch.setattr(place, stop)
     monkeypatch.chdir(ROOT)
     if words[1] == "export":
         assert len(words) in (2, 4)  # in a sentence it stands alone
-    elif {"--help", "--help-all"} & set(words):
+    elif words[1] in ("completion", "--version", "--help"):
+        assert main(words[1:3]) == 0
+    elif {"help", "--help", "--help-all"} & set(words):
         with pytest.raises(SystemExit) as ended:
             main(words[1:])
         assert ended.value.code == 0
@@ -128,6 +143,98 @@ def test_extras_exist(words):
         assert set(named.split(",")) <= set(extras)
 
 
+@pytest.mark.parametrize("file", sorted((ROOT / "docs").glob("*.md")), ids=lambda file: file.name)
+def test_recipes_in_documents_are_taken(file, tmp_path):
+    for i, text in enumerate(re.findall(r"```yaml\n(.*?)```", file.read_text(), re.DOTALL)):
+        (tmp_path / f"{i}.yaml").write_text(text)
+        load_run_config(tmp_path / f"{i}.yaml")
+
+
+# --- what is said ----------------------------------------------------------------------------------------------------
+
+
+def rows(document: str) -> list[list[str]]:
+    """The cells of its tables' rows, without heads and lines of dashes."""
+    lines = (ROOT / "docs" / document).read_text().splitlines()
+    heads = {i - 1 for i, line in enumerate(lines) if line.startswith("|---")}
+    found = [line for i, line in enumerate(lines) if line.startswith("| ") and i not in heads]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in found]
+
+
+def test_the_comparison_names_tests_that_are_there():
+    tests = set(re.findall(r"def (test_\w+)", "".join(file.read_text() for file in (ROOT / "tests").rglob("*.py"))))
+    features = [(cells[0], cells[1]) for cells in rows("comparison.md") if not cells[0].startswith("**")]
+    assert len(features) > 25
+    for feature, ours in features:
+        named = re.findall(r"`(test_\w+)`", ours)
+        assert set(named) <= tests, f"{feature}: there is no {set(named) - tests}"
+        assert named or ours.startswith("no"), f"{feature}: no test shows it"
+
+
+def test_the_comparison_has_its_sources():
+    text = (ROOT / "docs" / "comparison.md").read_text()
+    given = set(re.findall(r"^\[(\w+)\]: https://", text, re.MULTILINE))
+    table, _, listed = text.partition("## Sources")
+    assert set(re.findall(r"\[([TAUL]\d+)\]", table)) == given == set(re.findall(r"\[([TAUL]\d+)\](?!:)", listed))
+
+
+def messages() -> set[str]:
+    """Every string of the package that is no docstring; what is filled in stands as …"""
+    found = set()
+    for file in (ROOT / "revffn").rglob("*.py"):
+        tree = ast.parse(file.read_text())
+        said = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.JoinedStr):
+                parts = (part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+                found.add("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in said:
+                found.add(node.value)
+    return found
+
+
+def test_errors_are_quoted_as_they_are():
+    there = "\n".join(messages())
+    quoted = [cells[0].strip("`") for cells in rows("troubleshooting.md")]
+    assert len(quoted) > 40
+    assert not [text for text in quoted if text not in there]
+
+
+def test_numbers_for_a_choice_are_those_of_the_tables():
+    """docs/choosing.md measures nothing of its own."""
+    sources = ("README.md", "docs/benchmarks.md", "docs/memory.md")
+    there = {number for name in sources for number in re.findall(r"\d[\d,.]*\d", (ROOT / name).read_text())}
+    text = (ROOT / "docs" / "choosing.md").read_text()
+    numbers = re.findall(r"\d+[,.]\d[\d,.]*\d|\d+[.]\d", re.sub(r"(qwen|Qwen)[\w.-]+", "", text))
+    assert len(numbers) > 40 and not set(numbers) - there
+
+
+def pages(navigation: list | dict | str) -> list[str]:
+    if isinstance(navigation, str):
+        return [navigation]
+    inside = navigation.values() if isinstance(navigation, dict) else navigation
+    return [page for part in inside for page in pages(part)]
+
+
+def test_every_page_is_in_the_navigation():
+    settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    found = pages(settings["nav"])
+    assert sorted(found) == sorted(file.name for file in (ROOT / "docs").glob("*.md"))
+    tree = re.search(r"^docs/ (.*?)```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)[1]
+    assert found == re.findall(r"\w+\.md", tree)
+
+
+def test_the_site_builds_and_asks_for_nothing(tmp_path):
+    pytest.importorskip("material", reason="of the extra docs; ends when it is installed")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    for file in sorted((ROOT / "docs").glob("*.md")):
+        page = (tmp_path / f"{file.stem}.html").read_text()
+        loaded = re.findall(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=\"?(https?:[^\" >]+)", page)
+        assert not loaded, f"{file.name} loads {loaded}"
+
+
 # --- run -------------------------------------------------------------------------------------------------------------
 
 
@@ -143,7 +250,7 @@ def checkout(tmp_path, model_folder, data_file, monkeypatch):
 
 SHORTER = {
     "train": (
-        "--data.path data.jsonl --data.num_examples 48 --data.num_heldout 8 --evaluation.max_new_tokens 4 "
+        "--data.path data.jsonl --data.num_examples 48 --data.heldout 8 --evaluation.max_new_tokens 4 "
         "--training.num_steps 2"
     ).split()
 }
@@ -151,7 +258,8 @@ SHORTER = {
 
 def test_a_first_session(checkout):
     """README's own train and export, word for word but for the length of the run."""
-    session = [words for where, words in COMMANDS.items() if where.startswith("README.md")]
+    found = [words for where, words in COMMANDS.items() if where.startswith("README.md")]
+    session = [words for words in found if "--dry-run" not in words]  # of a model on the Hub
     train, export = (next(w for w in session if w[:2] == ["revffn", name]) for name in ("train", "export"))
     assert main(train[1:] + SHORTER["train"]) == 0
     assert main(export[1:]) == 0

@@ -9,10 +9,19 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import revffn
 from revffn.__main__ import COMMANDS, main
+from revffn.command_line import run_from_words
+from revffn.interrupts import Interrupted
+from revffn.models.known import load_config
+from revffn.recipe import InputError
+from revffn.training.preflight import check
+
+ROOT = Path(__file__).parent.parent
 
 BAD_DATA = {
     "missing columns": ([{"question": "a", "reply": "b"}], "line 1: missing columns"),
@@ -66,6 +75,8 @@ BAD_OVERRIDES |= {
     "no momentum": ("--optimizer.momentum nan", "momentum must be at least 0 and below 1, got nan"),
     "endless steps": (f"--training.num_steps {10**20}", "num_steps must be at most"),
     "no load balance": ("--training.router_aux_loss_coef inf", "router_aux_loss_coef must be at most"),
+    "unknown listener": ("--training.report_to tensorbord", "report_to: tensorbord is not supported, only"),
+    "no listener": ("--training.report_to null", "report_to: expected a list of texts, got null"),
     "half a resume": ("--training.resume optimizer", "training.resume: expected true or false or weights"),
 }
 
@@ -79,7 +90,7 @@ def test_bad_settings(recipe_file, refused, name):
 def test_examples_that_are_left_out_are_counted_or_refused(recipe_file, data_file, refused, capsys, tmp_path):
     recipe = recipe_file()
     records = [{"instruction": "red " * 200, "response": "x"}] * 30 + [{"instruction": "red", "response": "x"}] * 10
-    words = [recipe, "--data.path", data_file(records, "long.jsonl"), "--data.num_heldout", "0"]
+    words = [recipe, "--data.path", data_file(records, "long.jsonl"), "--data.heldout", "0"]
     line = refused("train", *words)
     assert "30 of 40 training examples, more than data.max_dropped=0.05 allows" in line
     enough, share = re.search(r"data.max_length to at least (\d+), or data.max_dropped to ([\d.]+)", line).groups()
@@ -151,8 +162,10 @@ def test_cross_branch_cannot_be_exported(recipe_file, refused, tmp_path):
 
 def test_other_bad_command_lines(refused, tmp_path):
     assert "no such recipe" in refused("train", "nothing.yaml")
-    assert "the recipe comes first" in refused("train", "--model.path", "x")
-    assert "unknown command 'trian'" in refused("trian")
+    assert "a recipe, or a model and its data, comes first" in refused("train", "--model.path", "x")
+    assert "unknown command 'trian'. Did you mean train? Commands: train, " in refused("trian")
+    assert "unknown command 'xyz'. Commands: train, " in refused("xyz")
+    assert "Did you mean help?" in refused("hlep")
     assert "Usage: revffn export RUN OUT" in refused("export", "one")
     assert "output" in refused("upcycle")
     assert "model" in refused("plan") and "model" in refused("evaluate")
@@ -167,11 +180,27 @@ def test_help_names_every_command(capsys):
     assert all(name in out for name in COMMANDS)
 
 
-@pytest.mark.parametrize("command", ["train", "upcycle", "evaluate"])
+def help_of(words, capsys) -> str:
+    try:
+        status = main(words)
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_a_command(command, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main([command, "--help"])
-    assert stop.value.code == 0 and "--" in capsys.readouterr().out
+    out = help_of([command, "--help"], capsys)
+    assert out.startswith("usage: revffn " + command)
+    assert help_of(["help", command], capsys) == out
+    assert help_of([command, "something", "--help"], capsys) == out
+
+
+def test_help_and_version(capsys):
+    out = help_of([], capsys)
+    assert out == help_of(["help"], capsys) == help_of(["--help"], capsys) == help_of(["help", "help"], capsys)
+    assert help_of(["--version"], capsys) == f"revffn {revffn.__version__}\n"
 
 
 @pytest.mark.parametrize(
@@ -194,6 +223,42 @@ def test_mistakes_are_seen_before_torch_is_imported(recipe_file, words, message)
     code += f"from revffn.__main__ import main; sys.exit(main({words!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["help", "train"], ["completion", "zsh"]], ids=str)
+def test_help_comes_without_torch(words):
+    code = "import sys; sys.argv[0] = 'revffn'; sys.modules['torch'] = sys.modules['transformers'] = None; "
+    code += f"from revffn.__main__ import main; sys.exit(main({words!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout and not done.stderr
+
+
+STATUSES = {
+    0: None,
+    1: OSError(28, "No space left on device"),
+    2: InputError("not this"),
+    130: Interrupted(signal.SIGINT),
+    143: Interrupted(signal.SIGTERM),
+}
+
+
+@pytest.mark.parametrize("status", STATUSES)
+def test_the_exit_statuses_are_the_documented_ones(status, monkeypatch, capsys):
+    def command(words):
+        if STATUSES[status] is not None:
+            raise STATUSES[status]
+
+    monkeypatch.setitem(COMMANDS, "export", command)
+    assert main(["export"]) == status
+    err = capsys.readouterr().err
+    assert err.count("\n") == (status != 0) and err.startswith("revffn export: " if status else "")
+    table = (ROOT / "docs" / "command_line.md").read_text()
+    assert re.findall(r"^\| (\d+) \|", table, re.MULTILINE) == [str(documented) for documented in STATUSES]
+
+
+def test_every_command_is_documented():
+    table = (ROOT / "docs" / "command_line.md").read_text()
+    assert set(re.findall(r"^\| `(\w+)", table, re.MULTILINE)) == set(COMMANDS)
 
 
 SLOW_IMPORTS = [pytest.param(name, marks=pytest.mark.slow) for name in ("numpy", "transformers", "trl", "datasets")]
@@ -240,3 +305,69 @@ def test_as_a_program(recipe_file, tmp_path):
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("revffn")]
     assert f"{recipe} line 12: unknown key 'optimiser'" in line and "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+# --- a model and its data, without a recipe --------------------------------------------------------------------------
+
+NEITHER = {
+    "a model alone": (["{model}"], "is a model. Name its data too: revffn train {model} DATA"),
+    "a name of the Hub alone": (["org/model"], "Name its data too: revffn train org/model DATA"),
+    "data alone": (["{data}"], "is data. Name a model before it: revffn train MODEL {data}"),
+    "a folder alone": (["."], "is a folder. Name a model before it"),
+    "a recipe and data": (["recipe.yaml", "{data}"], "the recipe recipe.yaml names model and data itself"),
+    "three words": (["{model}", "{data}", "more"], "expected a model and its data, got 3 words"),
+    "data that is not there": (["{model}", "nothing.jsonl"], "nothing.jsonl"),
+    "a model that is not there": (["nowhere", "{data}", "--data.heldout", "8"], "'nowhere'"),
+    "an unknown setting": (["{model}", "{data}", "--data.paths", "x"], "Did you mean data.path?"),
+}
+
+
+@pytest.mark.parametrize("name", NEITHER)
+def test_neither_a_recipe_nor_a_model_with_data(refused, model_folder, data_file, name):
+    words, message = NEITHER[name]
+    there = {"model": model_folder("qwen2_moe"), "data": data_file()}
+    assert message.format(**there) in refused("train", *(word.format(**there) for word in words))
+
+
+SMALL = "--model.dtype float32 --data.heldout 8 --data.max_length 64 --training.num_steps 2".split()
+
+
+def test_a_model_and_its_data(model_folder, data_file, tmp_path, monkeypatch, capsys):
+    """The folder is named for both; a dry run says the plan and writes nothing; what was chosen is recorded."""
+    monkeypatch.chdir(tmp_path)
+    model, data = model_folder("qwen2_moe"), data_file()
+    words = ["train", str(model), str(data), *SMALL, "--training.batch_size", "4"]
+    before = sorted(tmp_path.rglob("*"))
+    assert main([*words, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert sorted(tmp_path.rglob("*")) == before
+    name = f"{model.name}-{data.name.partition('.')[0]}"
+    for words_said in ("Data: ", "Tiles: ", "Memory of the largest step, 4 x ", "innovation m=2", f"runs/{name}"):
+        assert words_said in said
+    assert main(words) == 0
+    recorded = json.loads((tmp_path / "runs" / name / "run.json").read_text())
+    assert recorded["finished"] and recorded["config"]["memory"]["weights"] == "device"
+    assert recorded["config"]["reversible"]["coupling"] == "innovation"
+
+
+def test_a_dry_run_is_refused_as_the_run_would_be(recipe_file, refused):
+    line = refused("train", recipe_file(), "--dry-run", "--memory.limit", "0.1MB")
+    assert "What would fit" in line
+
+
+def test_weights_wait_on_the_host_where_they_fit_only_so(tmp_path, tokenizer, data_file, monkeypatch, capsys):
+    """At what the resident run takes and one byte below it; a place that is named is kept, and refused there."""
+    monkeypatch.chdir(tmp_path)
+    sizes = dict(num_hidden_layers=8, hidden_size=64, intermediate_size=64, vocab_size=512)
+    load_config("olmoe-1b-7b", **sizes, pad_token_id=0, eos_token_id=2).save_pretrained("deep")
+    tokenizer.save_pretrained("deep")
+    words = ["deep", str(data_file()), *SMALL]
+    config, _ = run_from_words([*words, "--memory.weights", "device", "--memory.limit", "1GiB"])
+    resident = check(config).plan.peak_bytes
+    for less, place in ((0, "device"), (1, "host")):
+        limited = [*words, "--memory.limit", f"{(resident - less) / 1e6:.6f}MB"]
+        assert check(run_from_words(limited)[0]).config.memory.weights == place
+        assert main(["train", *limited, "--dry-run"]) == 0
+        assert ("Weights: in host memory" in capsys.readouterr().out) == (place == "host")
+    named = [*limited, "--memory.weights", "device", "--force"]
+    assert check(run_from_words(named)[0]).config.memory.weights == "device"

@@ -4,12 +4,16 @@ Run: pytest tests/test_repository.py
 """
 
 import ast
+import importlib.util
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import revffn
 
@@ -94,6 +98,86 @@ def test_experiments_depend_on_the_rest_and_never_the_reverse():
             assert not names & {name.partition(".")[0] for name in found}, file
 
 
+OTHERS_PRIVATE = {
+    "torch": (
+        "_C", "_apply", "_backward_hooks", "_buffers", "_call_impl", "_cdata", "_execution_engine", "_forward_hooks",
+        "_forward_pre_hooks", "_last_lr", "_len_torch_dispatch_stack", "_modules", "_orig_mod", "_parameters",
+        "_version",
+    ),
+    "accelerate": ("_hf_hook",),
+    "os": ("_exit",),
+    "trl": ("_metrics", "_total_train_tokens"),
+}  # fmt: skip
+"""Private names of others than transformers that the package uses."""
+
+
+def private(name: object) -> bool:
+    return isinstance(name, str) and re.fullmatch(r"_[A-Za-z]\w*", name) is not None
+
+
+def private_names_used(tree: ast.AST) -> set[str]:
+    """Attributes; and strings that name one: to `getattr` and its kin, before `in`, as the key of a dictionary."""
+    found: set[object] = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(attr=name):
+                found.add(name)
+            case ast.Call(func=ast.Name("getattr" | "hasattr" | "setattr"), args=[_, ast.Constant(name), *_]):
+                found.add(name)
+            case ast.Compare(left=ast.Constant(name), ops=[ast.In() | ast.NotIn()]):
+                found.add(name)
+            case ast.Dict(keys=keys):
+                found |= {key.value for key in keys if isinstance(key, ast.Constant)}
+    return set(filter(private, found))
+
+
+def names_defined(tree: ast.AST) -> set[str]:
+    """Functions, classes, variables, and what an `__init__` gives to its object."""
+    found = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.FunctionDef(name="__init__"):
+                stored = (n for n in ast.walk(node) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store))
+                found |= {attribute.attr for attribute in stored}
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.Name(id=name, ctx=ast.Store()):
+                found.add(name)
+    return found
+
+
+def test_what_transformers_does_not_promise_is_in_one_module():
+    """upstream.py has all of it: elsewhere names come from `transformers` itself, and private ones are our own."""
+    trees = {file: ast.parse(file.read_text()) for file in PACKAGE.rglob("*.py") if file.name != "upstream.py"}
+    known = {name for names in OTHERS_PRIVATE.values() for name in names}.union(*map(names_defined, trees.values()))
+    for file, tree in trees.items():
+        assert private_names_used(tree) <= known, f"{file}: {sorted(private_names_used(tree) - known)}"
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+            if isinstance(node, ast.Import):
+                assert not [name for name in names if name.startswith("transformers.")], f"{file} imports {names}"
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "transformers":
+                hidden = [name for name in names if importlib.util.find_spec(f"transformers.{name}")]
+                assert node.module == "transformers" and not hidden, f"{file} imports {node.module}: {names}"
+
+
+def test_private_names_are_seen():
+    code = "a._b; getattr(a, '_c'); '_d' in a; {'_e': 1}; self._f()\nclass G:\n  def __init__(self): self._g = 1\n"
+    tree = ast.parse(code + "def _h(self): self._i = 1")
+    assert private_names_used(tree) == {"_b", "_c", "_d", "_e", "_f", "_g", "_i"}
+    assert {"_g", "_h"} <= names_defined(tree) and not {"_b", "_i"} & names_defined(tree)
+
+
+def test_the_oldest_versions_are_those_declared():
+    """tests/oldest.txt pins the lower end of every range; torch is that of the main environment."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = [*project["dependencies"], *(row for rows in project["optional-dependencies"].values() for row in rows)]
+    bounds = ((row.name, bound) for row in map(Requirement, declared) for bound in row.specifier)
+    lowest = {name: Version(bound.version) for name, bound in bounds if bound.operator == ">="}
+    pins = [line for line in (ROOT / "tests" / "oldest.txt").read_text().splitlines() if line and line[0] != "#"]
+    pinned = {row.name: Version(next(iter(row.specifier)).version) for row in map(Requirement, pins)}
+    assert {"transformers", "trl", "datasets", "pydantic", "peft"} <= set(pinned)
+    assert pinned == {name: lowest[name] for name in pinned}
+
+
 @pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
 def test_links_lead_somewhere(file):
     for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", file.read_text()):
@@ -116,12 +200,13 @@ def test_public_names():
 
 
 def test_import_is_light():
-    """Nothing optional, no CUDA."""
+    """Nothing optional, no CUDA, and the libraries' logging is left as it is."""
     code = (
-        "import sys, revffn, torch; "
-        "optional = ('trl', 'datasets', 'lm_eval', 'matplotlib', 'plotly', 'gguf'); "
+        "import logging, sys, revffn, torch; from transformers.utils import logging as hf; "
+        "optional = ('trl', 'datasets', 'lm_eval', 'matplotlib', 'plotly', 'gguf', 'rich.progress'); "
+        "filters = [f for name in (None, 'torchao', 'torch.utils._pytree') for f in logging.getLogger(name).filters]; "
         "print([m for m in optional if m in sys.modules], "
-        "torch.cuda.is_initialized())"
+        "torch.cuda.is_initialized(), filters, hf.is_progress_bar_enabled())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[] False"
+    assert done.stdout.strip() == "[] False [] True"

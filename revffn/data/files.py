@@ -1,47 +1,30 @@
-"""Records of files and data sets, each with the place it stands at.
+"""Records of one file, each with the place it stands at.
 
-A file that cannot be read as it says is refused with its name and the line: broken JSON, JSON that is nested too
-deeply, rows of a CSV with more or fewer cells than its header.
+JSON and CSV are read here: `datasets` cannot say in which line a file is broken, puts `null` where a key is missing,
+and reads half a character as another one. It reads Parquet and Arrow. A file that cannot be read as it says is refused
+with its name and the line: broken JSON, JSON that is nested too deeply, rows of a CSV with more or fewer cells than
+its header.
 """
 
 from __future__ import annotations
 
 import csv
+import glob
 import gzip
 import io
 import json
+import logging
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TextIO
 
-from ..recipe import DataConfig, InputError
+from ..recipe import InputError
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv")
-
-
-def find_file(path: str, recipe: Path | None = None) -> Path | None:
-    """The data file meant by `path`; None if it can only be a data set on the Hub.
-
-    Raises:
-        InputError: It looks like a file, and there is none.
-    """
-    places = [Path()]
-    if recipe is not None:
-        places.append(recipe.resolve().parent)
-    # The checkout this package is imported from, which has the data the shipped recipes name.
-    places.append(Path(__file__).resolve().parents[2])
-    try:
-        for place in places:
-            if (place / path).is_file():
-                return place / path
-    except OSError as error:
-        raise InputError(f"data.path {path[:80]!r}: cannot be looked for ({error.strerror}). Correct it.") from None
-    if path.endswith(SUFFIXES) or Path(path).suffix in (".gz", ".txt", ".tsv", ".parquet") or path.count("/") > 1:
-        looked = ", ".join(str(place.resolve()) for place in dict.fromkeys(places))
-        raise InputError(f"data.path {path!r}: no such file in {looked}. Correct data.path.")
-    return None
+TEXTS, TABLES, COMPRESSED = (".jsonl", ".json", ".csv"), (".parquet", ".arrow"), (".gz", ".zst")
+SUFFIXES = (*(text + end for text in TEXTS for end in ("", *COMPRESSED)), *TABLES)
 
 
 def read_file(file: Path) -> Iterator[tuple[Any, str]]:
@@ -52,28 +35,82 @@ def read_file(file: Path) -> Iterator[tuple[Any, str]]:
     """
     if not file.name.endswith(SUFFIXES):
         raise InputError(f"{file}: cannot read this kind of file. Accepted: {', '.join(SUFFIXES)}.")
+    if file.suffix in TABLES:
+        yield from read_table(file)
+        return
+    kind = Path(file.stem).suffix if file.suffix in COMPRESSED else file.suffix
+    with opened(file, newline="" if kind == ".csv" else "\n") as lines:
+        if kind == ".csv":
+            yield from read_csv(lines, file)
+        elif kind == ".json":
+            text = lines.read()
+            records = parse_json(text, str(file), 1) if text.strip() else []
+            if not isinstance(records, list):
+                raise InputError(f"{file}: a .json file holds one list of records, got {type(records).__name__}.")
+            for i, record in enumerate(records, 1):
+                yield record, f"{file} record {i}"
+        else:
+            for i, line in enumerate(lines, 1):
+                if line.strip():
+                    yield parse_json(line.removesuffix("\n"), str(file), i), f"{file} line {i}"
+
+
+@contextmanager
+def opened(file: Path, newline: str) -> Iterator[TextIO]:
+    """A text file, decompressed as its name says.
+
+    Raises:
+        InputError: What is read is not that.
+    """
     try:
-        text = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-        text = text.decode("utf-8-sig")
+        with decompressed(file) as data, io.TextIOWrapper(data, "utf-8-sig", newline=newline) as lines:
+            yield lines
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: cannot be read ({error}). Give UTF-8 text, with gzip for .gz.") from None
-    if file.suffix == ".csv":
-        yield from read_csv(text, file)
-    elif file.suffix == ".json":
-        records = parse_json(text, str(file), 1) if text.strip() else []
-        if not isinstance(records, list):
-            raise InputError(f"{file}: a .json file holds one list of records, got {type(records).__name__}.")
-        for i, record in enumerate(records, 1):
-            yield record, f"{file} record {i}"
-    else:
-        for i, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                yield parse_json(line, str(file), i), f"{file} line {i}"
+        how = f", compressed as {file.suffix}" if file.suffix in COMPRESSED else ""
+        raise InputError(f"{file}: cannot be read ({error}). Give UTF-8 text{how}.") from None
 
 
-def read_csv(text: str, file: Path) -> list[tuple[dict[str, str], str]]:
+def decompressed(file: Path) -> BinaryIO:
+    if file.suffix == ".gz":
+        return gzip.open(file)
+    if file.suffix == ".zst":
+        import pyarrow  # brought by datasets
+
+        return pyarrow.input_stream(str(file), compression="zstd")
+    return file.open("rb")
+
+
+def read_table(file: Path) -> Iterator[tuple[Any, str]]:
+    """The rows of a Parquet or Arrow file, a batch at a time."""
+    import datasets
+
+    logger = logging.getLogger("datasets")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # it logs the error that it raises
+    try:
+        rows = datasets.load_dataset(file.suffix[1:], data_files=glob.escape(str(file)), split="train", streaming=True)
+        for i, row in enumerate(rows, 1):
+            yield without_nulls(row), f"{file} row {i}"
+    except Exception as error:  # of pyarrow, of many kinds
+        raise InputError(f"{file}: cannot be read as {file.suffix} ({reason(error)}).") from None
+    finally:
+        logger.setLevel(level)
+
+
+def reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def without_nulls(value: Any) -> Any:
+    """A value of a table, in which every object has the keys of all others: those that are null are not there."""
+    if isinstance(value, dict):
+        return {name: without_nulls(part) for name, part in value.items() if part is not None}
+    return [without_nulls(part) for part in value] if isinstance(value, list) else value
+
+
+def read_csv(lines: Iterable[str], file: Path) -> list[tuple[dict[str, str], str]]:
     """The rows of a CSV, each with as many cells as the header has."""
-    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    rows = csv.reader(lines, strict=True)
     records, header = [], None
     before = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     try:
@@ -120,19 +157,3 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} twice in one object")
     return found
-
-
-def read_hub(config: DataConfig) -> Iterator[tuple[Any, str]]:
-    """Every record of a data set on the Hub."""
-    import datasets
-
-    try:
-        table = datasets.load_dataset(config.path, split=config.split)
-    except Exception as error:  # the many ways a download fails all mean the same to the user
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"data.path {config.path!r}, split {config.split!r}: neither a file here nor a data set that can be had "
-            f"from the Hub ({type(error).__name__}: {reason}). Correct data.path or data.split."
-        ) from None
-    for i, record in enumerate(table):
-        yield record, f"{config.path} record {i + 1}"

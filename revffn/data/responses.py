@@ -4,6 +4,7 @@ A template that marks what the assistant generates (`{% generation %}`) is taken
 what follows the prompt that generation would be given, if the template writes that prompt as it is into the whole
 conversation. Many do not: they write a prompt differently once an answer follows, or drop the reasoning of earlier
 turns. There the response is found by what changes in the whole conversation when its message says something else.
+Plain text needs no template: all of it is learnt, or the completion of a prompt.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from itertools import islice
 from typing import Any
 
 from ..recipe import InputError
+from .conversations import is_plain
+from .files import reason
 
 Span = tuple[int, int]
 """First character, and the one after the last."""
@@ -31,15 +34,19 @@ class Chat:
         tokenizer: One with a chat template.
     """
 
+    goes_on = False
+    """Whether what is longer than a sequence goes on in the next one."""
+    adds_special_tokens = False
+    """Whether the tokenizer puts special tokens around the text; else they are in it."""
+
     def __init__(self, example: dict[str, Any], tokenizer: Any):
         self.messages: list[dict[str, Any]] = [*example["prompt"], *example["completion"]]
         self.tools = example.get("tools")
+        # The first message that may be learnt.
+        self.first = len(example["prompt"]) if getattr(example, "learns_completion", False) else 0
         self.where = getattr(example, "where", "") or f"the conversation {self.messages[0].get('content', '')[:40]!r}"
         self.tokenizer = tokenizer
-        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        # The longest first: one may begin with another.
-        special = "|".join(re.escape(token) for token in sorted(filter(None, special), key=len, reverse=True))
-        self.special = re.compile(special or r"(?!)")
+        self.special = special_tokens(tokenizer)
         self.text = self.render(self.messages)
 
     def render(self, messages: list[dict[str, Any]], prompt: bool = False, tools: Any = None) -> str:
@@ -67,14 +74,14 @@ class Chat:
         Raises:
             InputError: A response cannot be told apart from the rest.
         """
-        turns = [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
-        found = self.marked(learn)
+        every = [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
+        turns = [i for i in every if i >= self.first][0 if learn == "all_responses" else -1 :]
+        found = self.marked(turns, all_of_them=turns == every)
         if not found:
-            turns = turns if learn == "all_responses" else turns[-1:]
             found = [span for span in map(self.response, turns) if span is not None]
         starts = [0, *(end for _, end in found)]
         spans = [(max(start, before), end) for (start, end), before in zip(found, starts, strict=False)]
-        self.check_calls(turns if learn == "all_responses" else turns[-1:], spans)
+        self.check_calls(turns, spans)
         return [(start, end) for start, end in spans if start < end]
 
     def check_calls(self, turns: list[int], spans: list[Span]) -> None:
@@ -90,9 +97,10 @@ class Chat:
         reasons = [str(self.messages[-1].get(name, "")).strip() for name in SAID[1:]]
         return any(reasons) and not any(text[:20] in self.text for text in filter(None, reasons))
 
-    def marked(self, learn: str) -> list[Span]:
-        """What the template itself marks, with the end-of-turn token behind it, which teaches to stop."""
-        from transformers.utils.chat_template_utils import render_jinja_template
+    def marked(self, turns: list[int], all_of_them: bool) -> list[Span]:
+        """What the template itself marks of the messages `turns`, which are the last by the assistant; with the
+        end-of-turn token behind it, which teaches to stop."""
+        from ..upstream import render_jinja_template
 
         template = self.tokenizer.get_chat_template(tools=self.tools)
         if not MARKS.search(template):
@@ -106,9 +114,9 @@ class Chat:
         )
         if text != self.text:
             return []
-        if learn == "last_response":
-            last = self.changed(len(self.messages) - 1, self.text)
-            spans = spans[-1:] if last is None else [span for span in spans if span[1] > last[0]]
+        if not all_of_them:
+            first = self.changed(turns[0], self.text)
+            spans = spans[-len(turns) :] if first is None else [span for span in spans if span[1] > first[0]]
         end = self.tokenizer.eos_token
         return [(a, b + len(end) if end and text.startswith(end, b) else b) for a, b in spans if a < b]
 
@@ -231,8 +239,53 @@ class Chat:
         return spans if same and marked.count(first) == marked.count(last) == len(spans) else None
 
 
-def reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+class PlainText:
+    """A text that no template writes, and what ends it. Special tokens that it spells out are read as such: many texts
+    are conversations that have been written as text before.
+
+    Args:
+        example: `{"text": text}`, or `{"prompt": text, "completion": text}`.
+        tokenizer: Any.
+    """
+
+    def __init__(self, example: dict[str, Any], tokenizer: Any):
+        prompt, text = (example["prompt"], example["completion"]) if "prompt" in example else ("", example["text"])
+        end = tokenizer.eos_token or ""
+        self.where = getattr(example, "where", "") or f"the text {(prompt + text)[:40]!r}"
+        self.tokenizer, self.special = tokenizer, special_tokens(tokenizer)
+        self.start = len(prompt)
+        self.text = prompt + text + ("" if text.endswith(end) else end)
+        self.goes_on = not prompt
+        begin = tokenizer.bos_token
+        self.adds_special_tokens = not (begin and self.text.startswith(begin))
+
+    def refuse(self, why: str) -> InputError:
+        return InputError(f"{self.where}: {why}. Correct the record, or take another tokenizer.")
+
+    def responses(self, learn: str) -> list[Span]:
+        """The characters of `self.text` that are to be learnt."""
+        return [(self.start, len(self.text))]
+
+    def leaves_out_reasoning(self) -> bool:
+        return False
+
+    def spelt_out(self) -> list[Span] | None:
+        """See `Chat.spelt_out`: here they cannot be told from those that are meant."""
+        end = self.text.removesuffix(self.tokenizer.eos_token or "")
+        return None if self.special.search(end) else []
+
+
+def written(example: dict[str, Any], tokenizer: Any) -> Chat | PlainText:
+    """An example as text."""
+    return (PlainText if is_plain(example) else Chat)(example, tokenizer)
+
+
+def special_tokens(tokenizer: Any) -> re.Pattern[str]:
+    """Matches each of a tokenizer's."""
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    # The longest first: one may begin with another.
+    special = "|".join(re.escape(token) for token in sorted(filter(None, special), key=len, reverse=True))
+    return re.compile(special or r"(?!)")
 
 
 def changes(message: dict[str, Any], text: str) -> Iterator[tuple[dict[str, Any], list[str]]]:

@@ -11,10 +11,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
-from transformers.utils import output_capturing
 
-_active = output_capturing._active_collector
-"""transformers' list of outputs by name, of the model's forward call that runs now; None if nothing is asked for."""
+from ..upstream import active_collector
 
 
 @contextlib.contextmanager
@@ -24,7 +22,7 @@ def as_one_layer(tiles: Callable[[], int]) -> Iterator[None]:
     Args:
         tiles: Their number, asked for afterwards.
     """
-    collected = _active.get() or {}
+    collected = active_collector.get() or {}
     before = {name: len(found) for name, found in collected.items() if isinstance(found, list)}
     yield
     for name, start in before.items():
@@ -44,8 +42,8 @@ def joined(found: list[Tensor], num_tiles: int) -> Tensor:
 @contextlib.contextmanager
 def paused() -> Iterator[None]:
     """Nothing is captured meanwhile."""
-    token = _active.set(None)
+    token = active_collector.set(None)
     try:
         yield
     finally:
-        _active.reset(token)
+        active_collector.reset(token)

@@ -10,7 +10,6 @@ and a warning says so.
 
 from __future__ import annotations
 
-import inspect
 import logging
 from typing import Any
 
@@ -19,9 +18,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import PreTrainedModel
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ..ops.experts import Gate, GradientSum, experts
+from ..upstream import ALL_EXPERTS_FUNCTIONS, experts_implementation, family_forward, is_expert_parallel
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +46,7 @@ def gate_of(module: nn.Module) -> Gate | None:
     """How an experts module joins gate and up, as its attributes say; None where they say nothing known."""
     if not getattr(module, "has_gate", False) or getattr(module, "has_post_expert_norm", False):
         return None
-    if getattr(module, "_is_expert_parallel", False):
+    if is_expert_parallel(module):
         return None
     if any(getattr(module, name, None) is None for name in ("gate_up_proj", "down_proj")):
         return None
@@ -129,15 +128,9 @@ def disagreement(module: nn.Module, gate: Gate, device: torch.device, dtype: tor
     weight = draw(T, K).abs()
     with torch.autocast(device.type, enabled=False):
         ours = fused(tiny, gate, x, index, weight, None)
-        theirs = own_forward(cls)(tiny, x, index, weight)
+        theirs = family_forward(cls)(tiny, x, index, weight)
     scale = theirs.float().abs().max().clamp_min(1e-30)
     return float(((ours.float() - theirs.float()).abs().max() / scale).nan_to_num(float("inf")))
-
-
-def own_forward(cls: type[nn.Module]) -> Any:
-    """The forward that a family wrote, behind the interface's decorator."""
-    decorated = next(c.__dict__["forward"] for c in cls.__mro__ if hasattr(c.__dict__.get("forward"), "__wrapped__"))
-    return inspect.unwrap(decorated)
 
 
 def fused(
@@ -185,9 +178,5 @@ def choose_implementation(model: PreTrainedModel) -> None:
     transformers' default, asked for by name, cannot be told from the default; `set_experts_implementation` after the
     conversion chooses it.
     """
-    config = model.config
-    if model._can_set_experts_implementation() and config._experts_implementation in (
-        None,
-        DEFAULT,
-    ):
-        config._experts_implementation = IMPLEMENTATION
+    if experts_implementation(model.config) in (None, DEFAULT):
+        model.set_experts_implementation(IMPLEMENTATION)  # of a dense model without effect

@@ -86,14 +86,33 @@ def routing(mode: TorchFunctionMode | None) -> Iterator[None]:
         _ACTIVE.reset(before)
 
 
+_WATCHER: ContextVar[Callable[[nn.Module, Tensor], None] | None] = ContextVar("revffn_watcher", default=None)
+
+
+@contextlib.contextmanager
+def watching(watcher: Callable[[nn.Module, Tensor], None]) -> Iterator[None]:
+    """While open, `watcher` is told each choice: the module that chose (router or block), and the indices (tokens, K)
+    in the type of `index_dtype`. In eval mode too; replays are not told."""
+    before = _WATCHER.set(watcher)
+    try:
+        yield
+    finally:
+        _WATCHER.reset(before)
+
+
 def _intercepted(method: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(method)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        mode = _ACTIVE.get()
+    def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        mode, watcher = _ACTIVE.get(), _WATCHER.get()
+        if mode is None and watcher is not None:
+            mode = RecordRouting([])
         if mode is None:
-            return method(*args, **kwargs)
+            return method(module, *args, **kwargs)
         with mode:
-            return method(*args, **kwargs)
+            result = method(module, *args, **kwargs)
+        if watcher is not None and isinstance(mode, RecordRouting):
+            watcher(module, mode.record[-1])  # groups of experts are chosen before experts
+        return result
 
     return run
 

@@ -18,6 +18,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ..ops.experts import GradientSum
+from ..upstream import experts_implementation
 from .experts import IMPLEMENTATION, fused_gate
 
 RNG_SETTINGS = ("attention_dropout", "hidden_dropout", "resid_dropout", "router_jitter_noise")
@@ -72,7 +73,7 @@ class TiledExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         sums = self.gradient_sums
-        ours = self.config._experts_implementation == IMPLEMENTATION
+        ours = experts_implementation(self.config) == IMPLEMENTATION
         if not sums or (ours and fused_gate(self, hidden_states) is not None):
             return super().forward(hidden_states, *args, **kwargs)
         try:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoTokenizer,
     PretrainedConfig,
@@ -194,12 +195,23 @@ def find_model(given: str) -> tuple[str, PretrainedConfig, PreTrainedTokenizerBa
     """The folder with the weights, or the name on the Hub as it is; the model's config and its tokenizer."""
     folder = next((str(place) for place in (Path(given, "model"), Path(given)) if place.is_dir()), given)
     try:
-        return folder, AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        # Not told about a model's own code, transformers asks the terminal.
+        model_config, tokenizer = (
+            kind.from_pretrained(folder, trust_remote_code=False) for kind in (AutoConfig, AutoTokenizer)
+        )
     except (OSError, ValueError, KeyError) as error:
+        if "trust_remote_code" in str(error):
+            raise InputError(f"model {given!r}: it is code of its own, which is not run here.") from None
         raise InputError(
             f"model {given!r}: no model with a tokenizer here, nor one that can be had from the Hub "
             f"({' '.join(str(error).split())[:200]}). Give the folder of a model or of a finished run."
         ) from None
+    if type(model_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise InputError(
+            f"model {given!r}: a model of type {model_config.model_type!r} does not continue a text. Give a causal "
+            "language model."
+        )
+    return folder, model_config, tokenizer
 
 
 def load_model(folder: str, device: torch.device) -> tuple[PreTrainedModel, str]:

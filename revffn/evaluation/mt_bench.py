@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from ..data import read_file
 from ..options import EvaluateConfig
@@ -139,6 +139,8 @@ def next_turn(
     temperature: float,
     max_new_tokens: int,
     seed: int,
+    top_p: float = 1.0,
+    streamer: TextStreamer | None = None,
 ) -> str:
     """The model's next turn of a conversation; empty if the conversation leaves no room for one."""
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -149,7 +151,7 @@ def next_turn(
         return ""
     how: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
-        how = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+        how = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     own = model.generation_config
     # The plain distribution at this temperature: what a model's own generation config adds (a repetition penalty, ...)
@@ -158,7 +160,7 @@ def next_turn(
     try:
         with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), mode(model, training=False):
             torch.manual_seed(seed)
-            output = model.generate(**inputs.to(model.device), **how, max_new_tokens=room)
+            output = model.generate(**inputs.to(model.device), **how, max_new_tokens=room, streamer=streamer)
     finally:
         model.generation_config = own
     return tokenizer.decode(output[0, used:], skip_special_tokens=True).strip()

@@ -1,9 +1,13 @@
 """What a step takes, and what fits.
 
 amounts.py     amounts of memory, read and written
+answers.py     what the planner answers
+disk.py        what has been measured, kept between processes
 live_bytes.py  bytes of live tensors while a step runs, by part
 simulation.py  one step on fake tensors
-predict.py     the same from small simulations, counted and extended
+fake.py        fake tensors, sooner
+predict.py     the same step from small simulations, counted and extended
 plan.py        what fits, which tile, what else would
+question.py    all that `revffn plan` is asked
 command.py     `revffn plan`: the answers as tables, JSON and a picture
 """

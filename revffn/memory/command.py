@@ -7,15 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..config import CrossBranchConfig, ReversibleConfig
 from ..files import new_file
-from ..models.known import load_config
+from ..models.known import config_file
+from . import disk
 from .amounts import gib, parse_bytes
-from .plan import USUAL_TILE, TileChoice, check, choose_tile, label_of, plan, tiled, traffic, what_would_fit
-from .predict import Plan
-from .simulation import Method
+from .answers import USUAL_TILE, Answer, Plan
 
 COLUMNS = (
     ("weights", ("weights",)),
@@ -119,6 +115,35 @@ def plot(answer: Plan, title: str, file: Path, gpu_bytes: int | None = None) -> 
         figure.savefig(partial, dpi=150)
 
 
+DISPLAY = ("check", "json", "plot")
+"""What a question says about the way it is answered; the answer is the same."""
+
+
+def known_answer(question: Any) -> Answer:
+    """As it was found before, without importing torch, or now."""
+    asked = {name: value for name, value in vars(question).items() if name not in DISPLAY}
+    key = ["plan_command", asked, config_text(question.model)]
+    kept = disk.recall(key) if key[-1] is not None else None
+    if kept is not None:
+        return Answer.from_dict(kept)
+    from .question import answer
+
+    found = answer(question)
+    if key[-1] is not None:
+        disk.remember(key, found.as_dict())
+    return found
+
+
+def config_text(model: str) -> str | None:
+    """The config of a folder or a known model; None if it has to come from elsewhere."""
+    for file in (Path(model) / "config.json", config_file(model)):
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, ValueError):
+            continue
+    return None
+
+
 def plan_command(question: Any) -> str | None:
     """Answer a `options.PlanConfig` on standard output.
 
@@ -126,56 +151,34 @@ def plan_command(question: Any) -> str | None:
         What `--check` found wrong.
 
     Raises:
-        ValueError: See `plan`, `load_config`, `parse_bytes`, `require_picture`.
+        ValueError: See `question.answer`, `require_picture`.
     """
     gpu_bytes = None if question.gpu is None else parse_bytes(question.gpu)
-    reversible = ReversibleConfig(
-        coupling=question.coupling,
-        side_bits=question.side_bits,
-        cross_branch=CrossBranchConfig(query_stream=question.query_stream),
-        tile_tokens=USUAL_TILE if question.tile_tokens == "auto" else question.tile_tokens or None,
-    ).resolve(calibrated=True)  # as `revffn train` does
-    dtype = getattr(torch, question.dtype)
-    method = Method(
-        reversible=reversible,
-        optimizer=question.optimizer,
-        rounding=question.rounding,
-        dtype=dtype,
-        weights=question.weights,
-    )
     if question.plot is not None:
         require_picture(Path(question.plot))
-    hf_config = load_config(question.model)
     shape = f"{question.batch} x {question.tokens}"
-    tile = None
-    if question.tile_tokens == "auto":
-        tile = TileChoice(USUAL_TILE, "no --gpu to fit")
-        if gpu_bytes is not None:
-            tile = choose_tile(hf_config, question.batch, question.tokens, method, limit_bytes=gpu_bytes)
-        method = tiled(method, tile.tile_tokens)
-    options = dict(with_alternatives=question.alternatives, tile_at_most=USUAL_TILE if tile else None)
-    answer = plan(hf_config, question.batch, question.tokens, method, gpu_bytes=gpu_bytes, **options)
+    with disk.in_use():
+        found = known_answer(question)
+    answer, tile, changes, copied = found.plan, found.tile, found.changes, found.traffic
     fits = gpu_bytes is None or answer.total_bytes <= gpu_bytes
-    changes = []
-    if not fits:
-        changes = what_would_fit(hf_config, question.batch, question.tokens, method, gpu_bytes=gpu_bytes)
-    comparison = check(hf_config, question.batch, question.tokens, method, answer) if question.check else None
-    copied = None
-    if question.weights == "host":
-        copied = traffic(hf_config, method, question.link_gb_per_s * 1e9, question.tflops * 1e12)
+    comparison = None
+    if question.check:
+        from .question import simulated
+
+        comparison = simulated(question, found)
     if question.plot is not None:
         title = f"{question.model}, {shape} tokens"
         plot(answer, title, Path(question.plot), gpu_bytes)
     if question.json:
         values = answer.as_dict() | {"fits": fits} if gpu_bytes is not None else answer.as_dict()
-        values |= {"tile": vars(tile) if tile else {"tile_tokens": method.reversible.tile_tokens}}
+        values |= {"tile": vars(tile) if tile else {"tile_tokens": question.tile_tokens or None}}
         values |= {"would_fit": [vars(change) for change in changes]} if not fits else {}
         values |= {"check": comparison.as_dict()} if comparison else {}
         values |= {"traffic": vars(copied)} if copied else {}
         print(json.dumps(values, indent=2))
         return comparison.problem if comparison else None
     print(f"{question.model}, {shape} tokens in a step, {answer.num_parameters / 1e9:.3f} B parameters\n")
-    print(table(answer, question.gpu, options["tile_at_most"]))
+    print(table(answer, question.gpu, USUAL_TILE if tile else None))
     if tile is not None:
         print(tile)
     print(f"\nThe peak is in: {answer.phase}. Reserve: CUDA context and kernels, workspaces, rounding up.")
@@ -186,7 +189,7 @@ def plan_command(question: Any) -> str | None:
             f"computing hides that from {copied.break_even_tokens:,} tokens per step on."
         )
     if gpu_bytes is not None:
-        print(f"{label_of(method)} {'fits' if fits else 'does not fit'} {question.gpu}.")
+        print(f"{answer.label} {'fits' if fits else 'does not fit'} {question.gpu}.")
     if not fits and changes:
         print("What would fit:", *changes, sep="\n  ")
     elif not fits:

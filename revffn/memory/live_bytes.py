@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -44,7 +45,7 @@ class Storage:
 
     __slots__ = ("born", "dtype", "layer", "num_bytes", "operation", "part", "phase", "shape", "stored", "watcher")
 
-    def __init__(self, num_bytes: int, born: int, phase: str, layer: int, operation: str, tensor: Tensor):
+    def __init__(self, num_bytes: int, born: int, phase: str, layer: int, operation: Any, tensor: Tensor):
         self.num_bytes, self.born, self.phase, self.layer, self.operation = num_bytes, born, phase, layer, operation
         self.shape, self.dtype = tuple(tensor.shape), tensor.dtype
         self.part: str | None = None
@@ -98,14 +99,21 @@ class LiveBytes(TorchDispatchMode):
 
     # --- counting ----------------------------------------------------------------------------------------------------
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """There is nothing compiled in a step, and keeping it out takes as long as counting."""
+        return False
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.prim.device.default:  # asked of fake tensors more often than all else together
+            return args[0].fake_device
         out = function(*args, **(kwargs or {}))
-        for leaf in tree_iter(out):
+        for leaf in (out,) if isinstance(out, Tensor) else tree_iter(out):
             if isinstance(leaf, Tensor):
-                self.add(leaf, str(function))
+                self.add(leaf, function)
         return out
 
-    def add(self, tensor: Tensor, operation: str = "given", elsewhere: bool = False) -> None:
+    def add(self, tensor: Tensor, operation: Any = "given", elsewhere: bool = False) -> None:
         """Count a tensor's storage, if it is not counted yet; with `elsewhere`, as none: it stands for host memory."""
         storage = tensor.untyped_storage()
         key = storage._cdata
@@ -165,7 +173,8 @@ class LiveBytes(TorchDispatchMode):
         total: Counter[tuple] = Counter()
         number: Counter[tuple] = Counter()
         for s in self.at_peak[phase]:
-            key = (self.part_of(s), s.operation.removesuffix(".default"), s.shape, str(s.dtype).removeprefix("torch."))
+            operation, dtype = str(s.operation).removesuffix(".default"), str(s.dtype).removeprefix("torch.")
+            key = (self.part_of(s), operation, s.shape, dtype)
             total[key] += s.num_bytes
             number[key] += 1
         return [
@@ -185,7 +194,6 @@ class LiveBytes(TorchDispatchMode):
 def no_garbage_collection() -> Iterator[None]:
     """Reference cycles then stay, and a peak depends neither on when Python collects them nor hides that there are
     some."""
-    gc.collect()
     enabled = gc.isenabled()
     gc.disable()
     try:

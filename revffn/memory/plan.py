@@ -14,10 +14,9 @@ left with two layers' (the one in use and the one on its way).
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -28,18 +27,14 @@ from ..config import ReversibleConfig
 from ..engine.host_weights import layer_states
 from ..models.architectures import ARCHITECTURES
 from .amounts import gib
-from .live_bytes import PARTS
-from .predict import RESERVE_BYTES, Phases, Plan, Predictor, measure, shallow
+from .answers import USUAL_TILE, Change, Comparison, Plan, TileChoice, Traffic
+from .predict import POINTS_OF_BATCH, POINTS_OF_LENGTH, RESERVE_BYTES, Phases, Predictor, extend, of_depth
 from .simulation import Method, RealOptimizer, build, simulate_step
 
 OUTSIDE_LAYERS = ("embedding", "forward", "loss", "top", "top after lm_head.weight", "optimizer")
 """Phases in which backward is not among the decoder layers."""
-ACCEPTED_ERROR = 0.03
-"""Of a predicted peak against the simulated one."""
 SMALLEST_TILE = 256
 """Tokens of the smallest tile that `choose_tile` takes."""
-USUAL_TILE = 2048
-"""Tokens of a tile where more are no faster (a CPU) or are not the question: fewer take hardly less."""
 TILE_SLACK = 0.2
 """By how much more than its share of a tile's tokens a working set may shrink."""
 LAYERS_ON_DEVICE = 2
@@ -64,13 +59,13 @@ def every_n_layers(n: int, hf_config: PreTrainedConfig, plain: Method, phases: P
     """Checkpoints of every n-th layer input: fewer of them, and n layers' activations while a group is walked back."""
     L = hf_config.num_hidden_layers
     each = batch * tokens * hf_config.hidden_size * plain.dtype.itemsize
-    shallow_config, shallow_method = shallow(hf_config, plain)
-    stored_of_depth = []
-    for num_layers in (shallow_config.num_hidden_layers - 1, shallow_config.num_hidden_layers):
-        config = copy.deepcopy(shallow_config)
-        config.num_hidden_layers = num_layers
-        stored_of_depth.append(measure(config, shallow_method, batch, tokens)["loss"]["stored_activations"])
-    one_layer = stored_of_depth[1] - stored_of_depth[0]
+    # Of layers that store everything the last one's share; it grows with B, and with T as attention makes it.
+    batches, lengths = ([1], POINTS_OF_LENGTH) if batch == 1 else (POINTS_OF_BATCH, [tokens])
+    stored, less = (
+        extend(of_depth(hf_config, depth), plain, batches, lengths, batch, tokens)["loss"]["stored_activations"]
+        for depth in (L, L - 1)
+    )
+    one_layer = stored - less
     fewer = (L - math.ceil(L / n)) * each
     out = {}
     for name, parts in phases.items():
@@ -169,18 +164,6 @@ def plan(
     return plans[0]
 
 
-@dataclass(frozen=True)
-class TileChoice:
-    """What `tile_tokens: auto` came to."""
-
-    tile_tokens: int | None
-    reason: str
-
-    def __str__(self) -> str:
-        size = "the whole batch" if self.tile_tokens is None else f"{self.tile_tokens:,} tokens"
-        return f"Tiles: {size} ({self.reason})"
-
-
 def choose_tile(
     hf_config: PreTrainedConfig,
     batch: int,
@@ -260,22 +243,6 @@ def require(hf_config: PreTrainedConfig, batch: int, tokens: int, method: Method
             f"No reversible layout for model_type={hf_config.model_type!r}. Known: "
             f"{', '.join(sorted(ARCHITECTURES))}. docs/adding_an_architecture.md shows how to add one."
         )
-
-
-@dataclass(frozen=True)
-class Change:
-    """Something that makes a run fit."""
-
-    settings: dict[str, Any]
-    """New values by the name of the setting: batch, tokens, tile_tokens, side_bits, optimizer, rounding, coupling,
-    weights."""
-    text: str
-    """The same for people."""
-    total_bytes: int
-    """Device memory after the change, with the reserve."""
-
-    def __str__(self) -> str:
-        return f"{self.text} ({gib(self.total_bytes)})"
 
 
 def what_would_fit(
@@ -364,16 +331,6 @@ def single_changes(method: Method) -> Iterator[tuple[dict[str, Any], str]]:
 # --- weights in host memory: what is copied -------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Traffic:
-    """What a step with weights in host memory copies, and from how many tokens on that hides behind computing."""
-
-    to_device_bytes: int
-    to_host_bytes: int
-    break_even_tokens: int
-    """Per step."""
-
-
 def traffic(hf_config: PreTrainedConfig, method: Method, link_bytes_per_s: float, flops_per_s: float) -> Traffic:
     """From the model's sizes and two rates of the machine, which are the caller's.
 
@@ -398,45 +355,6 @@ def traffic(hf_config: PreTrainedConfig, method: Method, link_bytes_per_s: float
 
 
 # --- predicted against simulated -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One prediction and the full simulated step beside it."""
-
-    predicted: dict[str, int]
-    simulated: dict[str, int]
-    seconds: float
-    """That the simulation took."""
-
-    @property
-    def relative_error(self) -> float:
-        """Of the peak; positive if too much was predicted."""
-        return sum(self.predicted.values()) / sum(self.simulated.values()) - 1
-
-    @property
-    def problem(self) -> str | None:
-        """What is wrong, if the peaks differ by more than `ACCEPTED_ERROR`."""
-        if abs(self.relative_error) <= ACCEPTED_ERROR:
-            return None
-        return (
-            f"the predicted peak is off by {self.relative_error:+.1%}, accepted is {ACCEPTED_ERROR:.0%}. Trust the "
-            "simulated one, and report this with the command that shows it."
-        )
-
-    def as_dict(self) -> dict[str, Any]:
-        both = {"predicted": self.predicted, "simulated": self.simulated}
-        return both | {"relative_error": self.relative_error, "seconds": self.seconds}
-
-    def table(self) -> str:
-        """Part by part. A peak that is flat may be found in another moment of the step: then single parts differ."""
-        lines = [f"{'':<24}{'predicted':>12}{'simulated':>12}{'error':>9}"]
-        rows = [(name.replace("_", " "), self.predicted[name], self.simulated[name]) for name in PARTS]
-        rows.append(("peak", sum(self.predicted.values()), sum(self.simulated.values())))
-        for name, predicted, simulated in rows:
-            error = f"{predicted / simulated - 1:+.2%}" if simulated else "" if not predicted else "new"
-            lines.append(f"{name:<24}{gib(predicted):>12}{gib(simulated):>12}{error:>9}")
-        return "\n".join(lines)
 
 
 def check(hf_config: PreTrainedConfig, batch: int, tokens: int, method: Method, answer: Plan) -> Comparison:

@@ -21,8 +21,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, wraps
 from itertools import chain
 from typing import Any
 from unittest.mock import patch
@@ -32,11 +32,16 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..couplings import COUPLINGS
 from ..engine.host_weights import NUM_SLOTS, blocks, layer_states, num_bytes, pinned_bytes
 from ..models import losses
-from ..models.architectures import num_dense_layers
+from ..models.architectures import ARCHITECTURES, num_dense_layers
 from ..models.losses import chunk_size
 from ..optim import OptimizerInBackward
+from ..upstream import attention_implementation
+from . import disk
+from .answers import Plan
+from .fake import RememberingFakeTensorMode
 from .live_bytes import PARTS, LiveBytes
 from .simulation import Method, RealOptimizer, build, run_step
 
@@ -47,6 +52,10 @@ HOST_BYTES = 4 * 2**30
 """In host memory: Python with torch and the CUDA libraries, and the part of a weight file being read."""
 SMALL_STEP_TOKENS = 8192
 """A step of at most so many tokens is measured as it is; larger ones are extended from two of about that size."""
+POINTS_OF_BATCH, POINTS_OF_LENGTH = [2, 4], [4096, 8192, 12288]
+"""Where a step is measured that is not walked in tiles."""
+SHIPPED = {**ARCHITECTURES, **COUPLINGS, None: None}
+"""Families and couplings that are not a caller's own."""
 
 Phases = dict[str, dict[str, int]]
 
@@ -71,27 +80,48 @@ class Counts:
     """The attention makes its scores (attention sinks have no fused kernel): T x T per head."""
 
 
-def cached(function: Callable) -> Callable:
-    """Remember results by the config's content; configs themselves cannot be hashed."""
+def cached(kept_as: type) -> Callable:
+    """Remember results, dataclasses of JSON values, by the config's content (configs themselves cannot be hashed): in
+    this process, and on disk where that is in use."""
 
-    @lru_cache(maxsize=256)
-    def remembered(key: str, *args: Any) -> Any:
-        return function(configs[key], *args)
+    def decorate(function: Callable) -> Callable:
+        configs: dict[str, tuple[PreTrainedConfig, Method]] = {}
 
-    configs: dict[str, PreTrainedConfig] = {}
+        @lru_cache(maxsize=512)
+        def remembered(text: str, *args: Any) -> Any:
+            key = [function.__name__, text, *args]
+            known = disk.recall(key) if is_shipped(*configs[text]) else None
+            if known is not None:
+                return kept_as(**known)
+            value = function(*configs[text], *args)
+            if is_shipped(*configs[text]):
+                disk.remember(key, asdict(value))
+            return value
 
-    def call(hf_config: PreTrainedConfig, method: Method, *args: Any) -> Any:
-        # ReversibleConfig is mutable, so the methods' text stands for them.
-        key = f"{hf_config.to_json_string(use_diff=False)} {hf_config._attn_implementation} {method}"
-        configs[key] = (hf_config, method)
-        return remembered(key, *args)
+        @wraps(function)
+        def call(hf_config: PreTrainedConfig, method: Method, *args: Any) -> Any:
+            # ReversibleConfig is mutable, so the methods' text stands for them.
+            text = f"{hf_config.to_json_string(use_diff=False)} {attention_implementation(hf_config)} {method}"
+            configs[text] = (hf_config, method)
+            return remembered(text, *args)
 
-    return call
+        return call
+
+    return decorate
 
 
-@cached
-def count(model_and_method: tuple[PreTrainedConfig, Method]) -> Counts:
-    hf_config, method = model_and_method
+def is_shipped(hf_config: PreTrainedConfig, method: Method) -> bool:
+    """Whether all code that a measurement runs is this package's or transformers'."""
+    coupling = method.reversible.coupling if method.reversible else None
+    return (
+        type(hf_config).__module__.startswith("transformers.")
+        and ARCHITECTURES.get(hf_config.model_type) is SHIPPED.get(hf_config.model_type)
+        and COUPLINGS.get(coupling) is SHIPPED.get(coupling)
+    )
+
+
+@cached(Counts)
+def count(hf_config: PreTrainedConfig, method: Method) -> Counts:
     with torch.device("meta"):
         model = build(hf_config, method)
     # Its states follow the parameters' device; what it computes of its own (8-bit codes) has to be real.
@@ -121,7 +151,7 @@ def count(model_and_method: tuple[PreTrainedConfig, Method]) -> Counts:
         optimizer_bytes,
         host_bytes,
         # Known only now: a config leaves the choice to the model.
-        model.config._attn_implementation == "eager",
+        attention_implementation(model.config) == "eager",
     )
 
 
@@ -135,15 +165,21 @@ def num_special_layers(hf_config: PreTrainedConfig, method: Method) -> int:
     return max(num_dense_layers(hf_config), special, 1)
 
 
-def shallow(hf_config: PreTrainedConfig, method: Method) -> tuple[PreTrainedConfig, Method]:
-    """The same model with its special layers and three more (two at least for kinds that alternate, and the last)."""
-    num_layers = min(hf_config.num_hidden_layers, num_special_layers(hf_config, method) + 3)
+def of_depth(hf_config: PreTrainedConfig, num_layers: int) -> PreTrainedConfig:
+    """The same model with its first layers alone."""
     hf_config = copy.deepcopy(hf_config)
     hf_config.num_hidden_layers = num_layers
     if getattr(hf_config, "layer_types", None):
         hf_config.layer_types = hf_config.layer_types[:num_layers]
     if getattr(hf_config, "mlp_only_layers", None):
         hf_config.mlp_only_layers = [layer for layer in hf_config.mlp_only_layers if layer < num_layers]
+    return hf_config
+
+
+def shallow(hf_config: PreTrainedConfig, method: Method) -> tuple[PreTrainedConfig, Method]:
+    """The same model with its special layers and three more (two at least for kinds that alternate, and the last)."""
+    num_layers = min(hf_config.num_hidden_layers, num_special_layers(hf_config, method) + 3)
+    hf_config = of_depth(hf_config, num_layers)
     settings = method.reversible
     if settings is not None:
         bits = settings.side_bits
@@ -152,6 +188,15 @@ def shallow(hf_config: PreTrainedConfig, method: Method) -> tuple[PreTrainedConf
             side_bits=bits if isinstance(bits, int) else [round(sum(bits) / len(bits))] * num_layers,
         )
     return hf_config, replace(method, reversible=settings)
+
+
+@dataclass(frozen=True)
+class SmallStep:
+    """What a step of a few layers was found to take."""
+
+    phases: Phases
+    stored_per_layer: list[dict[str, int]]
+    """Bytes per part that each layer's forward kept for backward."""
 
 
 class StandInOptimizer:
@@ -221,26 +266,29 @@ def few_starts(num_tokens: int, chunk: int) -> list[int]:
     return sorted({*starts[:2], *starts[-1:]})
 
 
-@cached
-def measure(model_and_method: tuple[PreTrainedConfig, Method], batch: int, tokens: int) -> Phases:
+@cached(SmallStep)
+def small_step(hf_config: PreTrainedConfig, method: Method, batch: int, tokens: int, special: int) -> SmallStep:
+    """One step of a few layers on fake tensors."""
+    for shape in {tuple(p) for p in parameter_shapes(hf_config, method)}:
+        update_bytes(shape, method)
+    with RememberingFakeTensorMode(), patch.object(losses, "chunk_starts", few_starts):
+        step = run_step(build(hf_config, method), batch, tokens, method, StandInOptimizer, special)
+    return SmallStep(step["phases"], step["stored_per_layer"])
+
+
+def measure(hf_config: PreTrainedConfig, method: Method, batch: int, tokens: int) -> Phases:
     """Bytes per part in every phase of a step of B x T tokens, of the model's full depth."""
-    hf_config, method = model_and_method
     full = count(hf_config, method)
     # Where weights lie makes no difference to what the step makes on top.
     small_config, small_method = shallow(hf_config, replace(method, weights="device"))
     small = count(small_config, small_method)
-    special = num_special_layers(hf_config, method)
-    for shape in {tuple(p) for p in parameter_shapes(small_config, small_method)}:
-        update_bytes(shape, method)
-    with FakeTensorMode(), patch.object(losses, "chunk_starts", few_starts):
-        model = build(small_config, small_method)
-        step = run_step(model, batch, tokens, small_method, StandInOptimizer, special)
+    step = small_step(small_config, small_method, batch, tokens, num_special_layers(hf_config, method))
     # Not of the last two: what they keep includes the streams, which move on.
     more_layers = hf_config.num_hidden_layers - small_config.num_hidden_layers
-    kept = {name: more_layers * size for name, size in step["stored_per_layer"][-3 if more_layers else -1].items()}
+    kept = {name: more_layers * size for name, size in step.stored_per_layer[-3 if more_layers else -1].items()}
     held = {} if method.optimizer_in_backward else {"gradients": full.trainable_bytes - small.trainable_bytes}
     phases = {}
-    for phase, parts in step["phases"].items():
+    for phase, parts in step.phases.items():
         where = phase.split(" ")[0]
         # Between top and bottom the layers below still keep theirs, and those above already hold gradients.
         middle = max(kept, held, key=lambda d: sum(d.values()))
@@ -312,7 +360,9 @@ def extend(
         for t, weight_t in zip(lengths, interpolate(lengths, tokens), strict=True)
     ]
     out = {}
-    for phase in set.intersection(*(set(phases) for phases, _ in grid)):
+    for phase in grid[0][0]:
+        if not all(phase in phases for phases, _ in grid):
+            continue
         parts = {part: round(sum(weight * phases[phase][part] for phases, weight in grid)) for part in PARTS}
         total = max(0, sum(parts.values()))
         # The peaks of one phase may be at different moments. The sum of their parts is right: what one part lacks, the
@@ -331,45 +381,6 @@ def worst_phase(phases: Phases) -> str:
 
 
 # --- the plan --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(kw_only=True)
-class Plan:
-    """What one way of training takes."""
-
-    label: str
-    batch: int
-    tokens: int
-    num_parameters: int
-    num_trainable: int
-    parts: dict[str, int]
-    """Bytes of tensors per part at the peak; see `simulation.PARTS`."""
-    phase: str
-    """Where in the step the peak is."""
-    reserve_bytes: int
-    """On a GPU, outside tensors."""
-    host_bytes: int
-    """Host memory beside a GPU."""
-    largest_batch: int | None = None
-    """That fits `gpu_bytes` with this length; 0 if none does, None if not asked."""
-    longest_sequence: int | None = None
-    """That fits `gpu_bytes` alone."""
-    alternatives: list[Plan] = field(default_factory=list)
-
-    @property
-    def peak_bytes(self) -> int:
-        """Of tensors: what `torch.cuda.max_memory_allocated` measures."""
-        return sum(self.parts.values())
-
-    @property
-    def total_bytes(self) -> int:
-        """Device memory with the reserve."""
-        return self.peak_bytes + self.reserve_bytes
-
-    def as_dict(self) -> dict[str, Any]:
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        values |= {"peak_bytes": self.peak_bytes, "total_bytes": self.total_bytes}
-        return values | {"alternatives": [plan.as_dict() for plan in self.alternatives]}
 
 
 Change = Callable[[Phases, int, int], tuple[Phases, int]]
@@ -425,7 +436,7 @@ class Predictor:
             return 0
         first = sample_batches(self.hf_config, self.method, 2**40, tokens)
         if len(first) == 1:
-            first = [2, 4]
+            first = POINTS_OF_BATCH
         lengths = sample_tokens(self.hf_config, self.method, tokens)
 
         def fits(batch: int) -> bool:
@@ -442,7 +453,7 @@ class Predictor:
             return 0
         points = sample_tokens(self.hf_config, self.method, 2**40)
         if len(points) == 1:
-            points = [4096, 8192] + [12288] * is_quadratic(self.hf_config, self.method)
+            points = POINTS_OF_LENGTH if is_quadratic(self.hf_config, self.method) else POINTS_OF_LENGTH[:2]
 
         def fits(tokens: int) -> bool:
             phases, _ = self.finish(extend(self.hf_config, self.method, [1], points, 1, tokens), 1, tokens)

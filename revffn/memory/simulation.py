@@ -26,14 +26,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, masking_utils
-from transformers.integrations import moe
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..config import ReversibleConfig
 from ..engine.host_weights import HostWeights
 from ..models.conversion import convert, default_dtype, is_reversible
 from ..models.losses import use_linear_cross_entropy
 from ..optim import OptimizerInBackward, parameter_groups
+from ..upstream import fake_tensors_as_real
 from .live_bytes import FORWARD, LiveBytes, Storage, describe, no_garbage_collection
 
 METHODS = ("reversible", "checkpointing", "plain")
@@ -247,11 +247,8 @@ class Hooks:
 def as_on_a_gpu() -> Iterator[None]:
     """While open, fake tensors take the paths that real ones take on a GPU where both differ in memory.
 
-    - transformers looks for packed sequences in the values of `position_ids`; of fake tensors it assumes the worst
-      and makes masks of T x T.
-    - PyTorch's fused attention on a CPU wants heads of one size, those on a GPU do not; multi-head latent attention
-      has two, and would get scores of T x T.
-    - grouped_mm on fake tensors knows bf16 only; transformers has a product of its own for other dtypes.
+    PyTorch's fused attention on a CPU wants heads of one size, those on a GPU do not; multi-head latent attention has
+    two, and would get scores of T x T.
     """
     attention = F.scaled_dot_product_attention
 
@@ -261,16 +258,7 @@ def as_on_a_gpu() -> Iterator[None]:
             return attention(query, key, value, *args, **kwargs)
         return attention(query, key, F.pad(value, (0, missing)), *args, **kwargs)[..., : value.shape[-1]]
 
-    can_use_grouped_mm = moe._can_use_grouped_mm
-
-    def in_bf16(input: Tensor, *args: Any, **kwargs: Any) -> bool:
-        return input.dtype == torch.bfloat16 and can_use_grouped_mm(input, *args, **kwargs)
-
-    with (
-        patch.object(moe, "_can_use_grouped_mm", in_bf16),
-        patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None),
-        patch.object(F, "scaled_dot_product_attention", fused),
-    ):
+    with fake_tensors_as_real(), patch.object(F, "scaled_dot_product_attention", fused):
         yield
 
 

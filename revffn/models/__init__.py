@@ -5,6 +5,7 @@ architectures.py    what differs from family to family, a row each
 modules.py          which class every module gets, and which models are refused
 layers.py           decoder layers and the final norm in a walk
 conversion.py       convert and export
+router_choices.py   what routers choose, told after each forward call
 loading.py          a model from its files, every tensor looked at
 losses.py           linear cross-entropy, never the full logits
 known.py            public models whose configs are known without a network

@@ -21,9 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.masking_utils import create_causal_mask
-from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from ..config import ReversibleConfig
 from ..couplings import Added
@@ -33,6 +30,16 @@ from ..engine.recompute import carrier_like
 from ..engine.routing import choosing_classes, intercept
 from ..engine.sublayers import TiledExperts
 from ..engine.walk import Report, Walk
+from ..upstream import (
+    copy_implementations,
+    create_causal_mask,
+    experts_implementation,
+    get_checkpoint_conversion_mapping,
+    implementation_flags,
+    layer_class,
+    note_classes,
+    register_checkpoint_conversion_mapping,
+)
 from .architectures import ARCHITECTURES, PREFIX, Architecture, find_architecture, plain_model_type
 from .layers import ReversibleLayer, ReversibleNorm
 from .modules import check_modules, own_class, remove_idle_patches
@@ -123,7 +130,7 @@ class ReversibleForCausalLM(PreTrainedModel):
     """Mixed in front of `<stem>ForCausalLM`."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
-        asked_for = getattr(config, "_experts_implementation", None)
+        asked_for = experts_implementation(config)
         super().__init__(config, *args, **kwargs)
         if not asked_for:
             choose_implementation(self)
@@ -166,24 +173,19 @@ def register_architecture(model_type: str, row: Architecture) -> dict[str, type]
         f"{name}Config", (row.load(model_type, "Config"),), {"model_type": PREFIX + model_type, "__module__": __name__}
     )
     causal, backbone = row.load(model_type, "ForCausalLM"), row.load(model_type, "Model")
-    # transformers finds out by reading the source of a class's module; the answer for the parent class holds.
-    flags = {
-        "_can_set_attn_implementation_cached_value": causal._can_set_attn_implementation(),
-        "_can_set_experts_implementation_cached_value": causal._can_set_experts_implementation(),
-    }
     shared = {
         "config_class": config,
         "config": config,
         "__module__": __name__,
         "supports_gradient_checkpointing": True,
-        **flags,
+        **implementation_flags(causal),
     }
-    layer_class = backbone_layer_class(row.load(model_type, "PreTrainedModel"))
+    layer = layer_class(row.load(model_type, "PreTrainedModel"))
     classes = {
         "config": config,
         "backbone": type(f"{name}Model", (ReversibleBackbone, backbone), dict(shared)),
         "causal": type(f"{name}ForCausalLM", (ReversibleForCausalLM, causal), dict(shared)),
-        "layer": type(f"{name}DecoderLayer", (ReversibleLayer, layer_class), {"__module__": __name__}),
+        "layer": type(f"{name}DecoderLayer", (ReversibleLayer, layer), {"__module__": __name__}),
         "norm": type(f"{name}FinalNorm", (ReversibleNorm, family_class(causal, "RMSNorm")), {"__module__": __name__}),
     }
     if row.router is not None:
@@ -194,9 +196,6 @@ def register_architecture(model_type: str, row: Architecture) -> dict[str, type]
     for cls in (*classes.values(), *CHOOSING.get(model_type, {}).values(), *DENSE[model_type].values()):
         cls.__module__ = __name__
         globals()[cls.__name__] = cls  # so that models can be pickled
-    # FSDP wrapping policies and device maps go by these names.
-    for key in ("backbone", "causal"):
-        classes[key]._no_split_modules = [classes["layer"].__name__]
     AutoConfig.register(PREFIX + model_type, config)
     AutoModelForCausalLM.register(config, classes["causal"])
     mapping = get_checkpoint_conversion_mapping(model_type)
@@ -204,11 +203,6 @@ def register_architecture(model_type: str, row: Architecture) -> dict[str, type]
         register_checkpoint_conversion_mapping(PREFIX + model_type, mapping, overwrite=True)
     CLASSES[model_type] = classes
     return classes
-
-
-def backbone_layer_class(pretrained: type[PreTrainedModel]) -> type[nn.Module]:
-    """The decoder layer class of a family: what its hidden states are recorded from."""
-    return pretrained._can_record_outputs["hidden_states"]
 
 
 def family_class(causal: type[PreTrainedModel], suffix: str) -> type[nn.Module]:
@@ -312,10 +306,6 @@ def attach(model: PreTrainedModel, config: ReversibleConfig, added: tuple[list[n
     model.model.__class__ = own_class(classes["backbone"], model.model)
     model.model.reversible_report = Report()
     norm.__class__ = own_class(classes["norm"], norm)
-    for part in (model, model.model):
-        # 5.17 has a plain dictionary by class, which would keep a model alive; later versions a weak one by model.
-        key = str(type(part)) if type(_CAN_RECORD_REGISTRY) is dict else part
-        _CAN_RECORD_REGISTRY[key] = type(part)._can_record_outputs
     for index, layer in enumerate(layers):
         layer.__class__ = own_class(classes["layer"], layer)
         layer.behaviour, layer.layer_index = coupling, index
@@ -325,6 +315,8 @@ def attach(model: PreTrainedModel, config: ReversibleConfig, added: tuple[list[n
             intercept(layer.mlp, getattr(layer.mlp, row.router), CHOOSING[model_type])
         fuse_parts(layer, sys.modules[classes["layer"].__bases__[1].__module__], DENSE[model_type])
         layer.coupling = of_layers[index].train(layer.training)
+    for part in (model, model.model):
+        note_classes(part, layers)
     if maps is not None:
         model.model.coupling = maps.train(model.training)
         # Those who use them do not own them.
@@ -380,8 +372,7 @@ def export(model: PreTrainedModel) -> PreTrainedModel:
         if k not in ("model_type", "revffn", "revffn_calibration", "architectures")
     }
     config = row.load(plain_type, "Config").from_dict(values)
-    config._attn_implementation = model.config._attn_implementation
-    config._experts_implementation = model.config._experts_implementation
+    copy_implementations(model.config, config)
     with torch.device("meta"):
         plain = row.load(plain_type, "ForCausalLM")(config)
     for name, module in plain.named_modules():

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, PreTrainedConfig
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 CONFIGS = Path(__file__).parents[1] / "models" / "configs"
 
@@ -16,13 +17,20 @@ def known_models() -> list[str]:
     return sorted(file.stem for file in CONFIGS.glob("*.json"))
 
 
+def config_file(name: str) -> Path:
+    """Where a known model's config is; there may be none of that name (with or without its organisation)."""
+    return CONFIGS / f"{name.rstrip('/').split('/')[-1].lower()}.json"
+
+
 def load_config(name: str, **overrides: Any) -> PreTrainedConfig:
     """A model's config: of a folder, of a known name (with or without its organisation), else from the Hub.
 
     Raises:
         ValueError: None of these.
     """
-    file = CONFIGS / f"{name.rstrip('/').split('/')[-1].lower()}.json"
+    from transformers import AutoConfig  # takes seconds, which nobody needs who asks for the names
+
+    file = config_file(name)
     if file.is_file() and not Path(name).is_dir():
         values = json.loads(file.read_text()) | overrides
         return AutoConfig.for_model(values.pop("model_type"), **values)

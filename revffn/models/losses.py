@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from ..upstream import has_own_loss, remove_own_loss
 from .architectures import ARCHITECTURES, plain_model_type
 
 # N = tokens, C = tokens of one chunk, D = hidden size, V = vocabulary
@@ -257,6 +258,28 @@ def linear_cross_entropy(
         return _LinearCrossEntropy.apply(hidden_ND, weight, bias, labels_N, scale, z_loss, ignore_index, chunk, grads)
 
 
+def router_z_loss(router_logits: Sequence[Tensor], attention_mask: Tensor | None = None) -> Tensor:
+    """Mean over layers and tokens of `logsumexp(router logits)^2`, which keeps the logits small (ST-MoE,
+    https://arxiv.org/abs/2202.08906, equation 5; there it is summed over layers).
+
+    Args:
+        router_logits: One (B * T, E) tensor per sparse layer, as models return them.
+        attention_mask: (B, T); tokens with 0 do not count.
+
+    Returns:
+        A float32 (float64 for float64 logits) scalar.
+    """
+    each = []
+    for logits in router_logits:
+        logits = logits.reshape(-1, logits.shape[-1])
+        each.append(logits.to(torch.promote_types(logits.dtype, torch.float32)).logsumexp(-1).square())
+    squares = torch.stack(each)
+    if attention_mask is None:
+        return squares.mean()
+    counts = attention_mask.reshape(-1).to(squares)
+    return (squares * counts).sum() / (len(each) * counts.sum())
+
+
 def check_plain_loss(model_type: str) -> None:
     """Raise ValueError where linear cross-entropy is not known to be a family's loss."""
     row = ARCHITECTURES.get(plain_model_type(model_type))
@@ -299,7 +322,7 @@ def use_linear_cross_entropy(
         ValueError: The model's architecture has no plain loss, or the model has a loss function of its own.
     """
     check_plain_loss(model.config.model_type)
-    if hasattr(model, "_loss_function"):
+    if has_own_loss(model):
         raise ValueError(
             "The model has a loss_function of its own, which linear cross-entropy would bypass. Remove it "
             "(`del model._loss_function`) or do without use_linear_cross_entropy."
@@ -344,7 +367,7 @@ def use_linear_cross_entropy(
         try:
             outputs = run(*args, **kwargs, return_dict=True)
         finally:
-            del self._loss_function
+            remove_own_loss(self)
             if head_forward is None:
                 del head.forward
             else:

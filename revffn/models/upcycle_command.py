@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..data import load_conversations
+from ..data import Example, load_conversations
+from ..data.conversations import is_plain
 from ..files import new_folder
 from ..options import UpcycleConfig
+from ..quiet import without_bars
 from ..recipe import DataConfig
 from .upcycle import (
     HELDOUT_ROWS,
@@ -30,6 +32,7 @@ from .upcycle import (
 )
 
 
+@without_bars()
 def upcycle_command(config: UpcycleConfig) -> dict[str, Any]:
     """Upcycle a dense model into a Qwen2-MoE folder, measure it, and print what was measured.
 
@@ -44,9 +47,7 @@ def upcycle_command(config: UpcycleConfig) -> dict[str, Any]:
     """
     start = time.perf_counter()
     _check_top_k(config.num_experts, config.top_k)
-    data = DataConfig(num_heldout=config.num_heldout)
-    if config.text is not None:
-        data.path = config.text
+    data = DataConfig(heldout=config.num_heldout, path=config.text or DataConfig.path)
     folder = _check_output(config.output)
     training, held_out = load_conversations(data)
     dense, tokenizer = load_dense(config.source)
@@ -108,8 +109,10 @@ def upcycle_command(config: UpcycleConfig) -> dict[str, Any]:
     return report
 
 
-def _plain_text(conversation: dict[str, list[dict[str, str]]]) -> str:
-    return "\n\n".join(message["content"] for message in conversation["prompt"] + conversation["completion"])
+def _plain_text(example: Example) -> str:
+    if is_plain(example):
+        return example["text"] if "text" in example else example["prompt"] + example["completion"]
+    return "\n\n".join(message["content"] for message in example["prompt"] + example["completion"])
 
 
 def _table(report: dict[str, Any], config: UpcycleConfig, num_tokens: int) -> str:

@@ -1,13 +1,16 @@
 """`revffn train`: two stages on TRL's SFTTrainer.
 
-processes.py   one process, not several
-lock.py        one run in a folder at a time
-checkpoint.py  checkpoints that are complete or not counted
-resume.py      going on with a run: from what, and whether it is the same run
-ending.py      how a run ends that does not come to its end: one line
-heldout.py     held-out loss, an answer, bytes of a step
-preflight.py   a run, checked before weights are loaded
-trainer.py     RevFFNTrainer, and what is logged
-results.py     what a run measured: run.json and the table at its end
-run.py         the run: conversion, two stages, the saved model
+processes.py      one process, not several
+lock.py           one run in a folder at a time
+checkpoint.py     checkpoints that are complete or not counted
+resume.py         going on with a run: from what, and whether it is the same run
+ending.py         how a run ends that does not come to its end: one line
+router_health.py  how evenly routers spread tokens, and what they have changed
+heldout.py        held-out loss, an answer, bytes of a step
+preflight.py      a run, checked before weights are loaded
+introduction.py   what a run says before it loads weights
+progress.py       how far a stage is: a bar, or a few lines
+trainer.py        RevFFNTrainer, and what is logged
+results.py        what a run measured: run.json and the table at its end
+run.py            the run: conversion, two stages, the saved model
 """

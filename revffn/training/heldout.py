@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from ..data import IGNORED, batches
 from ..memory.live_bytes import LiveBytes
+from ..models.losses import linear_cross_entropy
 
 
 @contextlib.contextmanager
@@ -111,8 +112,8 @@ def peak_bytes() -> int:
 def step_bytes(model: PreTrainedModel, batch: dict[str, Tensor]) -> dict[str, int]:
     """Memory of one forward and backward pass in training mode, beyond weights and the gradients that are its result.
 
-    Gradients are dropped as soon as they are complete, and the model's own are left as they were. Random state does
-    not move.
+    The loss is linear cross-entropy, whose bytes do not hide those of the layers. Gradients are dropped as soon as
+    they are complete, and the model's own are left as they were. Random state does not move.
 
     Args:
         model: Any causal language model.
@@ -158,11 +159,9 @@ def step_bytes(model: PreTrainedModel, batch: dict[str, Tensor]) -> dict[str, in
                 hidden_states = model.model(
                     input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
                 ).last_hidden_state
-            counts = batch["labels"][:, 1:] != IGNORED
-            logits = model.get_output_embeddings()(hidden_states[:, :-1][counts])
+            head = model.get_output_embeddings().weight
+            loss = linear_cross_entropy(hidden_states, head, batch["labels"], shift=True)
             del hidden_states
-            loss = F.cross_entropy(logits.float(), batch["labels"][:, 1:][counts])
-            del logits
             loss.backward()
     finally:
         for hook in hooks:

@@ -18,19 +18,23 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, get_scheduler
 
 from ..config import ReversibleConfig
-from ..data import Counts, batches, check_left_out, load_conversations, tokenize_and_count
+from ..data import Counts, SourceCounts, batches, check_left_out, load_split, load_tokenizer, tokenize_and_count
+from ..data.tokenizer import load_hf
 from ..files import existing_parent, read_json, reason
+from ..memory import disk
 from ..memory.amounts import gib, parse_bytes
-from ..memory.plan import USUAL_TILE, TileChoice, choose_tile, plan, tiled, what_would_fit
-from ..memory.predict import RESERVE_BYTES, Plan, count
+from ..memory.answers import USUAL_TILE, Plan, TileChoice
+from ..memory.plan import choose_tile, plan, tiled, what_would_fit
+from ..memory.predict import RESERVE_BYTES, count
 from ..memory.simulation import Method
 from ..models.architectures import ARCHITECTURES, PREFIX
 from ..models.conversion import convert, coupling_parameters
 from ..models.losses import check_plain_loss
-from ..recipe import InputError, ModelConfig, RunConfig, with_tile
+from ..recipe import InputError, RunConfig, with_tile, with_weights
+from ..upstream import reports_to
 from . import resume
 from .checkpoint import KEPT, STAGES, checkpoints
 from .lock import check_free
@@ -47,7 +51,7 @@ class Run:
     """A checked run: what can be had without loading weights."""
 
     config: RunConfig
-    """As given, with a number (or None) for `reversible.tile_tokens`."""
+    """As given, with a number (or None) for `reversible.tile_tokens`, and a place for `memory.weights`."""
     method: Method
     """The run in the planner's words; its `reversible` is what `convert` takes."""
     freezes_routers: bool
@@ -57,6 +61,8 @@ class Run:
     training: list[dict[str, list[int]]]
     """Tokenized, as `data.tokenize` returns them."""
     heldout: list[dict[str, list[int]]]
+    sources: list[SourceCounts]
+    """Where the examples come from."""
     counts: dict[str, Counts]
     """What became of the examples: `training` and `heldout`."""
     resume: Resume
@@ -84,46 +90,65 @@ def check(config: RunConfig, recipe: Path | None = None) -> Run:
         raise InputError("training.output_dir is not set. Name the folder of the run.")
     output_dir = Path(config.training.output_dir)
     check_folder(output_dir)
+    check_schedule(config)
+    check_report_to(config.training.report_to)
     found = resume.find(config, output_dir)
     checkpoint = found.checkpoint
-    training, heldout = load_conversations(config.data, recipe)
+    split = load_split(config.data, recipe)
     check_layers(config.model.path)
     hf_config = load_hf(AutoConfig, config.model)
     method = method_of(config)
     check_model(config, hf_config, method.reversible)
-    tokenizer = load_hf(AutoTokenizer, config.model)
-    # transformers makes up a tokenizer of special tokens alone where a folder has none.
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise InputError(f"{config.model.path}: no usable tokenizer in this folder. Copy the tokenizer's files there.")
+    tokenizer = load_tokenizer(config.model, [*split.training, *split.heldout])
     if len(tokenizer) > hf_config.get_text_config().vocab_size:
         raise InputError(
             f"{config.model.path}: the tokenizer has {len(tokenizer)} tokens, the model's embedding "
             f"{hf_config.get_text_config().vocab_size}. Take the tokenizer that belongs to the model, or resize the "
             "embedding (model.resize_token_embeddings) and save both."
         )
-    if not tokenizer.chat_template:
+    if config.evaluation.prompt and not tokenizer.chat_template:
         raise InputError(
-            f"{config.model.path}: the tokenizer has no chat template, so conversations cannot be written as "
-            "tokens. Put a chat_template.jinja into the model's folder (an instruction-tuned model of the same "
-            "family has one)."
+            f"evaluation.prompt: the tokenizer of {config.model.path} has no chat template to ask it with. Leave the "
+            "key out."
         )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.pad_token is None:
-        raise InputError(f"{config.model.path}: the tokenizer has neither a padding nor an end token. Add one to it.")
     data, rows, counts = config.data, [], {}
-    for name, examples in (("training", training), ("heldout", heldout)):
+    for name, examples in (("training", split.training), ("heldout", split.heldout)):
         kept, counts[name] = tokenize_and_count(examples, tokenizer, data.max_length, data.learn)
         # Held-out examples are only measured: enough that there is one.
         check_left_out(counts[name], data.max_dropped if name == "training" else 1.0, data.max_length)
         rows.append(kept)
-    resume.check_data(found, rows[0], output_dir)
-    config, tile = choose(config, hf_config, method, rows[0], checkpoint)
-    method = tiled(method, config.reversible.tile_tokens)
-    answer = check_memory(config, hf_config, method, rows[0])
-    check_disk(config, hf_config, method, output_dir)
+    resume.check_data(found, *rows, output_dir)
+    with disk.in_use():
+        config = choose_weights(config, hf_config, rows[0], checkpoint)
+        method = method_of(config)
+        config, tile = choose(config, hf_config, method, rows[0], checkpoint)
+        method = tiled(method, config.reversible.tile_tokens)
+        answer = check_memory(config, hf_config, method, rows[0])
+        check_disk(config, hf_config, method, output_dir)
     frozen = config.training.freeze_router is not False and has_routers(hf_config)
-    return Run(config, method, frozen, output_dir, hf_config, tokenizer, *rows, counts, found, answer, tile)
+    return Run(
+        config, method, frozen, output_dir, hf_config, tokenizer, *rows, split.sources, counts, found, answer, tile
+    )
+
+
+def check_schedule(config: RunConfig) -> None:
+    """Refuse a schedule that cannot be made with its arguments.
+
+    Raises:
+        InputError: With what transformers says.
+    """
+    optimizer, kwargs = config.optimizer, config.optimizer.schedule_arguments()
+    rates = [optimizer.learning_rate] + [optimizer.stage1_learning_rate] * (config.training.stage1_steps > 0)
+    for rate in rates:
+        try:
+            stepped = torch.optim.SGD([torch.zeros(1)], lr=rate)
+            get_scheduler(optimizer.schedule, stepped, 1, 100, kwargs)
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"optimizer.schedule {optimizer.schedule} does not go with optimizer.schedule_kwargs="
+                f"{optimizer.schedule_kwargs} and a learning rate of {rate:g} ({reason(error)}). Correct "
+                "optimizer.schedule_kwargs."
+            ) from None
 
 
 def check_folder(output_dir: Path) -> None:
@@ -153,24 +178,19 @@ def check_folder(output_dir: Path) -> None:
     check_free(output_dir)
 
 
-def load_hf(auto_class: Any, model: ModelConfig) -> Any:
-    """`from_pretrained` with one line when it fails. (Not told about its code, transformers asks the terminal.)"""
-    path = model.path
-    try:
-        return auto_class.from_pretrained(path, trust_remote_code=model.trust_remote_code)
-    except Exception as error:  # OSError, ValueError, hub errors: to the user all mean that nothing usable is there
-        kind = {"AutoConfig": "model", "AutoTokenizer": "tokenizer"}[auto_class.__name__]
-        if "trust_remote_code" in str(error):
-            raise InputError(
-                f"{path}: the {kind} is code of its own, which is not run unasked. Read it, then set "
-                "model.trust_remote_code: true."
-            ) from None
-        if not Path(path).is_dir():
-            raise InputError(
-                f"model.path {path!r}: no such folder, and no {kind} of that name can be had from the Hub. Correct "
-                "model.path."
-            ) from None
-        raise InputError(f"{path}: no usable {kind} in this folder ({' '.join(str(error).split())[:200]}).") from None
+def check_report_to(names: list[str]) -> None:
+    """Refuse a name that transformers does not know, or whose package is not installed.
+
+    Raises:
+        InputError: Names it.
+    """
+    for name in names:
+        try:
+            installed = reports_to(name)
+        except ValueError as error:
+            raise InputError(f"training.report_to: {error}") from None
+        if not installed:
+            raise InputError(f"training.report_to: {name} is not installed here. Install it, or leave it out.")
 
 
 def check_model(config: RunConfig, hf_config: PreTrainedConfig, reversible: ReversibleConfig | None) -> None:
@@ -211,6 +231,11 @@ def check_model(config: RunConfig, hf_config: PreTrainedConfig, reversible: Reve
             check_plain_loss(model_type)
         except ValueError as error:
             raise InputError(f"{path}: {error} Or set memory.linear_cross_entropy: false.") from None
+    if config.training.router_z_loss_coef and not has_routers(hf_config):
+        raise InputError(
+            f"training.router_z_loss_coef={config.training.router_z_loss_coef}, but {path} (model_type="
+            f"{model_type!r}) has no router. Leave the key out."
+        )
     if config.training.freeze_router and not has_routers(hf_config):
         raise InputError(
             f"training.freeze_router: true, but {path} (model_type={model_type!r}) is not a Mixture-of-Experts "
@@ -269,8 +294,37 @@ def method_of(config: RunConfig) -> Method:
         optimizer_in_backward=config.optimizer.in_backward,
         linear_cross_entropy=config.memory.linear_cross_entropy,
         dtype=getattr(torch, config.model.dtype),
-        weights=config.memory.weights,
+        weights="device" if config.memory.weights == "auto" else config.memory.weights,
     )
+
+
+def choose_weights(
+    config: RunConfig, hf_config: PreTrainedConfig, rows: list[dict[str, list[int]]], checkpoint: Path | None
+) -> RunConfig:
+    """Say a place for `weights: auto`: host memory if the run is predicted to fit only so.
+
+    Raises:
+        InputError: See `check_memory`.
+    """
+    if config.memory.weights != "auto":
+        return config
+    on_device = with_weights(config, "device")
+    # Without a GPU the host's memory is the only one, unless a limit stands for a device's.
+    if not torch.cuda.is_available() and config.memory.limit is None or hf_config.model_type not in ARCHITECTURES:
+        return on_device
+    try:
+        on_host = with_weights(config, "host")
+    except ValueError:  # other settings keep them on the device
+        return on_device
+    limit = limit_of(config) + (0 if torch.cuda.is_available() else RESERVE_BYTES)
+    for attempt in (on_device, on_host):
+        method = method_of(attempt)
+        chosen, _ = choose(attempt, hf_config, method, rows, checkpoint)
+        method = tiled(method, chosen.reversible.tile_tokens)
+        answer = plan(hf_config, config.training.batch_size, longest_of(config, rows), method, with_alternatives=False)
+        if answer.total_bytes <= limit:
+            return attempt
+    return on_device
 
 
 def choose(

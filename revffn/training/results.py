@@ -14,15 +14,19 @@ from transformers import (
     PreTrainedModel,
 )
 
+from ..data import batches
 from ..files import write_text
 from ..memory.amounts import gib
 from ..memory.plan import plan
 from ..models.conversion import is_reversible, reversible_report
 from ..ops import dispatch
-from .heldout import answer, coupled, heldout_loss, peak_bytes
-from .preflight import Run, calibration
+from .heldout import answer, coupled, heldout_loss, peak_bytes, step_bytes
+from .preflight import Run
 from .resume import MODEL, SUMMARY, digest
+from .router_health import RouterDrift
 from .trainer import RevFFNTrainer
+
+BASE_CHOICES = "base_choices.safetensors"
 
 
 class Results:
@@ -32,12 +36,13 @@ class Results:
         self.run, self.model = run, model
         self.losses: dict[str, dict[str, float | int]] = {}
         self.answers: dict[str, str] = {}
-        self.bytes: dict[str, dict[str, int]] = {}
+        self.bytes: dict[str, list[dict[str, int]]] = {}
         self.num_tokens: dict[str, int] = {}
         self.memory: dict[str, Any] = {}
         self.start = time.perf_counter() - run.resume.seconds
         self.finished = False
-        self.data_sha256 = digest(run.training)
+        self.data_sha256, self.heldout_sha256 = digest(run.training), digest(run.heldout)
+        self.drift = RouterDrift(model, run.output_dir / BASE_CHOICES)
 
     def seconds(self) -> float:
         """Of the run until now: of all its sessions, each from the checkpoint that it began with."""
@@ -47,11 +52,26 @@ class Results:
         evaluation = self.run.config.evaluation
         return heldout_loss(self.model, self.run.heldout, evaluation.batch_size, self.run.tokenizer.pad_token_id)
 
+    def on_the_way(self) -> dict[str, Any]:
+        """For metrics.jsonl, while training: held-out loss, router drift, the answer to the recipe's question."""
+        line: dict[str, Any] = {}
+        if self.run.heldout:
+            with self.drift.comparing():
+                line = {"heldout_loss": self.heldout()["loss"]}
+            line |= self.drift.values()
+        return line | self.asked()
+
+    def asked(self) -> dict[str, str]:
+        evaluation = self.run.config.evaluation
+        if not evaluation.prompt:
+            return {}
+        return {"answer": answer(self.model, self.run.tokenizer, evaluation.prompt, evaluation.max_new_tokens)}
+
     def measure(self, when: str, ask: bool = False) -> None:
         """Held-out loss, and the answer to the recipe's question."""
-        evaluation = self.run.config.evaluation
         if self.run.heldout:
-            self.losses[when] = self.heldout()
+            with self.drift.keep_base() if when == "before" else self.drift.comparing():
+                self.losses[when] = self.heldout()
             print(
                 f"Held-out loss {when.replace('_', ' ')}: {self.losses[when]['loss']:.4f} nats per response token",
                 flush=True,
@@ -59,8 +79,18 @@ class Results:
             if when == "after" and trains_another(self.model):
                 with coupled(self.model):
                     self.losses["after, as trained"] = self.heldout()
-        if ask and evaluation.prompt:
-            self.answers[when] = answer(self.model, self.run.tokenizer, evaluation.prompt, evaluation.max_new_tokens)
+        if ask and self.run.config.evaluation.prompt:
+            self.answers[when] = self.asked()["answer"]
+
+    def measure_steps(self, name: str) -> None:
+        """Bytes of a forward and backward of the model as it is now, for each size that the recipe asks for."""
+        self.bytes[name] = []
+        pad, device = self.run.tokenizer.pad_token_id, self.model.device
+        for size in self.run.config.evaluation.compare_checkpointing:
+            batch = next(batches(self.run.training[:size], size, pad, device))
+            sequences, tokens = batch["input_ids"].shape
+            shape = {"batch": sequences, "tokens": tokens}
+            self.bytes[name].append(shape | step_bytes(self.model, batch))
 
     def note_memory(self, trainer: RevFFNTrainer) -> None:
         """Predicted against measured: of one step on a CPU, of the largest on a GPU."""
@@ -90,7 +120,9 @@ class Results:
             "num_parameters": self.model.num_parameters(),
             "config": asdict(self.run.config),
             "data": {name: counts.summary() for name, counts in self.run.counts.items()},
+            "sources": [asdict(source) for source in self.run.sources],
             "data_sha256": self.data_sha256,
+            "heldout_sha256": self.heldout_sha256,
             "tile": None if self.run.tile is None else asdict(self.run.tile),
             "versions": {name: installed(name) for name in packages},
             "kernels": dispatch.describe(),
@@ -100,6 +132,7 @@ class Results:
             "answers": self.answers,
             "step_bytes": self.bytes,
             "memory": self.memory,
+            "router": self.drift.summary(),
             "peak_bytes": max(peak_bytes(), self.run.resume.summary.get("peak_bytes", 0)),
             "seconds": self.seconds(),
             "num_tokens": self.num_tokens,
@@ -123,13 +156,6 @@ class Results:
             (f"held-out loss {when.replace('_', ' ')}", f"{loss['loss']:.4f} nats")
             for when, loss in self.losses.items()
         ]
-        layers, sample = self.model.config.num_hidden_layers, next(calibration(self.run, 1, self.model))["input_ids"]
-        for name, step in self.bytes.items():
-            each = step["kept_bytes"] / layers / sample.numel()
-            rows.append((f"kept for backward, {name}", f"{each:,.0f} bytes per layer and token"))
-            rows.append(
-                (f"peak of one step, {name}", f"{step['peak_bytes'] / 2**20:,.0f} MiB beyond weights and gradients")
-            )
         if self.memory:
             shape = f"a step of {self.memory['batch']} x {self.memory['tokens']} tokens"
             rows.append(("tensors at the peak, predicted", f"{gib(self.memory['predicted_bytes'])} for {shape}"))
@@ -148,7 +174,23 @@ class Results:
             rows.append(("question", self.run.config.evaluation.prompt))
             rows += [(f"answer {when}", " ".join(text.split())) for when, text in self.answers.items()]
         width = max(len(name) for name, _ in rows)
-        return "\n" + "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+        return self.table_of_steps() + "\n" + "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+    def table_of_steps(self) -> str:
+        """Ways to train by tokens a step: MiB at the peak and, in brackets, kept from forward for backward."""
+        if not any(self.bytes.values()):
+            return ""
+        columns = [f"{step['batch'] * step['tokens']:,}" for step in next(iter(self.bytes.values()))]
+        lines = [["tokens a step", *columns]]
+        for name, steps in self.bytes.items():
+            lines.append([name, *(f"{s['peak_bytes'] / 2**20:,.0f} ({s['kept_bytes'] / 2**20:,.0f})" for s in steps)])
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        rows = []
+        for name, *cells in lines:
+            aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+            rows.append("  ".join([name.ljust(widths[0]), *aligned]))
+        head = "MiB at the peak of a training step beyond weights and gradients (kept from forward for backward)"
+        return "\n" + "\n".join([head, *rows]) + "\n"
 
 
 def trains_another(model: PreTrainedModel) -> bool:

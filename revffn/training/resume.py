@@ -16,12 +16,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
+from ..data.tokens import Row
 from ..files import read_json
 from ..recipe import InputError, RunConfig
 from .checkpoint import STATES, newest, read_manifest
 from .lock import LOCK
 
-MODEL, METRICS, SUMMARY = "model", "metrics.jsonl", "run.json"
+MODEL, METRICS, ROUTERS, SUMMARY = "model", "metrics.jsonl", "router.jsonl", "run.json"
 MAY_DIFFER = (
     "training.output_dir",
     "training.resume",
@@ -30,6 +31,7 @@ MAY_DIFFER = (
     "training.save_steps",
     "training.save_on_interrupt",
     "training.log_steps",
+    "training.report_to",
     "memory.limit",
     "memory.force",
     "memory.weights",  # bit for bit the same training
@@ -228,21 +230,23 @@ def compare(recorded: dict[str, Any], config: RunConfig, output_dir: Path) -> No
         )
 
 
-def check_data(found: Resume, rows: list[dict[str, list[int]]], output_dir: Path) -> None:
-    """Refuse other examples than the run has trained on: a file or a tokenizer may have changed under its name.
+def check_data(found: Resume, training: list[Row], heldout: list[Row], output_dir: Path) -> None:
+    """Refuse other examples than the run has trained on or is measured with: a file or a tokenizer may have changed
+    under its name.
 
     Raises:
         InputError: They differ.
     """
-    recorded = found.summary.get("data_sha256")
-    if found.checkpoint is not None and recorded not in (None, digest(rows)):
-        raise InputError(
-            f"training.resume: data.path holds not the examples, or the tokenizer not the tokens, that the run in "
-            f"{output_dir} has trained on. Put them back, or name another training.output_dir."
-        )
+    for name, setting, rows in (("data_sha256", "path", training), ("heldout_sha256", "heldout", heldout)):
+        recorded = found.summary.get(name)
+        if found.checkpoint is not None and recorded not in (None, digest(rows)):
+            raise InputError(
+                f"training.resume: data.{setting} holds not the examples, or the tokenizer not the tokens, that the "
+                f"run in {output_dir} has had. Put them back, or name another training.output_dir."
+            )
 
 
-def digest(rows: list[dict[str, list[int]]]) -> str:
+def digest(rows: list[Row]) -> str:
     """Of tokenized examples."""
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 

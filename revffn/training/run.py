@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 import torch
-from datasets import Dataset, disable_progress_bars
+from datasets import Dataset
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -22,14 +22,16 @@ from ..models.conversion import convert, coupling_parameters
 from ..models.loading import load_causal_lm
 from ..models.losses import forward_for_a_while
 from ..optim import OptimizerInBackward, parameter_groups
+from ..quiet import without_bars
 from ..recipe import RunConfig
 from .checkpoint import KEPT, STAGES, step_of
 from .ending import in_one_line, save
-from .heldout import step_bytes
+from .introduction import introduction
 from .lock import locked
 from .preflight import Run, calibration, check
 from .results import Results
-from .resume import METRICS
+from .resume import METRICS, ROUTERS
+from .router_health import RouterLoad
 from .trainer import RevFFNTrainer, RunCallback
 
 
@@ -38,8 +40,8 @@ def train(config: RunConfig, recipe: Path | None = None) -> Path:
 
     Args:
         config: The run. `config.training.output_dir` receives `model/` (loadable with `from_pretrained` after
-            `import revffn`), `metrics.jsonl` (one JSON object per logged step) and `run.json` (settings, versions,
-            results).
+            `import revffn`), `metrics.jsonl` (one JSON object per logged step), `router.jsonl` (now and then the load
+            of every expert) and `run.json` (settings, versions, results).
         recipe: Where `config` came from; data is looked for beside it too.
 
     Returns:
@@ -51,7 +53,8 @@ def train(config: RunConfig, recipe: Path | None = None) -> Path:
         StorageError: Something could not be written or read; an OSError. The message is one line, and names the last
             complete checkpoint.
     """
-    with in_one_line(output_dir_of(config)), Interrupts(config.training.save_on_interrupt) as interrupts:
+    after_step = config.training.save_on_interrupt
+    with without_bars(), in_one_line(output_dir_of(config)), Interrupts(after_step) as interrupts:
         run = check(config, recipe)
         for line in run.resume.says:
             print(line, flush=True)
@@ -71,13 +74,8 @@ def carry_out(run: Run, interrupts: Interrupts) -> None:
     config = run.config
     for folder in (run.output_dir, *(run.output_dir / stage for stage in STAGES)):
         remove_partials(folder)
-    for name, counts in (("Data", run.counts["training"]), ("Held-out data", run.counts["heldout"])):
-        if counts.examples:
-            print(counts.line(name, config.data.max_length), flush=True)
-    if run.tile is not None:
-        print(run.tile, flush=True)
-    # The trainer passes over the tokenized data several times; a bar each says nothing.
-    disable_progress_bars()
+    for line in introduction(run):
+        print(line, flush=True)
     set_seed(config.training.seed)
     print(f"Loading {run.checkpoint or config.model.path}", flush=True)
     trust = config.model.trust_remote_code
@@ -95,7 +93,8 @@ def carry_out(run: Run, interrupts: Interrupts) -> None:
         prepare(run, model, results)
         if store is not None:
             store.refresh()
-        (run.output_dir / METRICS).unlink(missing_ok=True)
+        for name in (METRICS, ROUTERS):
+            (run.output_dir / name).unlink(missing_ok=True)
     else:
         results.read()
     results.write(run.output_dir)
@@ -131,18 +130,17 @@ def finish(run: Run, model: PreTrainedModel, results: Results) -> None:
 def prepare(run: Run, model: PreTrainedModel, results: Results) -> None:
     """Convert the model in place, as the recipe says, and measure what that is worth."""
     config, reversible = run.config, run.method.reversible
-    sample = next(calibration(run, 1, model))
     if config.evaluation.compare_checkpointing:
         kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
         getattr(model, f"{kind}_checkpointing_enable")()
-        results.bytes["activation checkpointing"] = step_bytes(model, sample)
+        results.measure_steps("activation checkpointing")
         getattr(model, f"{kind}_checkpointing_disable")()
     if reversible is None:
         return
     given = config.training.calibration_tokens
     convert(model, reversible, calibration=calibration(run, given, model) if given else None)
     if config.evaluation.compare_checkpointing:
-        results.bytes[reversible.coupling] = step_bytes(model, sample)
+        results.measure_steps(reversible.coupling)
     if not reversible.find_coupling().keeps_function:
         results.measure("converted")
 
@@ -168,8 +166,14 @@ def train_stage(
     if aux_loss is None and (stage == 1 or frozen):
         aux_loss = 0.0
     arguments = sft_arguments(run, stage, aux_loss)
+    router_load = RouterLoad(model, run.output_dir / ROUTERS)
     callback = RunCallback(
-        stage, run.output_dir / METRICS, results.heldout, run.config.evaluation.every_steps, interrupts
+        stage,
+        run.output_dir / METRICS,
+        results.on_the_way,
+        run.config.evaluation.every_steps,
+        interrupts,
+        router_load,
     )
     resumed = run.checkpoint if run.checkpoint and run.checkpoint.parent.name == f"stage{stage}" else None
     optimizer = make_optimizer(run.config, model)
@@ -181,6 +185,7 @@ def train_stage(
             model,
             arguments,
             linear_cross_entropy=run.config.memory.linear_cross_entropy,
+            router_z_loss_coef=config.router_z_loss_coef if stage == 2 else 0.0,
             measure_step=stage == 2 and not torch.cuda.is_available(),
             host_weights=store,
             loaded_from=run.checkpoint,
@@ -189,6 +194,7 @@ def train_stage(
             processing_class=run.tokenizer,
             callbacks=[callback],
             seconds=results.seconds,
+            router_load=router_load,
         )
         trainer.remove_callback(PrinterCallback)
         if torch.cuda.is_available():
@@ -199,7 +205,7 @@ def train_stage(
                 trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
             finally:
                 callback.close()
-            results.num_tokens[f"stage{stage}"] = int(trainer._total_train_tokens)
+            results.num_tokens[f"stage{stage}"] = trainer.num_tokens
             if stage == 2:
                 results.note_memory(trainer)
         else:
@@ -250,19 +256,21 @@ def sft_arguments(run: Run, stage: int, aux_loss: float | None) -> SFTConfig:
         learning_rate=optimizer.stage1_learning_rate if stage == 1 else optimizer.learning_rate,
         warmup_steps=optimizer.warmup_ratio,
         lr_scheduler_type=optimizer.schedule,
+        lr_scheduler_kwargs=optimizer.schedule_arguments(),
         max_grad_norm=optimizer.max_grad_norm,
         router_aux_loss_coef=aux_loss,
         # Weights, gradients and computation are all in the model's dtype.
         bf16=False,
         max_length=data.max_length,
         packing=data.packing,
+        packing_strategy="bfd",  # the best fit first, the longest example first; nothing is longer than max_length
         seed=training.seed,
         logging_steps=training.log_steps,
         save_strategy="no" if training.save_steps is None else "steps",
         save_steps=training.save_steps or 500,
         save_total_limit=KEPT,
         disable_tqdm=True,
-        report_to="none",
+        report_to=training.report_to or "none",
         dataloader_pin_memory=torch.cuda.is_available(),
         **{checkpointing: training.activation_checkpointing},
     )

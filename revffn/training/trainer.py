@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
@@ -29,10 +28,12 @@ from ..files import append_line, new_folder, write_text
 from ..interrupts import Interrupts
 from ..memory.live_bytes import LiveBytes
 from ..models.conversion import is_reversible, reversible_report
-from ..models.losses import use_linear_cross_entropy
+from ..models.losses import router_z_loss, use_linear_cross_entropy
 from ..optim import OptimizerInBackward
 from .checkpoint import delete_old, read_manifest, readable_lines, write_manifest
 from .heldout import peak_bytes
+from .progress import Progress
+from .router_health import RouterLoad
 
 
 class RevFFNTrainer(SFTTrainer):
@@ -42,15 +43,18 @@ class RevFFNTrainer(SFTTrainer):
     `OptimizerInBackward` given as `optimizers=(optimizer, None)`, `max_grad_norm` is left to it and `grad_norm` is the
     one it measured. In one process a checkpoint is written beside its name and closed with a manifest
     (checkpoint.py). Every log also has `tokens_per_second` since the last one, `peak_bytes` of the process (allocated
-    on a GPU, resident on a CPU) and, for a reversible model, the counts of `reversible_report`.
+    on a GPU, resident on a CPU), for a Mixture of Experts how evenly its routers spread the tokens
+    (`RouterLoad.take`), and for a reversible model the counts of `reversible_report`.
 
     Args:
         linear_cross_entropy: The model makes its own loss (see `losses.use_linear_cross_entropy`); TRL's token
             accuracy and entropy are not logged then.
+        router_z_loss_coef: Weight of `losses.router_z_loss`.
         measure_step: Count live tensors during one step; on a CPU, where nobody else does. `measured` has them then.
         loaded_from: A checkpoint that `model` has been loaded from already; resuming from it does not read it again.
         host_weights: Where the model's layers live, if in host memory; `measure_step` leaves that out.
         seconds: How long the run has taken until now, for the manifest.
+        router_load: Counts what the routers choose; made for the model if None.
     """
 
     def __init__(
@@ -59,17 +63,21 @@ class RevFFNTrainer(SFTTrainer):
         args: SFTConfig,
         *,
         linear_cross_entropy: bool = False,
+        router_z_loss_coef: float = 0.0,
         measure_step: bool = False,
         loaded_from: str | Path | None = None,
         host_weights: HostWeights | None = None,
         seconds: Callable[[], float] | None = None,
+        router_load: RouterLoad | None = None,
         **kwargs: Any,
     ):
         if is_reversible(model):
             args.gradient_checkpointing = args.activation_checkpointing = False
         self.last_log: tuple[float, float] | None = None
         self.linear_cross_entropy, self.measure_step = linear_cross_entropy, measure_step
+        self.router_z_loss_coef = router_z_loss_coef
         self.loaded_from, self.host_weights, self.seconds = loaded_from, host_weights, seconds
+        self.router_load = RouterLoad(model) if router_load is None else router_load
         self.saving_to: Path | None = None
         """Where a checkpoint is being written, instead of the output folder."""
         self.measured: tuple[tuple[int, ...], int] | None = None
@@ -89,9 +97,32 @@ class RevFFNTrainer(SFTTrainer):
             check_loss(args, kwargs.get("compute_loss_func"))
             use_linear_cross_entropy(model)
         super().__init__(model, args, **kwargs)
+        if router_z_loss_coef and hasattr(model, "router_aux_loss_coef"):
+            # A model that is asked for its logits adds its load-balancing loss by itself.
+            model.router_aux_loss_coef = self.router_aux_loss_coef if self.aux_loss_enabled else 0.0
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if not self.router_z_loss_coef or not self.model.training:
+            return self.language_model_loss(model, inputs, return_outputs, num_items_in_batch)
+        # Of the backbone, because TRL's fused head does not pass them on. For other outputs TRL runs it once more.
+        seen: list[Any] = []
+        handle = self.model.model.register_forward_hook(lambda module, given, out: seen.append(out.router_logits))
+        try:
+            asked = inputs | {"output_router_logits": True}
+            found = self.language_model_loss(model, asked, return_outputs, num_items_in_batch)
+        finally:
+            handle.remove()
+        z_loss = router_z_loss(seen[0], inputs.get("attention_mask"))
+        self._metrics["train"]["router_z_loss"].append(z_loss.item())
+        # A mean over the tokens of a forward pass, like the load-balancing loss: of several passes the mean too.
+        steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+        weighted = self.router_z_loss_coef / steps * z_loss
+        return (found[0] + weighted, *found[1:]) if return_outputs else found + weighted
+
+    def language_model_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool, num_items_in_batch: Any
     ) -> Any:
         # With a load-balancing loss TRL decides how the two are weighed.
         if not self.linear_cross_entropy or return_outputs or self.aux_loss_enabled or not self.model.training:
@@ -109,6 +140,10 @@ class RevFFNTrainer(SFTTrainer):
         return loss
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        with self.router_load.counting():
+            return self.measured_step(model, inputs, *args, **kwargs)
+
+    def measured_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         # The second step has the optimizer's state from the beginning, as all later ones do.
         if not self.measure_step or self.state.global_step != min(1, self.state.max_steps - 1):
             return super().training_step(model, inputs, *args, **kwargs)
@@ -193,10 +228,15 @@ class RevFFNTrainer(SFTTrainer):
             written.rmdir()
             about = {} if self.seconds is None else {"seconds": self.seconds()}
             about["name"] = f"{final.absolute().parent.name}/{final.name}"
-            write_manifest(partial, num_tokens=int(self._total_train_tokens), **about)
+            write_manifest(partial, num_tokens=self.num_tokens, **about)
         delete_old(final.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
         if self.in_backward is not None:
             self.in_backward.last_checkpoint = str(final)
+
+    @property
+    def num_tokens(self) -> int:
+        """Seen in training, before a resume too."""
+        return int(self._total_train_tokens)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training and "loss" in logs:
@@ -207,6 +247,7 @@ class RevFFNTrainer(SFTTrainer):
             logs["peak_bytes"] = peak_bytes()
             if self.in_backward is not None:
                 logs["grad_norm"] = self.in_backward.grad_norm
+            logs |= self.router_load.take()
             if is_reversible(self.model):
                 report = reversible_report(self.model)
                 names = ("verified_states", "mismatched_states", "mismatched_states_total", "saturated")
@@ -247,19 +288,31 @@ FIXED_POINT = ("iterations", "contraction", "kept_bits", "kept_rows")
 
 
 class RunCallback(TrainerCallback):
-    """The progress bar, metrics.jsonl, the held-out loss on the way, and interruptions that wait for a step's end."""
+    """How far it is, metrics.jsonl, what is measured on the way, and interruptions that wait for a step's end.
 
-    def __init__(self, stage: int, metrics: Path, evaluate: Any, every_steps: int | None, interrupts: Interrupts):
+    Args:
+        evaluate: Gives a line for metrics.jsonl, every `every_steps` optimizer steps but the last.
+    """
+
+    def __init__(
+        self,
+        stage: int,
+        metrics: Path,
+        evaluate: Callable[[], dict[str, Any]],
+        every_steps: int | None,
+        interrupts: Interrupts,
+        router_load: RouterLoad,
+    ):
         self.stage, self.metrics, self.evaluate, self.every_steps = stage, metrics, evaluate, every_steps
-        self.interrupts = interrupts
-        self.bar: tqdm | None = None
+        self.interrupts, self.router_load = interrupts, router_load
+        self.progress: Progress | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.interrupts.in_step = True
         # A checkpoint brings its own, but the run may have been told others now.
         state.compute_steps(args, state.max_steps)
         if state.is_world_process_zero:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=f"stage {self.stage}", unit="step")
+            self.progress = Progress(f"stage {self.stage}", state.global_step, state.max_steps)
             self.forget_after(state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -267,10 +320,10 @@ class RunCallback(TrainerCallback):
             control.should_save = True
         else:
             self.interrupts.between_steps()
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
+        if self.progress is not None:
+            self.progress.advance(state.global_step)
         if self.every_steps and state.global_step % self.every_steps == 0 and state.global_step < state.max_steps:
-            self.write(state, {"heldout_loss": self.evaluate()["loss"]})
+            self.write(state, self.evaluate())
 
     def on_save(self, args, state, control, **kwargs):
         self.interrupts.between_steps()
@@ -279,10 +332,8 @@ class RunCallback(TrainerCallback):
         if "loss" not in (logs or {}):
             return
         self.write(state, logs)
-        if self.bar is not None:
-            memory = f"{logs['peak_bytes'] / 2**30:.1f} GiB"
-            speed = f"{logs['tokens_per_second']:.0f}" if "tokens_per_second" in logs else "-"
-            self.bar.set_postfix_str(f"loss {logs['loss']:.3f}, {speed} tokens/s, {memory}")
+        if self.progress is not None:
+            self.progress.log(state.global_step, logs)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.interrupts.in_step = False
@@ -290,15 +341,15 @@ class RunCallback(TrainerCallback):
 
     def close(self) -> None:
         """Whatever ends the training: what follows begins on a line of its own."""
-        if self.bar is not None:
-            self.bar.close()
+        if self.progress is not None:
+            self.progress.close()
 
     def forget_after(self, step: int) -> None:
         """Steps after the checkpoint that a run resumes from are made again."""
-        if not self.metrics.exists():
-            return
-        kept = [line for line in readable_lines(self.metrics) if (line["stage"], line["step"]) <= (self.stage, step)]
-        write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
+        for file in filter(None, (self.metrics, self.router_load.file)):
+            if file.exists():
+                kept = [line for line in readable_lines(file) if (line["stage"], line["step"]) <= (self.stage, step)]
+                write_text(file, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, state: Any, values: dict[str, Any]) -> None:
         if state.is_world_process_zero:

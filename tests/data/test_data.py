@@ -30,12 +30,12 @@ EXPECTED = {
 
 
 def load(path, **settings):
-    return load_conversations(DataConfig(path=str(path), **{"num_heldout": 0, **settings}))
+    return load_conversations(DataConfig(path=str(path), **{"heldout": 0, **settings}))
 
 
 def test_the_shipped_data_set_is_the_default_and_complete():
     training, heldout = load_conversations(DataConfig())
-    assert len(training) + len(heldout) == 15011 and len(heldout) == DataConfig().num_heldout
+    assert len(training) + len(heldout) == 15011 and len(heldout) == DataConfig().heldout
 
 
 @pytest.mark.parametrize("record", [RECORD, ALPACA, GSM8K], ids=["dolly", "alpaca", "gsm8k"])
@@ -63,11 +63,11 @@ def test_messages_are_split_before_the_last_answer(data_file):
 
 def test_the_split_is_seeded_disjoint_and_the_same_for_every_subset(data_file):
     file = data_file()
-    training, heldout = load(file, num_heldout=8)
+    training, heldout = load(file, heldout=8)
     assert len(training) == 56 and not [example for example in heldout if example in training]
-    smaller, same = load(file, num_heldout=8, num_examples=10)
+    smaller, same = load(file, heldout=8, num_examples=10)
     assert same == heldout and smaller == training[:10]
-    assert load(file, num_heldout=8, seed=1)[1] != heldout
+    assert load(file, heldout=8, seed=1)[1] != heldout
 
 
 BAD = {
@@ -109,7 +109,7 @@ def test_other_bad_files(tmp_path, data_file):
     with pytest.raises(InputError, match="no such file"):
         load(tmp_path / "nothing.jsonl")
     with pytest.raises(InputError, match="1 records, but 5 are needed"):
-        load(data_file([RECORD]), num_heldout=4)
+        load(data_file([RECORD]), heldout=4)
 
 
 def test_a_hub_name_without_network_is_one_clear_line():

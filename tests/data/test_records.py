@@ -19,7 +19,7 @@ TURNS = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "
 
 
 def load(path):
-    return load_conversations(DataConfig(path=str(path), num_heldout=0))[0]
+    return load_conversations(DataConfig(path=str(path), heldout=0))[0]
 
 
 def with_turn(number, **fields):

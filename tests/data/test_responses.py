@@ -75,7 +75,7 @@ def former_rule(example, tokenizer):
 def test_one_turn_is_learnt_as_before(tokenizer, template):
     with_template = copy.copy(tokenizer)
     with_template.chat_template = template
-    _, examples = load_conversations(DataConfig(num_heldout=150))
+    _, examples = load_conversations(DataConfig(heldout=150))
     for row in examples:
         assert tokenize(row, with_template, 10**6) == former_rule(row, with_template)
 

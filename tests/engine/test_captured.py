@@ -14,6 +14,7 @@ from helpers import (
     coupled,
     couplings,
     draw_signs,
+    gradients,
     plain_layers,
     run,
     run_reference,
@@ -22,6 +23,7 @@ from helpers import (
 
 import revffn
 from revffn.models.architectures import ARCHITECTURES, router_parameters
+from revffn.models.losses import router_z_loss
 
 
 @couplings
@@ -39,6 +41,34 @@ def test_load_balancing_loss_keeps_its_gradient(model_type, coupling):
     assert loss > without_loss
     router = next(name for name, p in model.named_parameters() if any(p is q for q in router_parameters(model)))
     assert not torch.allclose(ours[router], without[router], rtol=0.1), "the auxiliary loss is too small to be seen"
+
+
+def with_z_loss(model, inputs) -> torch.Tensor:
+    torch.manual_seed(5)
+    out = model(**inputs, output_router_logits=True)
+    return out.loss + 2.0 * router_z_loss(out.router_logits, inputs["attention_mask"])
+
+
+@couplings
+@pytest.mark.parametrize("tile_tokens", [None, 11], ids=["whole", "tiles"])
+def test_router_z_loss_keeps_its_gradient(coupling, tile_tokens):
+    """Through the walk, over the whole batch or a sequence at a time, as plain autograd has it."""
+    model = coupled(overrides=dict(router_aux_loss_coef=0.0), tile_tokens=tile_tokens, **COUPLINGS[coupling])
+    inputs = tiny_batch(padded=True)
+    loss = with_z_loss(model, inputs)
+    loss.backward()
+    ours = gradients(model)
+    whole = coupled(overrides=dict(router_aux_loss_coef=0.0), **COUPLINGS[coupling])  # the twin captures by tile
+    torch.manual_seed(5)
+    with plain_layers(whole, draw_signs(whole, 3)) as plain:
+        expected_loss = with_z_loss(plain, inputs)
+        expected_loss.backward()
+    expected = gradients(whole)
+    torch.testing.assert_close(loss, expected_loss)
+    assert_close(ours, expected)
+    _, without = run(model, inputs)
+    router = next(name for name, p in model.named_parameters() if any(p is q for q in router_parameters(model)))
+    assert not torch.allclose(ours[router], without[router], rtol=0.1), "the loss is too small to be seen"
 
 
 @couplings

@@ -19,18 +19,9 @@ from revffn.__main__ import main
 from revffn.memory import plan as planner
 from revffn.memory import predict as memory
 from revffn.memory.amounts import parse_bytes
+from revffn.memory.answers import ACCEPTED_ERROR, USUAL_TILE, Comparison
 from revffn.memory.live_bytes import PARTS
-from revffn.memory.plan import (
-    ACCEPTED_ERROR,
-    USUAL_TILE,
-    Comparison,
-    changed_method,
-    check,
-    choose_tile,
-    plan,
-    tiled,
-    what_would_fit,
-)
+from revffn.memory.plan import changed_method, check, choose_tile, plan, tiled, what_would_fit
 from revffn.memory.predict import Predictor, count
 from revffn.memory.simulation import Method
 from revffn.models import losses

@@ -14,6 +14,7 @@ import warnings
 
 import pytest
 import torch
+from accelerate import FullyShardedDataParallelPlugin
 from helpers import SETTINGS, coupled, run, snapshot, tiny_batch, tiny_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -97,6 +98,17 @@ def test_conversion_leaves_other_models_of_the_class_alone():
     revffn.convert(tiny_model())
     assert type(other).__name__ == "Qwen2MoeForCausalLM" and torch.equal(other(**inputs).logits, before)
     assert type(AutoModelForCausalLM.from_config(other.config)) is type(other)
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["converted", "loaded"])
+def test_wrapping_policies_find_the_layers(loaded, tmp_path):
+    model = coupled()
+    if loaded:
+        model.save_pretrained(tmp_path)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    plugin = FullyShardedDataParallelPlugin(auto_wrap_policy="transformer_based_wrap")
+    plugin.set_auto_wrap_policy(model)
+    assert plugin.auto_wrap_policy.keywords["transformer_layer_cls"] == {type(model.model.layers[0])}
 
 
 def test_a_training_forward_in_eval_mode_warns():

@@ -5,6 +5,7 @@ Run: pytest tests/models/test_losses.py
 """
 
 import copy
+import math
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -19,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from revffn.models import losses
 from revffn.models.architectures import ARCHITECTURES
-from revffn.models.losses import chunk_size, linear_cross_entropy, use_linear_cross_entropy
+from revffn.models.losses import chunk_size, linear_cross_entropy, router_z_loss, use_linear_cross_entropy
 
 V, D = 131, 24
 
@@ -426,3 +427,16 @@ def test_fake_tensors_at_full_vocabulary():
             model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         assert all(p.grad is not None for p in model.parameters())
     assert seen.numel <= max(512 * 151_936, 2 * 64 * 151_936) < ids.numel() * 151_936 / 8
+
+
+def test_router_z_loss_is_the_formula():
+    """In float64 term by term, tokens of padding left out; its gradient by finite differences; bf16 in float32."""
+    generator = torch.Generator().manual_seed(0)
+    layers = [torch.randn(6, 4, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    terms = [math.log(sum(math.exp(x) for x in row)) ** 2 for layer in layers for row in layer.tolist()]
+    assert router_z_loss(layers).item() == pytest.approx(sum(terms) / 18, rel=1e-12)
+    kept = [term for i, term in enumerate(terms) if i % 6 < 4]
+    assert router_z_loss(layers, mask).item() == pytest.approx(sum(kept) / 12, rel=1e-12)
+    assert torch.autograd.gradcheck(lambda *given: router_z_loss(given, mask), layers)
+    assert router_z_loss([layer.bfloat16() for layer in layers]).dtype == torch.float32

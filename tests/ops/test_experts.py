@@ -359,7 +359,7 @@ def test_unknown_experts_run_their_own_code(caplog, monkeypatch):
     own = cls.__dict__["forward"].__wrapped__
     scaled = {"forward": lambda self, *args: 1.02 * own(self, *args)}
     scaled["forward"].__wrapped__ = scaled["forward"]
-    monkeypatch.setattr(interface, "own_forward", lambda cls: scaled["forward"])
+    monkeypatch.setattr(interface, "family_forward", lambda cls: scaled["forward"])
     choices = []
     loss, theirs = through(model, "grouped_mm", inputs, RecordRouting(choices))
     with caplog.at_level(logging.WARNING, logger="revffn"):

@@ -194,7 +194,7 @@ def run() -> None:
     recipe, folder, *asked = sys.argv[1:]
     folder, moments, results = Path(folder), [], {}
     whole = folder / "whole"
-    same = ["train", recipe, "--reversible.tile_tokens", "64", "--data.num_heldout", "0", "--training.output_dir"]
+    same = ["train", recipe, "--reversible.tile_tokens", "64", "--data.heldout", "0", "--training.output_dir"]
     writes = count_writes([*same, str(whole)], whole, folder / "writes")
     for moment in asked:
         call, number, *every = moment.split()

@@ -36,7 +36,7 @@ def begun(tmp_path_factory, model_folder):
     recipe = made / "recipe.yaml"
     recipe.write_text(
         f"model:\n  path: {model_folder()}\n  dtype: float32\n"
-        f"data:\n  path: {made / 'data.jsonl'}\n  num_heldout: 4\n  max_length: 64\n"
+        f"data:\n  path: {made / 'data.jsonl'}\n  heldout: 4\n  max_length: 64\n"
         f"training:\n  output_dir: {made / 'run'}\n  num_steps: 4\n  save_steps: 2\n  batch_size: 4\n"
         # The same rates however long the run is told to be.
         "optimizer:\n  learning_rate: 1e-3\n  schedule: constant_with_warmup\n  warmup_ratio: 0\n"

@@ -3,13 +3,19 @@
 Run: pytest tests/training/test_recipe.py
 """
 
+import json
+import math
 import random
 import re
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import get_args, get_type_hints
 
 import pytest
+import torch
 from mutations import number_of
+from transformers import SchedulerType, Trainer
 
 from revffn import ReversibleConfig
 from revffn.command_line import from_words, leaves, load_run_config
@@ -18,8 +24,9 @@ from revffn.memory.amounts import parse_bytes
 from revffn.memory.plan import choose_tile, plan
 from revffn.models.known import load_config
 from revffn.options import EvaluateConfig, PlanConfig, UpcycleConfig
-from revffn.recipe import InputError, RunConfig, RunReversibleConfig, with_tile
-from revffn.training.preflight import method_of
+from revffn.recipe import InputError, OptimizerConfig, RunConfig, RunReversibleConfig, with_tile
+from revffn.training.preflight import check_schedule, method_of
+from revffn.training.run import sft_arguments
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
@@ -291,3 +298,69 @@ def test_gpu_recipes_fit_the_memory_they_name(file):
     assert tile.tile_tokens is None
     method = method_of(with_tile(config, tile.tile_tokens))
     assert plan(hf_config, *step, method, with_alternatives=False).total_bytes <= limit
+
+
+# --- schedules -------------------------------------------------------------------------------------------------------
+
+SCHEDULES = {
+    "constant": ({}, lambda i: 1.0),
+    "constant_with_warmup": ({}, lambda i: min(1.0, i / 2)),
+    "linear": ({}, lambda i: i / 2 if i < 2 else (8 - i) / 6),
+    "cosine": ({}, lambda i: i / 2 if i < 2 else (1 + math.cos(math.pi * (i - 2) / 6)) / 2),
+    "cosine_with_min_lr": (
+        {"min_lr_rate": 0.1},
+        lambda i: i / 2 if i < 2 else 0.1 + 0.9 * (1 + math.cos(math.pi * (i - 2) / 6)) / 2,
+    ),
+    "inverse_sqrt": ({"timescale": 2}, lambda i: i / 2 if i < 2 else math.sqrt(2 / i)),
+    "warmup_stable_decay": (
+        {"num_decay_steps": 4, "decay_type": "linear"},
+        lambda i: i / 2 if i < 2 else 1.0 if i < 4 else (8 - i) / 4,
+    ),
+    "polynomial": ({"power": 2, "lr_end": 0.0}, lambda i: i / 2 if i < 2 else ((8 - i) / 6) ** 2),
+    "cosine_with_restarts": (
+        {"num_cycles": 2},
+        lambda i: i / 2 if i < 2 else (1 + math.cos(math.pi * (2 * (i - 2) / 6 % 1.0))) / 2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_rates_follow_the_schedule(name, recipe_file):
+    """Of a run's eight steps, two of them warming up, against the formula."""
+    kwargs, formula = SCHEDULES[name]
+    words = ["--training.num_steps", "8", "--optimizer.schedule", name, "--optimizer.warmup_ratio", "0.25"]
+    words += ["--optimizer.schedule_kwargs", json.dumps(kwargs)] if kwargs else []
+    config = load_run_config(recipe_file(), words)
+    check_schedule(config)
+    run = SimpleNamespace(config=config, output_dir=Path("run"))
+    arguments = sft_arguments(run, 2, None)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=arguments.learning_rate)
+    trainer = SimpleNamespace(args=arguments, optimizer=optimizer, lr_scheduler=None)
+    schedule = Trainer.create_scheduler(trainer, 8, optimizer)
+    rates = []
+    for _ in range(8):
+        rates.append(optimizer.param_groups[0]["lr"] / arguments.learning_rate)
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([formula(i) for i in range(8)])
+
+
+def test_every_schedule_of_transformers_is_accepted_or_known_not_to_fit():
+    hints = get_type_hints(OptimizerConfig)["schedule"]
+    others = {"reduce_lr_on_plateau", "greedy"}  # need a loss at every step
+    assert {kind.value for kind in SchedulerType} <= {*get_args(hints), *others}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--optimizer.schedule_kwargs", "x"], "must be a JSON object"),
+        (["--optimizer.schedule_kwargs", "[1]"], "must be a JSON object"),
+        (["--optimizer.schedule_kwargs", '{"cycles": 2}'], "optimizer.schedule cosine does not go with"),
+        (["--optimizer.schedule", "cosine_with_min_lr"], "optimizer.schedule cosine_with_min_lr does not go with"),
+        (["--optimizer.schedule", "polynomial", "--optimizer.learning_rate", "1e-8"], "a learning rate of 1e-08"),
+        (["--optimizer.schedule", "constant", "--optimizer.schedule_kwargs", '{"a": 1}'], "constant takes none"),
+    ],
+)
+def test_schedules_that_cannot_be(words, message, recipe_file, refused):
+    assert message in refused("train", recipe_file(), *words)

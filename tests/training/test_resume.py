@@ -39,7 +39,7 @@ def finished(tmp_path_factory, model_folder):
     recipe = made / "recipe.yaml"
     recipe.write_text(
         f"model:\n  path: {model_folder()}\n  dtype: float32\n"
-        f"data:\n  path: {data}\n  num_heldout: 8\n  max_length: 64\n"
+        f"data:\n  path: {data}\n  heldout: 8\n  max_length: 64\n"
         f"training:\n  output_dir: {made / 'run'}\n  num_steps: 4\n  save_steps: 2\n  batch_size: 4\n"
         "optimizer:\n  learning_rate: 1e-3\n"
     )
@@ -203,6 +203,17 @@ def test_other_data_under_the_same_name_are_refused(finished, tmp_path, capsys):
         data.write_text(text)
 
 
+def test_other_held_out_data_are_refused(recipe_file, data_file, tmp_path, capsys):
+    """What a run is measured with is its own file here: `data_sha256` is that of the training examples."""
+    heldout = data_file([{"question": "red?", "answer": "red"}], "heldout.jsonl")
+    recipe = recipe_file()
+    words = ["train", str(recipe), "--data.heldout", str(heldout), "--training.save_steps", "2"]
+    assert main(words) == 0
+    data_file([{"question": "red?", "answer": "green"}], "heldout.jsonl")
+    assert main([*words, *RESUME, "--training.num_steps", "4"]) == 2
+    assert "data.heldout holds not the examples" in said(capsys)
+
+
 @pytest.mark.parametrize("name", ["run.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "config.json"])
 @pytest.mark.parametrize("how", ["cut", "missing"])
 def test_what_is_cut_or_missing_is_one_line(finished, tmp_path, capsys, name, how):
@@ -305,7 +316,7 @@ MOMENTS = [(name, number) for name, (_, _, numbers) in WRITERS.items() for numbe
 @pytest.mark.parametrize("name, number", MOMENTS)
 def test_a_full_disk_is_one_line_and_loses_nothing(recipe_file, tmp_path, capsys, name, number):
     words = ["train", str(recipe_file()), "--training.num_steps", "2", "--training.save_steps", "1"]
-    words += ["--data.num_heldout", "0"]
+    words += ["--data.heldout", "0"]
     folder = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
         place, call, _ = WRITERS[name]

@@ -88,6 +88,27 @@ def test_a_run_leaves_a_model_metrics_and_a_summary(recipe_file, coupling, capsy
     )
 
 
+def test_tensorboard_gets_the_numbers_of_metrics_jsonl(recipe_file):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = run(recipe_file(), "--training.report_to", "tensorboard")
+    (file,) = folder.rglob("events.out.tfevents.*")
+    assert file.parent.parent == folder / "stage2" / "runs"
+    events = EventAccumulator(str(file))
+    events.Reload()
+    lines = [line for line in metrics(folder) if "loss" in line]
+    assert len(lines) == 3
+    for name in ("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_bytes", "mismatched_states"):
+        written = {event.step: event.value for event in events.Scalars(f"train/{name}")}
+        assert written == pytest.approx({line["step"]: line[name] for line in lines if name in line})
+
+
+def test_who_is_told_must_be_installed(recipe_file, refused, monkeypatch):
+    monkeypatch.setattr("transformers.integrations.get_available_reporting_integrations", lambda: ["tensorboard"])
+    words = ("--training.report_to", "tensorboard", "wandb")
+    assert "report_to: wandb is not installed here" in refused("train", recipe_file(), *words)
+
+
 def test_innovation_exports_to_what_was_evaluated(recipe_file, tmp_path):
     folder = run(recipe_file())
     assert main(["export", str(folder), str(tmp_path / "plain")]) == 0
@@ -361,16 +382,42 @@ def test_packed_sequences_train_the_same_tokens(recipe_file):
     assert all(line["mismatched_states"] == 0 for line in metrics(folder))
 
 
+@pytest.mark.parametrize("words", ["", "--training.router_aux_loss_coef 0.1", "--memory.linear_cross_entropy false"])
+def test_router_z_loss_is_added(recipe_file, tmp_path, words):
+    """To whatever else is in the loss; frozen routers and models without any are refused."""
+    words = ["--training.freeze_router", "false", "--training.num_steps", "1", *words.split()]
+    if "--training.router_aux_loss_coef" not in words:
+        words += ["--training.router_aux_loss_coef", "0"]
+    (without,) = metrics(run(recipe_file(), *words))
+    again = [*words, "--training.output_dir", str(tmp_path / "again"), "--training.router_z_loss_coef", "0.5"]
+    (line,) = metrics(run(recipe_file(), *again))
+    assert line["router_z_loss"] > 0.1
+    assert line["loss"] == pytest.approx(without["loss"] + 0.5 * line["router_z_loss"], rel=1e-5)
+    assert line["grad_norm"] != without["grad_norm"]
+
+
+def test_router_z_loss_needs_routers_that_train(recipe_file, refused):
+    words = ["--training.router_z_loss_coef", "0.1"]
+    assert "trains routers, which are frozen" in refused("train", recipe_file(), *words)
+    dense = [recipe_file(model_type="llama"), *words, "--training.freeze_router", "false"]
+    assert "has no router" in refused("train", *dense)
+
+
 def test_a_dense_model_trains(recipe_file):
     folder = run(recipe_file(model_type="llama"))
     assert type(AutoModelForCausalLM.from_pretrained(folder / "model")).__name__ == "RevFFNLlamaForCausalLM"
 
 
-def test_checkpointing_is_measured_beside_the_coupling(recipe_file):
-    folder = run(recipe_file(), "--evaluation.compare_checkpointing", "true")
+def test_checkpointing_is_measured_beside_the_coupling(recipe_file, capsys):
+    folder = run(recipe_file(), "--evaluation.compare_checkpointing", "2", "8")
     measured = json.loads((folder / "run.json").read_text())["step_bytes"]
-    assert measured["innovation"]["kept_bytes"] > 0
-    assert measured["activation checkpointing"]["peak_bytes"] > measured["activation checkpointing"]["kept_bytes"] > 0
+    ours, theirs = measured["innovation"], measured["activation checkpointing"]
+    assert [step["batch"] for step in ours] == [step["batch"] for step in theirs] == [2, 8]
+    for small, large in zip(ours, theirs, strict=True):
+        assert 0 < small["kept_bytes"] < large["kept_bytes"] < large["peak_bytes"]
+    table = capsys.readouterr().out.split("MiB at the peak")[1].splitlines()[1:4]
+    assert table[0].split()[-2:] == [f"{step['batch'] * step['tokens']:,}" for step in ours]
+    assert table[1].startswith("activation checkpointing") and table[2].startswith("innovation")
 
 
 def test_the_trainer_alone_keeps_checkpointing_off(tokenizer, tmp_path):
@@ -467,7 +514,7 @@ def test_shipped_cpu_recipes_run(recipe, model_folder, data_file, tmp_path):
     stages = {name: "2" for name in ("stage1_steps", "num_steps") if words["training"].get(name)}
     folder = run(
         recipe, "--model.path", str(model_folder("qwen2_moe")), "--data.path", str(data_file()),
-        "--data.num_heldout", "8", "--data.num_examples", "48", "--training.output_dir", str(tmp_path / "run"),
+        "--data.heldout", "8", "--data.num_examples", "48", "--training.output_dir", str(tmp_path / "run"),
         *(word for name, steps in stages.items() for word in (f"--training.{name}", steps)),
         "--evaluation.max_new_tokens", "4",
     )  # fmt: skip

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import initialization
 
 from ...config import ReversibleConfig
 from ...engine.sublayers import feed_forward, first_tensor
 from ...ops.experts import GradientSum
+from ...upstream import initialization
 from ..base import Added
 
 

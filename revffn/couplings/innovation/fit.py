@@ -8,9 +8,10 @@ import math
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, initialization
+from transformers import PreTrainedModel
 
 from ...config import Grids, ReversibleConfig
+from ...upstream import initialization
 from .. import observe
 from ..base import Added
 from ..observe import MAX_FRACTION_BITS, fitting, one_grid, ridge_weight
