@@ -14,7 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-STORAGE_WORDS = ("os error", "StreamWriter", "file write failed", "No space left", "I/O error")
+STORAGE_WORDS = (
+    "os error", "StreamWriter", "inline_container", "iostream", "file write failed", "No space left", "I/O error",
+)  # fmt: skip
 """How libraries that write by themselves (torch.save, safetensors) speak of a write that failed."""
 
 
