@@ -88,6 +88,10 @@ def facts(record: Record) -> dict[str, str]:
     found["time"] = f"{summary['seconds'] / 60:,.1f} minutes"
     for when, loss in summary["heldout"].items():
         found[f"held-out loss {when.replace('_', ' ')}"] = f"{loss['loss']:.4f} nats per response token"
+    if summary.get("stopped_early"):
+        found["stopped early"] = f"at step {summary['stopped_early']['step']:,} of stage 2"
+    if summary.get("best"):
+        found["the model's weights"] = f"those of step {summary['best']['step']:,} of stage 2"
     found |= memory_facts(summary)
     report = summary.get("reversible_report")
     if report:

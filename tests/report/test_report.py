@@ -76,6 +76,11 @@ def test_figures_show_what_the_run_wrote(run):
     assert all(sum(layer) / len(layer) == pytest.approx(1, abs=0.01) for layer in heat.data[0].z)
     rows = dict(at_a_glance([record]))
     assert rows["steps"] == ["8"] and rows["state"] == ["finished"]
+    assert "stopped early" not in rows and "the model's weights" not in rows
+    summary |= {"stopped_early": {"step": 5}, "best": {"step": 4, "heldout_loss": 1.0}}
+    (run / "run.json").write_text(json.dumps(summary))
+    chosen = dict(at_a_glance(read_runs([run])))
+    assert "step 5 " in chosen["stopped early"][0] and "step 4 " in chosen["the model's weights"][0]
     assert rows["rebuilt states"][0].startswith("0 of ")
 
 
