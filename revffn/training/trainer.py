@@ -370,6 +370,7 @@ class RunCallback(TrainerCallback):
         if "loss" not in (logs or {}):
             return
         self.write(state, logs)
+        self.router_load.write_row(self.stage, state.global_step, state.max_steps)
         if self.progress is not None:
             self.progress.log(state.global_step, logs)
 

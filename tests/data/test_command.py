@@ -128,7 +128,7 @@ def test_help_has_only_what_matters(capsys):
     with pytest.raises(SystemExit):
         main(["data", "--help"])
     out = capsys.readouterr().out
-    assert "usage: revffn data RECIPE [--section.key value ...]" in out
+    assert "usage: revffn data RECIPE, or revffn data MODEL DATA; [--section.key value ...]" in out
     assert "--data.path" in out and "--optimizer" not in out
 
 
