@@ -148,7 +148,8 @@ def torn(folder: Path) -> list[str]:
         found.append(str(model))
     # Anything else than checkpoints, lines that grow and the lock is not expected.
     files = {str(path.relative_to(folder)) for path in (*folder.glob("*"), *folder.glob("stage*/*")) if path.is_file()}
-    found += sorted(files - {"run.json", "metrics.jsonl", ".lock"} - {name for name in files if ".partial-" in name})
+    known = {"run.json", "metrics.jsonl", "router.jsonl", ".lock"}
+    found += sorted(files - known - {name for name in files if ".partial-" in name})
     if (folder / "run.json").exists() and not (folder / "run.json").read_text().endswith("}\n"):
         found.append("run.json")
     return found
