@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
@@ -106,28 +106,43 @@ class InnovationConfig:
             raise ValueError(f"predictor_rank must be None (full) or at least 0, got {self.predictor_rank}.")
 
 
-def accept_old_names(cls: type) -> type:
-    """`query_stream="right"` for `cross_branch=CrossBranchConfig(query_stream="right")`, as it was before there were
-    groups; a warning says so."""
-    made = cls.__init__
+def accepts_as_before(translate: Callable[[type, dict[str, Any]], Iterator[str]]) -> Callable[[type], type]:
+    """Let a dataclass take arguments as they were before.
 
-    @functools.wraps(made)
-    def __init__(self: Any, **values: Any) -> None:
-        homes = home_of(cls)
-        old = {name: values.pop(name) for name in list(values) if name in homes}
-        for group in dict.fromkeys(homes[name] for name in old):
-            given = {name: value for name, value in old.items() if homes[name] == group}
-            kind = groups_of(cls)[group]
-            words = f"{group}={kind.__name__}({', '.join(f'{name}={value!r}' for name, value in given.items())})"
-            warnings.warn(f"{', '.join(given)}: in a group now. Write {words}.", FutureWarning, stacklevel=2)
-            values[group] = replace(values[group], **given) if group in values else kind(**given)
-        made(self, **values)
+    Args:
+        translate: Changes the class's arguments in place into those of now, and yields a line for each change, which
+            becomes a warning.
+    """
 
-    cls.__init__ = __init__
-    return cls
+    def decorate(cls: type) -> type:
+        made = cls.__init__
+
+        @functools.wraps(made)
+        def __init__(self: Any, **values: Any) -> None:
+            for line in translate(cls, values):
+                warnings.warn(line, FutureWarning, stacklevel=2)
+            made(self, **values)
+
+        cls.__init__ = __init__
+        return cls
+
+    return decorate
 
 
-@accept_old_names
+def into_groups(cls: type, values: dict[str, Any]) -> Iterator[str]:
+    """`query_stream="right"` to `cross_branch=CrossBranchConfig(query_stream="right")`, as it was before there were
+    groups."""
+    homes = home_of(cls)
+    old = {name: values.pop(name) for name in list(values) if name in homes}
+    for group in dict.fromkeys(homes[name] for name in old):
+        given = {name: value for name, value in old.items() if homes[name] == group}
+        kind = groups_of(cls)[group]
+        words = f"{group}={kind.__name__}({', '.join(f'{name}={value!r}' for name, value in given.items())})"
+        yield f"{', '.join(given)}: in a group now. Write {words}."
+        values[group] = replace(values[group], **given) if group in values else kind(**given)
+
+
+@accepts_as_before(into_groups)
 @dataclass(kw_only=True)
 class ReversibleConfig:
     """How a model's decoder layers are made reversible. Travels with the model in `config.json`."""

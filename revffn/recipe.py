@@ -5,14 +5,13 @@ command_line.py fills them from a YAML recipe and from options. `first` marks wh
 
 from __future__ import annotations
 
-import functools
 import json
 import math
-import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from .config import ReversibleConfig, first
+from .config import ReversibleConfig, accepts_as_before, first
 
 LARGEST = 2**31 - 1
 """Of every number in a recipe."""
@@ -90,22 +89,14 @@ class Source:
     """Share of this source in what is drawn, relative to the others' weights. All sources have one, or none."""
 
 
-def accept_old_names(cls: type) -> type:
-    """Of before, with a warning that says the present one."""
-    made = cls.__init__
-
-    @functools.wraps(made)
-    def __init__(self: Any, **values: Any) -> None:
-        for old in values.keys() & RENAMED.keys():
-            warnings.warn(f"{old} is called {RENAMED[old]} now.", FutureWarning, stacklevel=2)
-            values[RENAMED[old]] = values.pop(old)
-        made(self, **values)
-
-    cls.__init__ = __init__
-    return cls
+def renamed(cls: type, values: dict[str, Any]) -> Iterator[str]:
+    """Names of before, to the present ones."""
+    for old in values.keys() & RENAMED.keys():
+        values[RENAMED[old]] = values.pop(old)
+        yield f"{old} is called {RENAMED[old]} now."
 
 
-@accept_old_names
+@accepts_as_before(renamed)
 @dataclass(kw_only=True)
 class DataConfig:
     """The examples to learn from. Only responses count in the loss, and plain text (docs/data.md)."""

@@ -19,18 +19,8 @@ import revffn
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # scripts that import each other
-dispatches, figures, gpu_profile, gpu_suite, gpu_tables, methods = map(
-    importlib.import_module,
-    ("dispatches", "figures", "gpu_profile", "gpu_suite", "gpu_tables", "methods"),
-)
-quality, quality_tables, report, run, workloads = map(
-    importlib.import_module,
-    ("quality", "quality_tables", "report", "run", "workloads"),
-)
+figures, quality, quality_tables = map(importlib.import_module, ("figures", "quality", "quality_tables"))
 
-TINY = workloads.WORKLOADS["qwen1.5_16x2048"].tiny()
-SETTINGS = methods.OptimizerSettings()
-CLEAN = {"git": {"commit": "abc", "dirty": False, "changed": []}, "versions": {}}
 
 
 def test_quality_of_the_same_function_is_the_same_and_seeds_differ(model_folder, data_file):

@@ -1,4 +1,4 @@
-"""For test_resume.py: runs that are killed, or whose disk is full, from a given moment on, then gone on with. Prints
+"""For test_faults.py: runs that are killed, or whose disk is full, from a given moment on, then gone on with. Prints
 what came of each as JSON.
 
     broken_off.py RECIPE FOLDER MOMENT...
