@@ -28,10 +28,10 @@ def train(words: list[str]) -> None:
         program = "revffn train RECIPE, or revffn train MODEL DATA;"
         command_line.from_words(recipe.RunConfig, words or ["--help"], program)
     dry_run = "--dry-run" in words
-    from .training.processes import check_one_process
-
-    check_one_process()
     config, path = command_line.run_from_words([word for word in words if word != "--dry-run"])
+    from .parallel.launch import check_launch
+
+    check_launch(config.parallel.strategy)
     missing = [name for name in ("trl", "datasets", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         raise recipe.InputError(not_installed(missing[0]))
@@ -290,7 +290,9 @@ def main(words: list[str] | None = None) -> int:
         return 2
     with at_once(f"revffn {words[0]}"):
         status, line = in_one_line(COMMANDS[words[0]], words[1:])
-    if line:
+    from .parallel.launch import is_first
+
+    if line and is_first():
         print(f"revffn {words[0]}: {' '.join(line.split())}", file=sys.stderr)
     return status
 

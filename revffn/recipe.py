@@ -265,6 +265,16 @@ class MemoryConfig:
 
 
 @dataclass(kw_only=True)
+class ParallelConfig:
+    """Several GPUs: one process each, started by torchrun or accelerate launch."""
+
+    strategy: Literal["fsdp", "ep", "ddp"] | None = None
+    """`fsdp`: parameters, gradients and the optimizer's states are divided among the processes and gathered layer by
+    layer (PyTorch's FSDP2). `ep`: the same, but experts stay where they are and tokens travel to them. `ddp`: every
+    process has everything, for small models; needs optimizer.in_backward: false. Null: one process."""
+
+
+@dataclass(kw_only=True)
 class TrainingConfig:
     """The two stages: projection adapters or predictors alone, then everything but the router."""
 
@@ -278,7 +288,7 @@ class TrainingConfig:
     num_epochs: float = first(1.0)
     """Passes over the training examples in stage 2, if `num_steps` is null."""
     batch_size: int = first(8)
-    """Sequences per device in one forward pass. Make this the real batch: it is walked in tiles of
+    """Sequences in one forward pass, of all processes together. Make this the real batch: it is walked in tiles of
     reversible.tile_tokens, which bound the memory."""
     gradient_accumulation_steps: int = 1
     """Forward passes per optimizer step. Above 1 all gradients are kept until the step."""
@@ -370,6 +380,7 @@ class RunConfig:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self):
         if self.training.activation_checkpointing and self.reversible.coupling is not None:
@@ -395,6 +406,7 @@ class RunConfig:
                 "several up. Put the whole batch into training.batch_size, which is walked in tiles, or set "
                 "optimizer.in_backward: false."
             )
+        self.check_parallel()
         if self.memory.weights == "host":
             for wrong, remedy in (
                 (self.reversible.coupling is None, "set reversible.coupling (none is a coupling too)"),
@@ -406,6 +418,29 @@ class RunConfig:
             ):
                 if wrong:
                     raise ValueError(f"memory.weights: host does not go with these settings; {remedy}.")
+
+
+    def check_parallel(self) -> None:
+        """Refuse what does not go with several processes."""
+        strategy = self.parallel.strategy
+        if strategy is None:
+            return
+        for wrong, remedy in (
+            (
+                strategy == "ep" and self.reversible.coupling is None,
+                "set reversible.coupling (none is a coupling too), or parallel.strategy: fsdp",
+            ),
+            (
+                strategy == "ddp" and self.optimizer.in_backward,
+                "gradients are averaged after they are made, when each parameter has stepped. Set parallel.strategy: "
+                "fsdp, or optimizer.in_backward: false",
+            ),
+            (self.memory.weights == "host", "set memory.weights: device; shards are on the device"),
+            (self.evaluation.compare_checkpointing, "set evaluation.compare_checkpointing: []"),
+            (self.training.load_best_model_at_end, "set training.load_best_model_at_end: false"),
+        ):
+            if wrong:
+                raise ValueError(f"parallel.strategy: {strategy} does not go with these settings; {remedy}.")
 
 
 def with_weights(config: RunConfig, weights: Literal["device", "host"]) -> RunConfig:

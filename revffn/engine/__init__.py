@@ -1,6 +1,7 @@
 """The reversible walk: forward without stored activations, backward that rebuilds every state and checks it.
 
     routing.py       expert choices, recorded in forward and replayed
+    exchange.py      expert parallelism: tokens travel to the ranks that have their experts
     experts.py       experts_implementation="revffn", in transformers' interface
     dense.py         norms, rotary embedding and SwiGLU as fused operations
     captured.py      what transformers captures of modules, as the untiled layer gives it

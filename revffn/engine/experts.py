@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from ..ops.experts import Gate, GradientSum, experts
 from ..upstream import ALL_EXPERTS_FUNCTIONS, experts_implementation, family_forward, is_expert_parallel
+from .exchange import Exchange
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +105,7 @@ def disagreement(module: nn.Module, gate: Gate, device: torch.device, dtype: tor
         if name not in tiny.__dict__ and not name.startswith("_forward"):
             tiny.__dict__[name] = value
     tiny.__dict__.pop("gradient_sums", None)
+    tiny.__dict__.pop("exchange", None)
     tiny._modules.update(module._modules)
     sizes = {"num_experts": E, "hidden_dim": D, "hidden_size": D, "intermediate_dim": I}
     for name, value in {
@@ -141,15 +143,31 @@ def fused(
     weight: Tensor,
     sums: dict[str, GradientSum] | None,
 ) -> Tensor:
+    exchange: Exchange | None = module.__dict__.get("exchange")
+    if exchange is None:
+        return apply(module, gate, dict(module.named_parameters(recurse=False)), x, index, weight, sums)
+    mine = exchange.parameters(module)
+    return exchange.run(x, index, weight, lambda *rows: apply(module, gate, mine, *rows, sums))
+
+
+def apply(
+    module: nn.Module,
+    gate: Gate,
+    parameters: dict[str, Tensor],
+    x: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    sums: dict[str, GradientSum] | None,
+) -> Tensor:
     biased = bool(getattr(module, "has_bias", False))
     return experts(
         x,
         index,
         weight,
-        module.gate_up_proj,
-        module.down_proj,
-        gate_up_bias=module.gate_up_proj_bias if biased else None,
-        down_bias=module.down_proj_bias if biased else None,
+        parameters["gate_up_proj"],
+        parameters["down_proj"],
+        gate_up_bias=parameters["gate_up_proj_bias"] if biased else None,
+        down_bias=parameters["down_proj_bias"] if biased else None,
         gate=gate,
         transposed=bool(getattr(module, "is_transposed", False)),
         sums=sums,
@@ -160,10 +178,12 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     """The interface's function: (T, D), (T, K), (T, K) -> (T, D). While the engine is in the module's layer,
     `self.gradient_sums` is where gradients go.
 
-    In eval mode transformers' default runs: what is evaluated is what an exported model computes, bit for bit.
+    In eval mode transformers' default runs: what is evaluated is what an exported model computes, bit for bit. (Not
+    where experts are on several ranks: there the fused ones run, and differ by rounding.)
     """
     sums = self.__dict__.get("gradient_sums")
-    gate = fused_gate(self, hidden_states) if self.training or sums is not None else None
+    ours = self.training or sums is not None or "exchange" in self.__dict__
+    gate = fused_gate(self, hidden_states) if ours else None
     if gate is None:
         return ALL_EXPERTS_FUNCTIONS[DEFAULT](self, hidden_states, top_k_index, top_k_weights)
     return fused(self, gate, hidden_states, top_k_index, top_k_weights, sums)

@@ -1,6 +1,5 @@
 """`revffn train`: two stages on TRL's SFTTrainer.
 
-processes.py      one process, not several
 lock.py           one run in a folder at a time
 checkpoint.py     checkpoints that are complete or not counted
 best.py           early stopping and the best checkpoint, by held-out losses

@@ -33,13 +33,13 @@ from ..memory.simulation import Method
 from ..models.architectures import ARCHITECTURES, PREFIX
 from ..models.conversion import convert, coupling_parameters
 from ..models.losses import check_plain_loss
+from ..parallel.launch import check_launch
 from ..recipe import InputError, RunConfig, with_tile, with_weights
 from ..upstream import reports_to
 from . import resume
 from .best import check_heldout
 from .checkpoint import KEPT, STAGES, checkpoints
 from .lock import check_free
-from .processes import check_one_process
 from .resume import Resume
 
 MOST_LAYERS = 10_000
@@ -86,7 +86,7 @@ def check(config: RunConfig, recipe: Path | None = None) -> Run:
     Raises:
         InputError: One line with the remedy.
     """
-    check_one_process()
+    check_launch(config.parallel.strategy)
     if config.training.output_dir is None:
         raise InputError("training.output_dir is not set. Name the folder of the run.")
     output_dir = Path(config.training.output_dir)

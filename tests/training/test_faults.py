@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from revffn.__main__ import main
 from revffn.command_line import load_run_config
-from revffn.training import lock, preflight, trainer
+from revffn.parallel.launch import check_launch
+from revffn.training import lock, trainer
 from revffn.training.checkpoint import newest
 from revffn.training.preflight import disk_bytes
 from revffn.training.trainer import RevFFNTrainer
@@ -250,12 +251,12 @@ ONE = ({}, {"WORLD_SIZE": "1", "RANK": "0"}, {"SLURM_NTASKS": "4", "SLURM_STEP_N
 def test_several_processes_are_refused(recipe_file, refused, monkeypatch, name):
     for variable, value in SEVERAL[name].items():
         monkeypatch.setenv(variable, value)
-    assert "a run is one process" in refused("train", recipe_file())
+    assert "started as one of several processes" in refused("train", recipe_file())
 
 
 @pytest.mark.parametrize("environment", ONE)
 def test_one_process_is_not(environment):
-    preflight.check_one_process(environment)
+    check_launch(None, environment)
 
 
 # --- killed, and without room --------------------------------------------------------------------------------------
