@@ -6,14 +6,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..engine.host_weights import HostWeights
 from ..models.conversion import convert
 from ..models.loading import load_causal_lm
 from ..parallel import shard, states
-from ..parallel.processes import device, once
+from ..parallel.processes import device, once, together
 from .preflight import Run, calibration
 from .results import Results
 from .resume import METRICS, ROUTERS
@@ -21,7 +20,7 @@ from .resume import METRICS, ROUTERS
 
 def begin(run: Run) -> tuple[PreTrainedModel, Results, HostWeights | None]:
     """The model to train, and what has been measured of it."""
-    if dist.is_available() and dist.is_initialized():
+    if together():
         return (*begin_together(run), None)
     model = load(run, run.checkpoint)
     store = None
