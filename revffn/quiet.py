@@ -17,7 +17,7 @@ NOISE = {
     "torch.utils._pytree": "is an Enum subclass",
     "torchao": "Failed to load",
     # Of a checkpoint that another number of processes wrote: batches are of all processes together.
-    "transformers.trainer": "The following arguments do not match the ones in the `trainer_state.json`",
+    "transformers.trainer_utils": "The following arguments do not match the ones in the `trainer_state.json`",
 }
 """By logger, what a message that is left out contains."""
 WARNINGS = (

@@ -41,7 +41,7 @@ def begin_together(run: Run) -> tuple[PreTrainedModel, Results]:
     alone; then every process gets its part."""
     whole: dict[str, torch.Tensor] = {}
 
-    def alone() -> tuple[PreTrainedConfig, dict]:
+    def alone() -> tuple[PreTrainedConfig, dict, dict]:
         model = load(run, run.checkpoint)
         results = Results(run, model)
         if run.checkpoint is None:
@@ -51,13 +51,13 @@ def begin_together(run: Run) -> tuple[PreTrainedModel, Results]:
                 store.remove()
                 model.cpu()
         whole.update(model.state_dict())
-        return model.config, results.losses | {"answers": results.answers}
+        return model.config, results.losses, results.answers
 
     from_shards = run.checkpoint is not None and states.has_shards(run.checkpoint)
     if from_shards:
-        config = once(lambda: AutoConfig.from_pretrained(run.checkpoint))
+        config, losses, answers = once(lambda: AutoConfig.from_pretrained(run.checkpoint)), {}, {}
     else:
-        config, measured = once(alone)
+        config, losses, answers = once(alone)
     model = shard.skeleton(config, getattr(torch, run.config.model.dtype), run.config.model.trust_remote_code)
     strategy = run.config.parallel.strategy
     if strategy != "ddp":
@@ -69,11 +69,9 @@ def begin_together(run: Run) -> tuple[PreTrainedModel, Results]:
         shard.spread(model, whole)
         whole.clear()
     results = Results(run, model, shared=True)
+    results.losses, results.answers = losses, answers
     if run.checkpoint is not None:
         results.read()
-    else:
-        results.answers = measured.pop("answers")
-        results.losses = measured
     return model, results
 
 

@@ -1,15 +1,18 @@
-"""One process of a group that makes several runs, so that they share the imports.
+"""Groups of processes that make runs. They are forked, so that all share the imports.
 
-    RANK=0 WORLD_SIZE=2 ... python tests/parallel/worker.py RUNS.json
+    python tests/parallel/worker.py
 
-RUNS.json is a list of {"name", "recipe", "options", "port", "fault"}. After each run it prints a JSON line: what came
-of it. Without RANK it is a process alone.
+reads lines of JSON: {"size", "folder", "runs": [{"name", "recipe", "options", "port", "fault"}]}. The processes of a
+group write outN and errN into the folder, after each run a JSON line with what came of it; when all have ended a line
+with their exit statuses is printed, and how many seconds after the first each ended.
 """
 
 import json
 import os
 import signal
 import sys
+import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -98,8 +101,14 @@ def run(recipe, options, port, fault, seen):
             setattr(owner, name, value)
 
 
-def main():
-    for work in json.loads(Path(sys.argv[1]).read_text()):
+def rank_of(group, rank):
+    """All runs of a group, as one of its processes."""
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(Path(group["folder"]) / f"{name}{rank}", os.O_WRONLY | os.O_CREAT), number)
+    if group["size"] > 1:
+        several = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": group["size"], "MASTER_ADDR": "127.0.0.1"}
+        os.environ |= {name: str(value) for name, value in several.items()}
+    for work in group["runs"]:
         seen, error = [], None
         try:
             with without_noise():
@@ -107,6 +116,25 @@ def main():
         except Exception as problem:
             error = f"{type(problem).__name__}: {problem}"
         print(json.dumps({"name": work["name"], "seen": seen, "error": error}), file=sys.__stdout__, flush=True)
+
+
+def main():
+    for line in sys.stdin:
+        group, pids, ended = json.loads(line), [], {}
+        for rank in range(group["size"]):
+            if not (pid := os.fork()):
+                try:
+                    rank_of(group, rank)
+                except BaseException:
+                    traceback.print_exc()
+                    os._exit(1)
+                os._exit(0)
+            pids.append(pid)
+        while len(ended) < len(pids):
+            pid, status = os.wait()
+            ended[pid] = os.waitstatus_to_exitcode(status), time.monotonic()
+        first = min(moment for _, moment in ended.values())
+        print(json.dumps([[ended[pid][0], ended[pid][1] - first] for pid in pids]), flush=True)
 
 
 if __name__ == "__main__":
