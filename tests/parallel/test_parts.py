@@ -23,7 +23,7 @@ from revffn.training.heldout import part_of
 
 def example(length: int, begin: int) -> dict[str, list[int]]:
     ids = list(range(begin, begin + length))
-    return {"input_ids": ids, "labels": [-100, *ids[1:]]}
+    return {"input_ids": ids, "labels": [-100, *ids[1:]], "seq_lengths": [length]}
 
 
 def parts(examples, size, monkeypatch, flat=False):
@@ -94,7 +94,7 @@ SETTINGS = {
     "a batch of eight": ["--parallel.strategy", "ddp"],
     "host": ["--parallel.strategy", "fsdp", "--memory.weights", "host"],
     "plain experts": ["--parallel.strategy", "ep", "--reversible.coupling", "null"],
-    "comparison": ["--parallel.strategy", "fsdp", "--evaluation.compare_checkpointing", "[1]"],
+    "comparison": ["--parallel.strategy", "fsdp", "--evaluation.compare_checkpointing", "1"],
 }
 
 
