@@ -97,7 +97,8 @@ def find_architecture(model: PreTrainedModel) -> Architecture:
             "docs/adding_an_architecture.md shows how to add one."
         )
     expected = row.class_stem + "ForCausalLM"
-    if type(model).__name__.removeprefix("RevFFN") != expected:
+    # fully_shard makes subclasses, and calls them so.
+    if type(model).__name__.removeprefix("FSDP").removeprefix("RevFFN") != expected:
         raise ValueError(
             f"Only {expected} can be made reversible for model_type={model_type!r}, got {type(model).__name__}."
         )

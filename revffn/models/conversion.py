@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..config import ReversibleConfig
@@ -254,6 +255,8 @@ def convert(
     if is_reversible(model):
         raise ValueError("The model is reversible already. Call revffn.export(model) first to convert it anew.")
     find_architecture(model)
+    if isinstance(model, FSDPModule):
+        raise ValueError("The model is sharded already. Convert it first, then call fully_shard.")
     layers = model.model.layers
     if isinstance(config.side_bits, list) and len(config.side_bits) != len(layers):
         raise ValueError(f"side_bits has {len(config.side_bits)} entries; the model has {len(layers)} decoder layers.")

@@ -83,9 +83,12 @@ def shard(model: PreTrainedModel, strategy: Literal["fsdp", "ep"], mesh: DeviceM
             apart |= set(experts.parameters(recurse=False))
     dtype = next(model.parameters()).dtype
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32 if dtype == torch.bfloat16 else None)
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy, ignored_params=apart)
-    return fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=apart)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = embedding.weight is head.weight
+    # The backbone and the head are called alone too, where logits of few positions are wanted.
+    for unit in (*model.model.layers, [embedding, head] if tied else head, model.model, model):
+        fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=apart)
+    return model
 
 
 def first_dimension(parameter: nn.Parameter, mesh: DeviceMesh) -> nn.Parameter:
@@ -122,6 +125,10 @@ def spread(model: PreTrainedModel, whole: dict[str, torch.Tensor]) -> None:
 def gathered(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The whole state dict, in the first rank's host memory; empty on the others. All ranks take part."""
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def is_sharded(model: PreTrainedModel) -> bool:
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def all_ranks(device_type: str) -> DeviceMesh:

@@ -9,8 +9,10 @@ router_health.py  how evenly routers spread tokens, and what they have changed
 heldout.py        held-out loss, an answer, bytes of a step
 preflight.py      a run, checked before weights are loaded
 introduction.py   what a run says before it loads weights
+several.py        what the trainer does as one of several processes
 progress.py       how far a stage is: a bar, or a few lines
 trainer.py        RevFFNTrainer, and what is logged
 results.py        what a run measured: run.json and the table at its end
+beginning.py      how a run gets its model, alone or in shards
 run.py            the run: conversion, two stages, the saved model
 """

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from ..data import IGNORED, batches
 from ..memory.live_bytes import LiveBytes
 from ..models.losses import linear_cross_entropy
+from ..parallel.processes import rank, size, totals
 
 
 @contextlib.contextmanager
@@ -61,11 +62,22 @@ def response_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Ten
     return F.cross_entropy(logits.float(), labels[counts], reduction="sum"), int(counts.sum())
 
 
+def part_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A process's rows of a batch, as many as any other has: filled up with rows of which no token counts."""
+    number = -(-len(batch["input_ids"]) // size())
+    start, fill = number * rank(), {"input_ids": 0, "labels": IGNORED, "attention_mask": 0}
+    mine = {name: tensor[start : start + number] for name, tensor in batch.items()}
+    return {name: F.pad(mine[name], (0, 0, 0, number - len(mine[name])), value=value) for name, value in fill.items()}
+
+
 @torch.no_grad()
 def heldout_loss(
-    model: PreTrainedModel, rows: list[dict[str, list[int]]], batch_size: int, pad_token_id: int
+    model: PreTrainedModel, rows: list[dict[str, list[int]]], batch_size: int, pad_token_id: int, shared: bool = False
 ) -> dict[str, float | int]:
     """Mean loss over all response tokens of tokenized examples, in eval mode.
+
+    Args:
+        shared: Each process takes its part of every batch; otherwise this one takes all.
 
     Returns:
         `loss` in nats per token, and `tokens`, how many were counted.
@@ -75,9 +87,11 @@ def heldout_loss(
     total, tokens = 0.0, 0
     with mode(model, training=False):
         for batch in batches(rows, batch_size, pad_token_id, model.device):
-            loss, count = response_loss(model, batch)
+            loss, count = response_loss(model, part_of(batch) if shared else batch)
             total, tokens = total + loss.item(), tokens + count
-    return {"loss": total / max(tokens, 1), "tokens": tokens}
+    if shared:
+        total, tokens = totals(total, tokens)
+    return {"loss": total / max(tokens, 1), "tokens": int(tokens)}
 
 
 @torch.no_grad()

@@ -34,6 +34,7 @@ from ..models.architectures import ARCHITECTURES, PREFIX
 from ..models.conversion import convert, coupling_parameters
 from ..models.losses import check_plain_loss
 from ..parallel.launch import check_launch
+from ..parallel.processes import size
 from ..recipe import InputError, RunConfig, with_tile, with_weights
 from ..upstream import reports_to
 from . import resume
@@ -120,6 +121,7 @@ def check(config: RunConfig, recipe: Path | None = None) -> Run:
         rows.append(kept)
     check_heldout(config, rows[1])
     resume.check_data(found, *rows, output_dir)
+    check_batch(config)
     with disk.in_use():
         config = choose_weights(config, hf_config, rows[0], checkpoint)
         method = method_of(config)
@@ -131,6 +133,20 @@ def check(config: RunConfig, recipe: Path | None = None) -> Run:
     return Run(
         config, method, frozen, output_dir, hf_config, tokenizer, *rows, split.sources, counts, found, answer, tile
     )
+
+
+def check_batch(config: RunConfig) -> None:
+    """Refuse a batch that several processes cannot share evenly.
+
+    Raises:
+        InputError: Names both numbers.
+    """
+    batch = config.training.batch_size
+    if batch % size():
+        raise InputError(
+            f"training.batch_size={batch} is of all {size()} processes together, which must have the same number of "
+            "sequences each. Give a multiple."
+        )
 
 
 def check_schedule(config: RunConfig) -> None:

@@ -20,6 +20,7 @@ from ..memory.amounts import gib
 from ..memory.plan import plan
 from ..models.conversion import is_reversible, reversible_report
 from ..ops import dispatch
+from ..parallel.processes import rank
 from .best import evaluations_since_lowest, is_exhausted, lowest
 from .heldout import answer, coupled, heldout_loss, peak_bytes, step_bytes
 from .preflight import Run
@@ -31,9 +32,14 @@ BASE_CHOICES = "base_choices.safetensors"
 
 
 class Results:
-    """What is measured around training: printed at the end and written to run.json."""
+    """What is measured around training: printed at the end and written to run.json.
 
-    def __init__(self, run: Run, model: PreTrainedModel):
+    Args:
+        shared: All processes measure together; otherwise this one alone.
+    """
+
+    def __init__(self, run: Run, model: PreTrainedModel, shared: bool = False):
+        self.shared = shared
         self.run, self.model = run, model
         self.losses: dict[str, dict[str, float | int]] = {}
         self.answers: dict[str, str] = {}
@@ -45,7 +51,7 @@ class Results:
         self.start = time.perf_counter() - run.resume.seconds
         self.finished = False
         self.data_sha256, self.heldout_sha256 = digest(run.training), digest(run.heldout)
-        self.drift = RouterDrift(model, run.output_dir / BASE_CHOICES)
+        self.drift = RouterDrift(model, run.output_dir / BASE_CHOICES, shared)
 
     def seconds(self) -> float:
         """Of the run until now: of all its sessions, each from the checkpoint that it began with."""
@@ -53,7 +59,8 @@ class Results:
 
     def heldout(self) -> dict[str, float | int]:
         evaluation = self.run.config.evaluation
-        return heldout_loss(self.model, self.run.heldout, evaluation.batch_size, self.run.tokenizer.pad_token_id)
+        pad, shared = self.run.tokenizer.pad_token_id, self.shared
+        return heldout_loss(self.model, self.run.heldout, evaluation.batch_size, pad, shared)
 
     def on_the_way(self) -> dict[str, Any]:
         """For metrics.jsonl, while training: held-out loss, router drift, the answer to the recipe's question."""
@@ -170,8 +177,9 @@ class Results:
         }
 
     def write(self, folder: Path) -> None:
-        """run.json, there."""
-        write_text(folder / SUMMARY, json.dumps(self.summary(), indent=2) + "\n")
+        """run.json, there; of several processes one writes it."""
+        if rank() == 0:
+            write_text(folder / SUMMARY, json.dumps(self.summary(), indent=2) + "\n")
 
     def read(self) -> None:
         """Take over what the run had measured before it was interrupted."""

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from ..files import append_line, new_file
 from ..models.router_choices import num_experts, router_choices, sparse_layers
+from ..parallel.processes import from_all, summed
 
 COMPARED_TOKENS = 16384
 """Of the held-out examples, at most: what is kept of the base model's choices."""
@@ -66,7 +67,8 @@ class RouterLoad:
         `router_idle_experts`, how many got none, in all layers together."""
         if self.window is None:
             return {}
-        load, self.row = self.window.double(), self.row + self.window
+        counted = summed(self.window)
+        load, self.row = counted.double(), self.row + counted
         self.window = torch.zeros_like(self.window)
         share = load / load.sum(-1, keepdim=True).clamp_min(1)
         entropy = torch.special.entr(share).sum(-1).mean() / math.log(max(share.shape[-1], 2))
@@ -88,9 +90,11 @@ class RouterDrift:
     Args:
         model: Any model; a dense or unknown one has no drift.
         file: Keeps the base model's choices, for runs that are interrupted.
+        shared: All processes see their parts of the batches; otherwise this one sees all.
     """
 
-    def __init__(self, model: PreTrainedModel, file: Path):
+    def __init__(self, model: PreTrainedModel, file: Path, shared: bool = False):
+        self.shared = shared
         self.model, self.file = model, file
         self.base: dict[int, Tensor] = {}
         self.by_layer: dict[int, float] = {}
@@ -114,13 +118,14 @@ class RouterDrift:
         def see(layer: int, indices: Tensor, mask: Tensor | None) -> None:
             missing = COMPARED_TOKENS - num_tokens.get(layer, 0)
             if missing > 0:
-                kept = (indices if mask is None else indices[mask.bool()])[:missing].cpu()
+                kept = (indices if mask is None else indices[mask.bool()]).cpu()
                 found.setdefault(layer, []).append(kept)
                 num_tokens[layer] = num_tokens.get(layer, 0) + len(kept)
 
         with router_choices(self.model, see):
             yield
-        choices = {layer: torch.cat(parts) for layer, parts in found.items()}
+        everybodys = from_all if self.shared else lambda parts: [parts]
+        choices = {layer: in_order(everybodys(parts)) for layer, parts in sorted(found.items())}
         if is_base:
             self.base = choices
             if choices:
@@ -138,6 +143,11 @@ class RouterDrift:
 
     def summary(self) -> dict[str, Any] | None:
         return {"drift_by_layer": self.by_layer} if self.by_layer else None
+
+
+def in_order(parts: list[list[Tensor]]) -> Tensor:
+    """The first choices of all processes (ranks, batches, (n, K)), as one process would have them."""
+    return torch.cat([part for batch in zip(*parts, strict=True) for part in batch])[:COMPARED_TOKENS]
 
 
 def changed(base: Tensor, now: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
 
@@ -18,21 +19,24 @@ from ..engine.host_weights import HostWeights
 from ..files import remove_partials
 from ..interrupts import Interrupts
 from ..models.architectures import router_parameters
-from ..models.conversion import convert, coupling_parameters
-from ..models.loading import load_causal_lm
+from ..models.conversion import coupling_parameters
 from ..models.losses import forward_for_a_while
 from ..optim import OptimizerInBackward, parameter_groups
+from ..parallel.processes import joined, once, rank, size
+from ..parallel.shard import gathered, is_sharded
 from ..quiet import without_bars
 from ..recipe import RunConfig
+from .beginning import begin
 from .best import best_checkpoint, heldout_losses, is_exhausted
 from .checkpoint import KEPT, STAGES, step_of
-from .ending import in_one_line, save
+from .ending import in_one_line, save, way_on
 from .introduction import introduction
 from .lock import locked
-from .preflight import Run, calibration, check
+from .preflight import Run, check
 from .results import Results
 from .resume import METRICS, ROUTERS, read_state
 from .router_health import RouterLoad
+from .several import several_arguments
 from .trainer import RevFFNTrainer, RunCallback
 
 
@@ -54,14 +58,19 @@ def train(config: RunConfig, recipe: Path | None = None) -> Path:
         StorageError: Something could not be written or read; an OSError. The message is one line, and names the last
             complete checkpoint.
     """
-    after_step = config.training.save_on_interrupt
-    with without_bars(), in_one_line(output_dir_of(config)), Interrupts(after_step) as interrupts:
-        run = check(config, recipe)
+    after_step, output_dir = config.training.save_on_interrupt, output_dir_of(config)
+    with (
+        without_bars(),
+        in_one_line(output_dir),
+        joined(config.parallel.strategy, lambda: way_on(output_dir)),
+        Interrupts(after_step) as interrupts,
+    ):
+        run = once(lambda: check(config, recipe))
         for line in run.resume.says:
             print(line, flush=True)
         if run.resume.finished:
             return run.output_dir
-        with locked(run.output_dir):
+        with locked(run.output_dir) if rank() == 0 else contextlib.nullcontext():
             carry_out(run, interrupts)
     return run.output_dir
 
@@ -73,31 +82,13 @@ def output_dir_of(config: RunConfig) -> Path:
 def carry_out(run: Run, interrupts: Interrupts) -> None:
     """A run that has been checked, in a folder that is held."""
     config = run.config
-    for folder in (run.output_dir, *(run.output_dir / stage for stage in STAGES)):
-        remove_partials(folder)
+    if rank() == 0:
+        for folder in (run.output_dir, *(run.output_dir / stage for stage in STAGES)):
+            remove_partials(folder)
     for line in introduction(run):
         print(line, flush=True)
     set_seed(config.training.seed)
-    print(f"Loading {run.checkpoint or config.model.path}", flush=True)
-    trust = config.model.trust_remote_code
-    model = load_causal_lm(
-        run.checkpoint or config.model.path, getattr(torch, config.model.dtype), trust_remote_code=trust
-    )
-    store = None
-    if config.memory.weights == "host":
-        store = HostWeights(model, "cuda" if torch.cuda.is_available() else "cpu")
-    elif torch.cuda.is_available():
-        model.cuda()
-    results = Results(run, model)
-    if run.checkpoint is None:
-        results.measure("before", ask=True)
-        prepare(run, model, results)
-        if store is not None:
-            store.refresh()
-        for name in (METRICS, ROUTERS):
-            (run.output_dir / name).unlink(missing_ok=True)
-    else:
-        results.read()
+    model, results, store = begin(run)
     results.write(run.output_dir)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     stages = [2] if config.training.num_steps != 0 else []
@@ -115,35 +106,19 @@ def carry_out(run: Run, interrupts: Interrupts) -> None:
 def finish(run: Run, model: PreTrainedModel, results: Results) -> None:
     """Save what was trained, then measure it: what goes wrong in measuring costs no training."""
 
+    whole = gathered(model) if is_sharded(model) else None
+
     def write_model(folder: Path) -> None:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=whole)
         run.tokenizer.save_pretrained(folder)
 
     def write_record(folder: Path) -> None:
         results.finished = True
         results.write(folder)
 
-    save(run.output_dir, write_model, write_record)
+    once(lambda: save(run.output_dir, write_model, write_record))
     results.measure("after", ask=True)
     write_record(run.output_dir)
-
-
-def prepare(run: Run, model: PreTrainedModel, results: Results) -> None:
-    """Convert the model in place, as the recipe says, and measure what that is worth."""
-    config, reversible = run.config, run.method.reversible
-    if config.evaluation.compare_checkpointing:
-        kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-        getattr(model, f"{kind}_checkpointing_enable")()
-        results.measure_steps("activation checkpointing")
-        getattr(model, f"{kind}_checkpointing_disable")()
-    if reversible is None:
-        return
-    given = config.training.calibration_tokens
-    convert(model, reversible, calibration=calibration(run, given, model) if given else None)
-    if config.evaluation.compare_checkpointing:
-        results.measure_steps(reversible.coupling)
-    if not reversible.find_coupling().keeps_function:
-        results.measure("converted")
 
 
 def train_stage(
@@ -189,7 +164,7 @@ def train_stage(
             arguments,
             linear_cross_entropy=run.config.memory.linear_cross_entropy,
             router_z_loss_coef=config.router_z_loss_coef if stage == 2 else 0.0,
-            measure_step=stage == 2 and not torch.cuda.is_available(),
+            measure_step=stage == 2 and size() == 1 and not torch.cuda.is_available(),
             host_weights=store,
             loaded_from=run.checkpoint,
             optimizers=(optimizer, None),
@@ -274,7 +249,7 @@ def sft_arguments(run: Run, stage: int, aux_loss: float | None) -> SFTConfig:
         output_dir=str(run.output_dir / f"stage{stage}"),
         max_steps=-1 if steps is None else steps,
         num_train_epochs=training.num_epochs,
-        per_device_train_batch_size=training.batch_size,
+        per_device_train_batch_size=training.batch_size // size(),
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         learning_rate=optimizer.stage1_learning_rate if stage == 1 else optimizer.learning_rate,
         warmup_steps=optimizer.warmup_ratio,
@@ -296,4 +271,5 @@ def sft_arguments(run: Run, stage: int, aux_loss: float | None) -> SFTConfig:
         report_to=training.report_to or "none",
         dataloader_pin_memory=torch.cuda.is_available(),
         **{checkpointing: training.activation_checkpointing},
+        **several_arguments(),
     )

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
@@ -30,11 +32,15 @@ from ..memory.live_bytes import LiveBytes
 from ..models.conversion import is_reversible, reversible_report
 from ..models.losses import router_z_loss, use_linear_cross_entropy
 from ..optim import OptimizerInBackward
+from ..parallel.processes import largest, rank, size, totals
+from ..parallel.shard import is_sharded
+from ..parallel.states import has_shards, load_optimizer
 from .best import best_checkpoint, heldout_losses, is_exhausted
 from .checkpoint import delete_old, read_manifest, readable_lines, write_manifest
 from .heldout import mode, peak_bytes
 from .progress import Progress
 from .router_health import RouterLoad
+from .several import save_checkpoint, train_batches
 
 
 class RevFFNTrainer(SFTTrainer):
@@ -85,12 +91,15 @@ class RevFFNTrainer(SFTTrainer):
         self.loaded_from, self.host_weights, self.seconds = loaded_from, host_weights, seconds
         self.router_load = RouterLoad(model) if router_load is None else router_load
         self.on_the_way, self.keep_best = on_the_way, keep_best
+        self.optimizer_of_run: OptimizerInBackward | None = None
         self.saving_to: Path | None = None
         """Where a checkpoint is being written, instead of the output folder."""
         self.measured: tuple[tuple[int, ...], int] | None = None
         """Shape (B, T) of the step that was measured, and the bytes of tensors at its peak."""
         self.in_backward: OptimizerInBackward | None = None
         optimizer = kwargs.get("optimizers", (None, None))[0]
+        if isinstance(optimizer, OptimizerInBackward):
+            self.optimizer_of_run = optimizer
         if isinstance(optimizer, OptimizerInBackward) and optimizer.param_groups[0]["in_backward"]:
             # Clipping after backward would find no gradients.
             self.in_backward, args.max_grad_norm = optimizer, 0.0
@@ -104,9 +113,16 @@ class RevFFNTrainer(SFTTrainer):
             check_loss(args, kwargs.get("compute_loss_func"))
             use_linear_cross_entropy(model)
         super().__init__(model, args, **kwargs)
+        if is_sharded(model):
+            # It would be wrapped in DistributedDataParallel.
+            self.accelerator.prepare_model = lambda model, *args, **kwargs: model
         if router_z_loss_coef and hasattr(model, "router_aux_loss_coef"):
             # A model that is asked for its logits adds its load-balancing loss by itself.
             model.router_aux_loss_coef = self.router_aux_loss_coef if self.aux_loss_enabled else 0.0
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader = super().get_train_dataloader()
+        return train_batches(self, loader) if size() > 1 else loader
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -136,13 +152,13 @@ class RevFFNTrainer(SFTTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = model(**inputs, use_cache=False, num_items_in_batch=num_items_in_batch).loss
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # DDP averages what is a share of the sum already
+            loss = loss * self.accelerator.num_processes  # averaged over processes, and a share of the sum already
         tokens = (
             inputs["attention_mask"].sum()
             if "attention_mask" in inputs
             else inputs["input_ids"].new_tensor(inputs["input_ids"].numel())
         )
-        self._total_train_tokens += int(self.accelerator.gather_for_metrics(tokens).sum())
+        self._total_train_tokens += int(self.accelerator.gather(tokens).sum())
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         return loss
 
@@ -208,11 +224,14 @@ class RevFFNTrainer(SFTTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """`Trainer` loads both or neither, silently: here each that is there. The learning rate is that of the present
         schedule, which ends elsewhere if the run is longer now, and not that of the one before."""
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or self.args.world_size > 1:
+        if checkpoint is not None and (size() > 1 or has_shards(Path(checkpoint))):
+            self.load_states(Path(checkpoint))
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
             return
         optimizer, scheduler = (Path(checkpoint) / f"{name}.pt" for name in ("optimizer", "scheduler"))
-        if optimizer.is_file() and not scheduler.is_file():
+        if optimizer.is_file() and not scheduler.is_file() and size() == 1:
             self.optimizer.load_state_dict(torch.load(optimizer, map_location="cpu", weights_only=True))
         schedule, step = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler), self.state.global_step
         if not hasattr(schedule, "lr_lambdas"):
@@ -224,6 +243,13 @@ class RevFFNTrainer(SFTTrainer):
         for group, rate in zip(self.optimizer.param_groups, schedule._last_lr, strict=True):
             group["lr"] = rate
 
+    def load_states(self, checkpoint: Path) -> None:
+        """The optimizer's, of shards or for shards, and the schedule's."""
+        if self.optimizer_of_run is not None and (has_shards(checkpoint) or (checkpoint / "optimizer.pt").is_file()):
+            load_optimizer(checkpoint, self.optimizer_of_run)
+        if (checkpoint / "scheduler.pt").is_file():
+            self.lr_scheduler.load_state_dict(torch.load(checkpoint / "scheduler.pt", weights_only=True))
+
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self.saving_to is None else str(self.saving_to)
 
@@ -234,9 +260,23 @@ class RevFFNTrainer(SFTTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Beside its name, with a manifest, or not at all."""
-        if self.args.world_size > 1 or self.args.push_to_hub:
+        if self.args.push_to_hub:
             return super()._save_checkpoint(model, trial)
         final = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+        if dist.is_available() and dist.is_initialized():
+            save_checkpoint(self, final, lambda folder: self.close_checkpoint(folder, final))
+        else:
+            self.save_alone(model, trial, final)
+        if self.in_backward is not None:
+            self.in_backward.last_checkpoint = str(final)
+        if rank():
+            return
+        best = self.state.best_model_checkpoint
+        if self.keep_best:
+            best = best_checkpoint(final.parent, heldout_losses(self.state.log_history))
+        delete_old(final.parent, self.args.save_total_limit, best)
+
+    def save_alone(self, model: Any, trial: Any, final: Path) -> None:
         with new_folder(final) as partial:
             self.saving_to = partial
             try:
@@ -250,15 +290,12 @@ class RevFFNTrainer(SFTTrainer):
             for path in sorted(written.iterdir()):
                 path.rename(partial / path.name)
             written.rmdir()
-            about = {} if self.seconds is None else {"seconds": self.seconds()}
-            about["name"] = f"{final.absolute().parent.name}/{final.name}"
-            write_manifest(partial, num_tokens=self.num_tokens, **about)
-        best = self.state.best_model_checkpoint
-        if self.keep_best:
-            best = best_checkpoint(final.parent, heldout_losses(self.state.log_history))
-        delete_old(final.parent, self.args.save_total_limit, best)
-        if self.in_backward is not None:
-            self.in_backward.last_checkpoint = str(final)
+            self.close_checkpoint(partial, final)
+
+    def close_checkpoint(self, folder: Path, final: Path) -> None:
+        about = {} if self.seconds is None else {"seconds": self.seconds()}
+        about["name"] = f"{final.absolute().parent.name}/{final.name}"
+        write_manifest(folder, num_tokens=self.num_tokens, **about)
 
     @property
     def num_tokens(self) -> int:
@@ -271,14 +308,15 @@ class RevFFNTrainer(SFTTrainer):
             if self.last_log is not None:
                 logs["tokens_per_second"] = (tokens - self.last_log[1]) / (now - self.last_log[0])
             self.last_log = now, tokens
-            logs["peak_bytes"] = peak_bytes()
+            logs["peak_bytes"] = int(largest(peak_bytes()))
             if self.in_backward is not None:
                 logs["grad_norm"] = self.in_backward.grad_norm
             logs |= self.router_load.take()
             if is_reversible(self.model):
                 report = reversible_report(self.model)
-                names = ("verified_states", "mismatched_states", "mismatched_states_total", "saturated")
-                logs |= {name: report[name] for name in names}
+                names = ("verified_states", "mismatched_states", "mismatched_states_total")
+                logs |= dict(zip(names, map(int, totals(*(report[name] for name in names))), strict=True))
+                logs["saturated"] = bool(largest(report["saturated"]))
                 logs |= fixed_point(report)
         super().log(logs, start_time)
 
@@ -347,6 +385,9 @@ class RunCallback(TrainerCallback):
             self.forget_after(state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
+        if self.interrupts.after_step:
+            # A signal reaches several processes in different steps.
+            self.interrupts.received = int(largest(self.interrupts.received))
         if self.interrupts.received and self.interrupts.after_step:
             control.should_save = True
         else:
@@ -370,7 +411,8 @@ class RunCallback(TrainerCallback):
         if "loss" not in (logs or {}):
             return
         self.write(state, logs)
-        self.router_load.write_row(self.stage, state.global_step, state.max_steps)
+        if state.is_world_process_zero:
+            self.router_load.write_row(self.stage, state.global_step, state.max_steps)
         if self.progress is not None:
             self.progress.log(state.global_step, logs)
 
