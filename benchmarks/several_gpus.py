@@ -4,10 +4,10 @@
     python benchmarks/several_gpus.py --predict   # predictions anew, simulations from the file
     python benchmarks/several_gpus.py --only "8 ep"
 
-Every case runs the whole step of one rank of N at full depth, batch and length on fake tensors in a fake process group
-(`simulate_step`), with the real engine, `parallel.shard` and optimizer, and asks the planner, which does so with a few
-layers and tiles. Beside the bytes at the peak it counts what the rank sends. The file is written after every case. Exit
-status 1 if a peak is off by more than 3 %, or what is sent by more than 0.1 %.
+Every case runs the whole step of one rank of N at full depth, batch and length on fake tensors in a fake process
+group (`simulate_step`), with the real engine, `parallel.shard` and optimizer, and asks the planner, which does so with
+a few layers and tiles. Beside the bytes at the peak it counts what the rank sends. The file is written after every
+case. Exit status 1 if a peak is off by more than 3 %, or what is sent by more than 0.1 %.
 """
 
 import argparse
@@ -100,8 +100,8 @@ def run_case(case: tuple, known: dict | None = None, predict_only: bool = False)
 
 def line(name: str, case: dict) -> str:
     cells = [gib(case[kind]["peak_bytes"]) if kind in case else "" for kind in ("predicted", "simulated")]
-    told = ("relative_error", "relative_error_sent")
-    return f"{name:<48}" + "".join(f"{c:>12}" for c in cells) + "".join(f"{case[n]:>+10.3%}" for n in told if n in case)
+    wrong = [case[name] for name in ("relative_error", "relative_error_sent") if name in case]
+    return f"{name:<48}" + "".join(f"{c:>12}" for c in cells) + "".join(f"{error:>+10.3%}" for error in wrong)
 
 
 def main() -> int:

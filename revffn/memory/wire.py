@@ -2,9 +2,8 @@
 
 Of W ranks each holds 1/W of everything, so of what all ranks get, (W - 1) / W is sent and received:
 
-    gathers     a layer's parameters in forward and again in backward; what lies outside the layers (embedding, final
-                norm, head) once, as it stays gathered in between
-    reductions  gradients of what was gathered, in float32
+    gathers     parameters, in forward and again in backward
+    reductions  their gradients, in float32
     rows        ep: every choice's row six times, there and back in forward, in recomputation, and for gradients; and
                 its routing weight half as often
 
@@ -17,6 +16,7 @@ of rows, norms of gradients and adafactor's sums over shards are left out: toget
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -37,10 +37,10 @@ FLOPS_PER_WEIGHT = 8
 class Sizes:
     """Of a model that W ranks share."""
 
-    gathered: dict[str, int]
-    """Bytes of the parameters, by `layers`, `experts` (of them), `outside`."""
-    reduced: dict[str, int]
-    """The same of gradients in float32."""
+    all: tuple[int, int]
+    """Bytes of gathers and of reductions where every parameter is gathered."""
+    experts: tuple[int, int]
+    """Of them, those of experts."""
     bytes_per_token: int
     """That ep moves in all layers, those that stay included."""
     active: float
@@ -49,43 +49,44 @@ class Sizes:
     """Whether experts can stay on their ranks."""
 
 
+def experts_per_token(hf_config: PreTrainedConfig) -> int:
+    """K; 1 of a dense model, whose one expert all tokens meet."""
+    config = hf_config.get_text_config()
+    return getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", None) or 1
+
+
 def active_weights(hf_config: PreTrainedConfig, parameters: list[Tensor]) -> float:
     """Of parameters: of experts the share that a token chooses."""
-    config = hf_config.get_text_config()
-    top_k = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", None) or 1
+    top_k = experts_per_token(hf_config)
     return sum(p.numel() * min(1.0, top_k / p.shape[0]) if p.dim() == 3 else p.numel() for p in parameters)
 
 
 def sizes(hf_config: PreTrainedConfig, method: Method) -> Sizes:
     with torch.device("meta"):
         model = build(hf_config, method)
-    layers, found = list(model.model.layers.parameters()), expert_modules(model)
-    experts = {p for module in found for p in module.parameters(recurse=False)}
-    inside = set(layers)
-    groups = {
-        "layers": layers,
-        "experts": list(experts),
-        "outside": [p for p in model.parameters() if p not in inside],
-    }
+    found = expert_modules(model)
+    experts = [p for module in found for p in module.parameters(recurse=False)]
 
-    def padded(parameter: Tensor) -> int:
-        """Elements, with the first dimension filled up to a multiple of the ranks, as FSDP2 does."""
-        rows = parameter.shape[0]
-        return parameter.numel() // rows * math.ceil(rows / method.gpus) * method.gpus
+    def moved(parameters: Iterable[Tensor]) -> tuple[int, int]:
+        """Their first dimension is filled up to a multiple of the ranks, as FSDP2 does."""
+        gathers = reductions = 0
+        for p in parameters:
+            elements = p.numel() // p.shape[0] * math.ceil(p.shape[0] / method.gpus) * method.gpus
+            gathers += 2 * elements * p.itemsize
+            reductions += 4 * elements * p.requires_grad
+        return gathers, reductions
 
-    config = hf_config.get_text_config()
-    top_k = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", None) or 0
-    row = (TRIPS * config.hidden_size + WEIGHT_TRIPS) * method.dtype.itemsize
+    row = (TRIPS * hf_config.get_text_config().hidden_size + WEIGHT_TRIPS) * method.dtype.itemsize
     try:
         check_strategy(model, "ep", method.gpus)
         in_parts = True
     except ValueError:
         in_parts = False
     return Sizes(
-        {name: sum(padded(p) * p.itemsize for p in group) for name, group in groups.items()},
-        {name: sum(padded(p) * 4 for p in group if p.requires_grad) for name, group in groups.items()},
-        len(found) * top_k * row,
-        active_weights(hf_config, layers),
+        moved(model.parameters()),
+        moved(experts),
+        len(found) * experts_per_token(hf_config) * row,
+        active_weights(hf_config, list(model.model.layers.parameters())),
         in_parts,
     )
 
@@ -110,16 +111,12 @@ def wire(
     """
     of_rank = method.share(batch) * tokens
     found, others = sizes(hf_config, method), (method.gpus - 1) / method.gpus
-    everywhere = found.gathered["layers"], found.reduced["layers"]
-    experts = found.gathered["experts"], found.reduced["experts"]
-    saved = 2 * experts[0] + experts[1]
-    # ep moves what grows with the tokens, and not what the experts' parameters take.
-    break_even = saved // found.bytes_per_token if found.in_parts else None
+    # ep moves rows in place of the experts' parameters and gradients.
+    break_even = sum(found.experts) // found.bytes_per_token if found.in_parts else None
 
     def of(strategy: str) -> Wire:
-        less = experts if strategy == "ep" else (0, 0)
-        gathers = others * (2 * (everywhere[0] - less[0]) + found.gathered["outside"])
-        reductions = others * (everywhere[1] - less[1] + found.reduced["outside"])
+        less = found.experts if strategy == "ep" else (0, 0)
+        gathers, reductions = (others * (a - b) for a, b in zip(found.all, less, strict=True))
         per_token = others * found.bytes_per_token if strategy == "ep" else 0.0
         seconds = hidden = None
         if link_bytes_per_s is not None:
