@@ -120,6 +120,9 @@ class Exchange:
         num_experts: Of the layer, a multiple of the number of ranks.
     """
 
+    share = 1.0
+    """Of fake tensors, which know no numbers: rows that this rank receives, as a part of what it sends."""
+
     def __init__(self, group: dist.ProcessGroup, num_experts: int):
         self.group, self.num_experts = group, num_experts
 
@@ -130,12 +133,12 @@ class Exchange:
     def sizes(self, counts: Tensor, theirs: Tensor, num_rows: int) -> tuple[list[int], list[int]]:
         """Rows that go to each rank, and that come from it: (W, E / W) of both -> two lists of W.
 
-        Fake tensors know no numbers: they stand for choices that are spread evenly.
+        Fake tensors stand for choices that are spread evenly, or for `share` times as many that come here.
         """
         if isinstance(counts, FakeTensor):
             size = counts.shape[0]
             even = [num_rows * (rank + 1) // size - num_rows * rank // size for rank in range(size)]
-            return even, even
+            return even, [round(self.share * number) for number in even]
         sent, received = torch.stack([counts.sum(1), theirs.sum(1)]).tolist()
         return sent, received
 

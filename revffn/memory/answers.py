@@ -38,6 +38,8 @@ class Plan:
     """Host memory beside a GPU."""
     gpus: int = 1
     """Ranks that share the work: the bytes are of one of them, the batch is of all together."""
+    second_part_bytes: int | None = None
+    """ep: what a rank takes more that receives twice its even part of the rows."""
     largest_batch: int | None = None
     """That fits `gpu_bytes` with this length; 0 if none does, None if not asked."""
     longest_sequence: int | None = None

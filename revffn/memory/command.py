@@ -77,7 +77,7 @@ def wire_table(ways: list[Wire], link_gb_per_s: float | None, tflops: float) -> 
     if ways[0].break_even_tokens is not None:
         lines.append(
             f"ep sends less than fsdp with fewer than {ways[0].break_even_tokens:,} tokens per step and GPU; here are "
-            f"{ways[0].tokens:,}. Choices of experts are taken to be spread evenly."
+            f"{ways[0].tokens:,}."
         )
     return "\n".join(lines)
 
@@ -218,6 +218,11 @@ def plan_command(question: Any) -> str | None:
             f"A step copies {gib(copied.to_device_bytes)} to the device and {gib(copied.to_host_bytes)} back. At "
             f"{question.link_gb_per_s:g} GB/s and {question.tflops:g} TFLOP/s (assumed: --link-gb-per-s, --tflops) "
             f"computing hides that from {copied.break_even_tokens:,} tokens per step on."
+        )
+    if answer.second_part_bytes is not None:
+        print(
+            f"Choices of experts are taken to be spread evenly over the GPUs. One that receives twice its part takes "
+            f"{gib(answer.second_part_bytes)} more; {question.gpus} times is the most."
         )
     if found.wire:
         print(f"\n{wire_table(found.wire, question.gpu_link_gb_per_s, question.tflops)}")

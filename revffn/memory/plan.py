@@ -194,8 +194,17 @@ def plan(
             budget = gpu_bytes - RESERVE_BYTES
             plans[-1].largest_batch = method.gpus * bound.largest_batch(tokens, budget)
             plans[-1].longest_sequence = bound.longest_sequence(budget)
+    if method.gpus > 1 and method.parallel == "ep":
+        more = predictor(hf_config, with_room(method)).peak(method.share(batch), tokens) - plans[0].peak_bytes
+        plans[0].second_part_bytes = max(0, more)
     plans[0].alternatives = plans[1:]
     return plans[0]
+
+
+def with_room(method: Method) -> Method:
+    """ep: for a rank that receives twice its even part of the rows."""
+    several = method.gpus > 1 and method.parallel == "ep"
+    return replace(method, received=2.0) if several else method
 
 
 def choose_tile(
@@ -211,7 +220,8 @@ def choose_tile(
     """The largest tile whose step fits: the whole batch, or a power of two of tokens that is less.
 
     A smaller tile has a smaller working set; but where there is more than one, gradients of experts are added up
-    beside each tile's share, so that for small batches the whole one takes least. Sizes that would be too large even
+    beside each tile's share, so that for small batches the whole one takes least. With ep there has to be room for a
+    rank that receives twice its part of the rows. Sizes that would be too large even
     with their share of the working set are passed over without a measurement. Where none fits: the usual tile, or the
     one of those measured that takes less.
 
@@ -225,7 +235,7 @@ def choose_tile(
         ValueError: See `plan`.
     """
     require(hf_config, batch, tokens, method)
-    batch = method.share(batch)
+    batch, method = method.share(batch), with_room(method)
     budget = limit_bytes - reserve_bytes
     sizes: list[int | None] = [largest]
     size = 2 ** ((largest or batch * tokens) - 1).bit_length() // 2

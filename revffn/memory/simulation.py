@@ -35,7 +35,7 @@ from ..models.conversion import convert, default_dtype, is_reversible
 from ..models.losses import use_linear_cross_entropy
 from ..optim import OptimizerInBackward, parameter_groups
 from ..optim.rules import local_part
-from ..parallel.shard import shard
+from ..parallel.shard import expert_modules, shard
 from ..upstream import fake_tensors_as_real
 from .live_bytes import FORWARD, LiveBytes, Storage, describe, no_garbage_collection, storage_of
 from .ranks import one_of
@@ -73,6 +73,8 @@ class Method:
     """Ranks that share the work; all bytes are of one of them."""
     parallel: Literal["fsdp", "ep"] = "fsdp"
     """How several ranks share the parameters; see `parallel.shard`."""
+    received: float = 1.0
+    """ep: rows that a rank receives, of its even part; with W ranks at most W."""
 
     def __post_init__(self):
         if self.name not in METHODS:
@@ -143,7 +145,15 @@ def build(hf_config: PreTrainedConfig, method: Method, mesh: DeviceMesh | None =
             model.enable_input_require_grads()
     if method.linear_cross_entropy:
         use_linear_cross_entropy(model)
-    return (model if mesh is None else shard(model, method.parallel, mesh)).train()
+    if method.gpus > 1:
+        # FSDP2 reduces gradients of one dtype. Routers in float32 (DeepSeek) stay as pretrained, as in `revffn train`.
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.requires_grad and parameter.dtype == method.dtype)
+    if mesh is not None:
+        shard(model, method.parallel, mesh)
+        for experts in expert_modules(model) if method.parallel == "ep" else ():
+            experts.__dict__["exchange"].share = method.received
+    return model.train()
 
 
 # --- the step --------------------------------------------------------------------------------------------------------
