@@ -220,7 +220,9 @@ class StandInOptimizer:
     @torch.no_grad()
     def update(self, parameter: nn.Parameter) -> None:
         torch.empty(self.temporary[parameter] // 4)
-        parameter.zero_()
+        # Of a sharded one, DTensor would work out the operation on tensors of the whole shape, and they would count.
+        local_part(parameter).zero_()
+        torch.autograd.graph.increment_version(parameter)
         parameter.grad = None
 
     def step(self) -> None:
