@@ -9,14 +9,22 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+import warnings
 from collections.abc import Iterator
 
 NOISE = {
     # torchao, which transformers imports where it is installed: enums that it registers, kernels of other machines.
     "torch.utils._pytree": "is an Enum subclass",
     "torchao": "Failed to load",
+    # Of a checkpoint that another number of processes wrote: batches are of all processes together.
+    "transformers.trainer_utils": "The following arguments do not match the ones in the `trainer_state.json`",
 }
 """By logger, what a message that is left out contains."""
+WARNINGS = (
+    # Carriers are views; nothing of the engine's changes one in place.
+    "FSDP2-wrapped module .* returned a view tensor",
+)
+"""Begin of warnings that are left out."""
 
 
 class Without(logging.Filter):
@@ -32,12 +40,15 @@ class Without(logging.Filter):
 
 @contextlib.contextmanager
 def without_noise() -> Iterator[None]:
-    """For a while `NOISE` is not logged. Imports nothing."""
+    """For a while `NOISE` is not logged, and `WARNINGS` are not given. Imports nothing."""
     filters = {name: Without(text) for name, text in NOISE.items()}
     for name, found in filters.items():
         logging.getLogger(name).addFilter(found)
     try:
-        yield
+        with warnings.catch_warnings():
+            for text in WARNINGS:
+                warnings.filterwarnings("ignore", text)
+            yield
     finally:
         for name, found in filters.items():
             logging.getLogger(name).removeFilter(found)

@@ -107,9 +107,8 @@ class LocalPart(Function):
     def backward(ctx, grad: Tensor | None):
         if grad is None:
             return None
-        return DTensor.from_local(
-            grad / ctx.mesh.size(), ctx.mesh, ctx.placements, run_check=False, shape=ctx.shape, stride=ctx.stride
-        )
+        grad.div_(ctx.mesh.size())  # made for this node alone
+        return DTensor.from_local(grad, ctx.mesh, ctx.placements, run_check=False, shape=ctx.shape, stride=ctx.stride)
 
 
 class Exchange:

@@ -24,8 +24,8 @@ NUM_EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")
 """How configs name the number of routed experts."""
 
 See = Callable[[int, Tensor, Tensor | None], None]
-"""Told a sparse layer's index, the experts chosen (B * T, K) in the smallest integer type, and the attention mask
-flattened to (B * T), or None where there is no padding."""
+"""Told a sparse layer's index, the experts chosen (B * T, K) in the smallest integer type, and which tokens count,
+(B * T) bool, or None where all do."""
 
 
 def sparse_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
@@ -42,6 +42,21 @@ def num_experts(model: PreTrainedModel) -> int:
     return next(getattr(config, name) for name in NUM_EXPERTS if getattr(config, name, None))
 
 
+def counted_tokens(attention_mask: object, position_ids: object) -> Tensor | None:
+    """(B, T) bool, the tokens that are some example's; None where all are.
+
+    Args:
+        attention_mask: (B, T), or anything else.
+        position_ids: (B, T), of examples one behind another; one of a single token is none, and fills up.
+    """
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+        return attention_mask.bool()
+    if isinstance(attention_mask, Tensor) or not isinstance(position_ids, Tensor) or position_ids.dim() != 2:
+        return None
+    following = torch.cat([position_ids[:, 1:], torch.zeros_like(position_ids[:, :1])], dim=1)
+    return (position_ids != 0) | (following != 0)
+
+
 @contextlib.contextmanager
 def router_choices(model: PreTrainedModel, see: See) -> Iterator[None]:
     """While open, `see` is called for every sparse layer once each forward call of `model` has ended."""
@@ -56,8 +71,7 @@ def router_choices(model: PreTrainedModel, see: See) -> Iterator[None]:
 
     def begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
         chosen.clear()
-        given = kwargs.get("attention_mask")
-        mask[0] = given if isinstance(given, Tensor) and given.dim() == 2 else None
+        mask[0] = counted_tokens(kwargs.get("attention_mask"), kwargs.get("position_ids"))
 
     def end(module: nn.Module, args: tuple, output: object) -> None:
         for layer in sorted(chosen):

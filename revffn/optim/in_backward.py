@@ -38,7 +38,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..ops import update
 from ..ops.update import make_code_books
-from .rules import RULES, Job, adafactor, adamw, local_part, make_state, sgd, sharding, sum_over_shards
+from .rules import RULES, InOrder, Job, adafactor, adamw, local_part, make_state, mix, sgd, sharding, sum_over_shards
 
 logger = logging.getLogger(__name__)
 
@@ -162,6 +162,7 @@ class OptimizerInBackward(torch.optim.Optimizer):
         # finite, 0 from the first on that was not.
         self._stepped: dict[Tensor, Tensor] = {}
         self._keep: Tensor | None = None
+        self._order = InOrder()
         self._grad_norm: float | None = None
         defaults = dict(
             rule=rule,
@@ -362,6 +363,7 @@ class OptimizerInBackward(torch.optim.Optimizer):
     def step_parameter(self, parameter: Tensor) -> None:
         """Step one parameter by its gradient, which is freed: what the hook does in backward."""
         group, grad, weight = self._group_of(parameter), self._grad_of(parameter), local_part(parameter)
+        self._order.wait(parameter)
         state = self.state_of(parameter)
         state["step"] += 1
         factored = "row" in state
@@ -394,6 +396,7 @@ class OptimizerInBackward(torch.optim.Optimizer):
         # Operations of ours do not tell autograd that they write.
         torch.autograd.graph.increment_version(parameter)
         parameter.grad = None
+        self._order.note(parameter)
 
     def _chunk_bytes(self, tensor: Tensor) -> int:
         """A CPU is fastest on what its cache holds; a tensor whose memory is counted stands for one on a GPU."""
@@ -414,7 +417,7 @@ class OptimizerInBackward(torch.optim.Optimizer):
                 # Shards round independently, replicas alike.
                 coordinates = zip(parameter.device_mesh.get_coordinate(), parameter.placements, strict=True)
                 place = [coordinate for coordinate, placement in coordinates if not placement.is_replicate()]
-        return _mix(seed, self._places[parameter][0], step, *place), row
+        return mix(seed, self._places[parameter][0], step, *place), row
 
     # --- state -------------------------------------------------------------------------------------------------------
 
@@ -476,17 +479,6 @@ def _values(squares: dict[Tensor, Tensor]) -> list[float]:
 def _norm(squares: list[float]) -> float | None:
     # fsum is exact, so the order in which parameters stepped does not show.
     return math.sqrt(math.fsum(squares)) if squares else None
-
-
-def _mix(*values: int) -> int:
-    """A well-spread 63-bit seed from integers (SplitMix64)."""
-    mask, state = (1 << 64) - 1, 0
-    for value in values:
-        state = (state + value + 0x9E3779B97F4A7C15) & mask
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
-        state ^= state >> 31
-    return state >> 1
 
 
 def of_copies() -> str:

@@ -18,6 +18,28 @@ from ..ops.update import block_size, sum_segments
 RULES = "adafactor", "adamw", "adamw8bit", "sgd"
 
 
+class InOrder:
+    """Updates one after the other on whichever streams they run: FSDP2 calls its hooks on one of its own, autograd the
+    others on the current one, and what they share (the step's mask) is written by each."""
+
+    def __init__(self):
+        self.last: tuple[torch.cuda.Stream, torch.cuda.Event] | None = None
+
+    def wait(self, parameter: Tensor) -> None:
+        """The current stream goes on when the last update of a sharded parameter is done."""
+        if isinstance(parameter, DTensor) and parameter.device.type == "cuda" and self.last is not None:
+            stream, event = self.last
+            current = torch.cuda.current_stream(parameter.device)
+            if current != stream:
+                current.wait_event(event)
+
+    def note(self, parameter: Tensor) -> None:
+        """An update has been given to the current stream."""
+        if isinstance(parameter, DTensor) and parameter.device.type == "cuda":
+            current = torch.cuda.current_stream(parameter.device)
+            self.last = current, current.record_event()
+
+
 @dataclass
 class Job:
     """One parameter's update: local tensors, and what all rules' operations take alike."""
@@ -144,3 +166,14 @@ def make_state(parameter: Tensor, group: dict[str, Any], state: dict[str, Any], 
         zeros("exp_avg_sq")
     if master and parameter.dtype != wide and "master" not in state:
         state["master"] = parameter.detach().to(wide)
+
+
+def mix(*values: int) -> int:
+    """A well-spread 63-bit seed from integers (SplitMix64)."""
+    mask, state = (1 << 64) - 1, 0
+    for value in values:
+        state = (state + value + 0x9E3779B97F4A7C15) & mask
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
+        state ^= state >> 31
+    return state >> 1

@@ -24,6 +24,15 @@ RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What PyTorch needs to know: torchrun and accelerate launch say all of it."""
 
 
+OF_ACCELERATE = (
+    "ACCELERATE_USE_FSDP",
+    "ACCELERATE_USE_DEEPSPEED",
+    "ACCELERATE_USE_PARALLELISM_CONFIG",
+    "ACCELERATE_MIXED_PRECISION",
+)
+"""What accelerate's config file says of things that a recipe says."""
+
+
 def check_launch(strategy: str | None, environment: Mapping[str, str] = os.environ) -> None:
     """Refuse to be one of several processes that nobody told to work together, or that cannot find each other.
 

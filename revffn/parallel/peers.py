@@ -26,6 +26,10 @@ SILENCE = 20.0
 seconds after the first has gone."""
 
 
+WITHOUT_STORE = {0: "neither it nor the store that all processes meet at can be reached"}
+"""Without torchrun the first process has the store."""
+
+
 class Watch:
     """Looks after the other processes of a group, in a thread.
 
@@ -65,8 +69,8 @@ class Watch:
             try:
                 self.store.set(f"alive/{self.rank}", str(beats))
                 gone = self.look()
-            except RuntimeError:  # without torchrun the first process has the store
-                gone = {0: "it cannot be reached, nor the store that all processes meet at"}
+            except RuntimeError:
+                gone = WITHOUT_STORE
             if gone and not self.ended.is_set():
                 self.end(gone)
 
@@ -131,7 +135,9 @@ class Watch:
             self.ended.set()
             self.store.set(f"ended/{self.rank}", " ".join(str(error).split())[:300] or type(error).__name__)
         except RuntimeError:
-            pass  # nobody is there to be told
+            if of_network(error):
+                self.ended.set()
+                self.end(WITHOUT_STORE)
 
     def stop(self) -> None:
         """The group's work is done."""

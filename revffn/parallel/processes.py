@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from .launch import is_launched
+from .launch import OF_ACCELERATE, is_launched
 from .peers import Watch
 
 T = TypeVar("T")
@@ -21,11 +21,16 @@ PATIENCE = timedelta(hours=2)
 
 
 def rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return dist.get_rank() if together() else 0
 
 
 def size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if together() else 1
+
+
+def together() -> bool:
+    """Whether this is one of a group of processes, if only of one."""
+    return dist.is_available() and dist.is_initialized()
 
 
 def device() -> torch.device:
@@ -47,6 +52,8 @@ def joined(strategy: str | None, way_on: Callable[[], str]) -> Iterator[None]:
     if strategy is None or not is_launched():
         yield
         return
+    for name in OF_ACCELERATE:
+        os.environ.pop(name, None)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)

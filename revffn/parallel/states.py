@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from ..files import StorageError, read_json
 from ..optim import OptimizerInBackward
+from .processes import together
 
 SHARDS, COUNTERS = "shards", "optimizer.json"
 
@@ -38,7 +39,7 @@ def save_shards(folder: Path, model: PreTrainedModel, optimizer: OptimizerInBack
     if optimizer is not None:
         tensors |= states_of(optimizer)
     try:
-        dcp.save(tensors, checkpoint_id=folder / SHARDS)
+        dcp.save(tensors, checkpoint_id=folder / SHARDS, no_dist=not together())
     except CheckpointException as error:
         raise StorageError(f"{folder / SHARDS} could not be written: {first_reason(error)}.") from None
 
@@ -113,7 +114,7 @@ def states_of(optimizer: OptimizerInBackward) -> dict[str, Any]:
 
 def load(checkpoint: Path, tensors: dict[str, Any]) -> None:
     try:
-        dcp.load(tensors, checkpoint_id=checkpoint / SHARDS)
+        dcp.load(tensors, checkpoint_id=checkpoint / SHARDS, no_dist=not together())
     except CheckpointException as error:
         raise StorageError(f"{checkpoint / SHARDS} cannot be read: {first_reason(error)}.") from None
 

@@ -6,14 +6,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..engine.host_weights import HostWeights
 from ..models.conversion import convert
 from ..models.loading import load_causal_lm
 from ..parallel import shard, states
-from ..parallel.processes import device, once
+from ..parallel.processes import device, once, together
 from .preflight import Run, calibration
 from .results import Results
 from .resume import METRICS, ROUTERS
@@ -21,7 +20,7 @@ from .resume import METRICS, ROUTERS
 
 def begin(run: Run) -> tuple[PreTrainedModel, Results, HostWeights | None]:
     """The model to train, and what has been measured of it."""
-    if dist.is_available() and dist.is_initialized():
+    if together():
         return (*begin_together(run), None)
     model = load(run, run.checkpoint)
     store = None
@@ -42,7 +41,7 @@ def begin_together(run: Run) -> tuple[PreTrainedModel, Results]:
     alone; then every process gets its part."""
     whole: dict[str, torch.Tensor] = {}
 
-    def alone() -> tuple[PreTrainedConfig, dict]:
+    def alone() -> tuple[PreTrainedConfig, dict, dict]:
         model = load(run, run.checkpoint)
         results = Results(run, model)
         if run.checkpoint is None:
@@ -52,13 +51,13 @@ def begin_together(run: Run) -> tuple[PreTrainedModel, Results]:
                 store.remove()
                 model.cpu()
         whole.update(model.state_dict())
-        return model.config, results.losses | {"answers": results.answers}
+        return model.config, results.losses, results.answers
 
     from_shards = run.checkpoint is not None and states.has_shards(run.checkpoint)
     if from_shards:
-        config = once(lambda: AutoConfig.from_pretrained(run.checkpoint))
+        config, losses, answers = once(lambda: AutoConfig.from_pretrained(run.checkpoint)), {}, {}
     else:
-        config, measured = once(alone)
+        config, losses, answers = once(alone)
     model = shard.skeleton(config, getattr(torch, run.config.model.dtype), run.config.model.trust_remote_code)
     strategy = run.config.parallel.strategy
     if strategy != "ddp":
@@ -70,11 +69,9 @@ def begin_together(run: Run) -> tuple[PreTrainedModel, Results]:
         shard.spread(model, whole)
         whole.clear()
     results = Results(run, model, shared=True)
+    results.losses, results.answers = losses, answers
     if run.checkpoint is not None:
         results.read()
-    else:
-        results.answers = measured.pop("answers")
-        results.losses = measured
     return model, results
 
 

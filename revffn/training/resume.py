@@ -36,6 +36,7 @@ MAY_DIFFER = (
     "memory.force",
     "memory.weights",  # bit for bit the same training
     "evaluation.",
+    "parallel.",  # the same training but for rounding
     "reversible.tile_tokens",  # kept as recorded
 )
 """What a run that goes on may be told anew: names, and sections."""

@@ -36,7 +36,7 @@ from .preflight import Run, check
 from .results import Results
 from .resume import METRICS, ROUTERS, read_state
 from .router_health import RouterLoad
-from .several import several_arguments
+from .several import check_shared, several_arguments
 from .trainer import RevFFNTrainer, RunCallback
 
 
@@ -70,7 +70,9 @@ def train(config: RunConfig, recipe: Path | None = None) -> Path:
             print(line, flush=True)
         if run.resume.finished:
             return run.output_dir
-        with locked(run.output_dir) if rank() == 0 else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            once(lambda: stack.enter_context(locked(run.output_dir)))
+            check_shared(run.output_dir)
             carry_out(run, interrupts)
     return run.output_dir
 

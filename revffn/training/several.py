@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from accelerate.data_loader import prepare_data_loader
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
-from transformers.trainer_callback import ExportableState
 
 from ..data import IGNORED
 from ..files import new_folder
-from ..parallel.processes import once, rank, size
+from ..parallel.processes import from_all, once, rank, size, together
 from ..parallel.states import save_shards, write_counters
+from ..recipe import InputError
+from .lock import LOCK
 
 if TYPE_CHECKING:
     from .trainer import RevFFNTrainer
@@ -25,7 +26,21 @@ if TYPE_CHECKING:
 
 def several_arguments() -> dict[str, Any]:
     """For `SFTConfig`: without GPUs accelerate has to be told that it is one of several processes."""
-    return {"use_cpu": not torch.cuda.is_available()} if dist.is_available() and dist.is_initialized() else {}
+    return {"use_cpu": not torch.cuda.is_available()} if together() else {}
+
+
+def check_shared(output_dir: Path) -> None:
+    """Refuse processes that do not see one folder, where each writes its shards.
+
+    Raises:
+        InputError: Names the machine that does not see it.
+    """
+    found = from_all((output_dir / LOCK).exists() or socket.gethostname())
+    missing = next((host for host in found if host is not True), None)
+    if missing is not None:
+        raise InputError(
+            f"training.output_dir {output_dir} is not the same folder on {missing}. Name one that all machines share."
+        )
 
 
 class Part:
@@ -62,9 +77,9 @@ class Part:
 
 
 def nothing(length: int, packed: bool) -> dict[str, list[int]]:
-    """An example of which nothing is learnt."""
+    """An example of which nothing is learnt, each token apart: so they are known not to count (`counted_tokens`)."""
     row = {"input_ids": [0] * length, "labels": [IGNORED] * length}
-    return row | {"seq_lengths": [length]} if packed else row
+    return row | {"seq_lengths": [1] * length} if packed else row
 
 
 def train_batches(trainer: RevFFNTrainer, loader: DataLoader) -> DataLoader:
@@ -117,9 +132,7 @@ def write_rest(trainer: RevFFNTrainer, folder: Path, close: Callable[[Path], Non
     torch.save(trainer.args, folder / "training_args.bin")
     torch.save(trainer.lr_scheduler.state_dict(), folder / "scheduler.pt")
     torch.save(random_state(), folder / "rng_state.pth")
-    for part in (*trainer.callback_handler.callbacks, trainer.control):
-        if isinstance(part, ExportableState):
-            trainer.state.stateful_callbacks[type(part).__name__] = part.state()
+    trainer.state.stateful_callbacks["TrainerControl"] = trainer.control.state()
     trainer.state.save_to_json(str(folder / "trainer_state.json"))
     close(folder)
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import (
@@ -31,8 +30,9 @@ from ..interrupts import Interrupts
 from ..memory.live_bytes import LiveBytes
 from ..models.conversion import is_reversible, reversible_report
 from ..models.losses import router_z_loss, use_linear_cross_entropy
+from ..models.router_choices import counted_tokens
 from ..optim import OptimizerInBackward
-from ..parallel.processes import largest, rank, size, totals
+from ..parallel.processes import largest, rank, size, together, totals
 from ..parallel.shard import is_sharded
 from ..parallel.states import has_shards, load_optimizer
 from .best import best_checkpoint, heldout_losses, is_exhausted
@@ -153,11 +153,8 @@ class RevFFNTrainer(SFTTrainer):
         loss = model(**inputs, use_cache=False, num_items_in_batch=num_items_in_batch).loss
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # averaged over processes, and a share of the sum already
-        tokens = (
-            inputs["attention_mask"].sum()
-            if "attention_mask" in inputs
-            else inputs["input_ids"].new_tensor(inputs["input_ids"].numel())
-        )
+        counted = counted_tokens(inputs.get("attention_mask"), inputs.get("position_ids"))
+        tokens = torch.ones_like(inputs["input_ids"]).sum() if counted is None else counted.sum()
         self._total_train_tokens += int(self.accelerator.gather(tokens).sum())
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         return loss
@@ -263,7 +260,7 @@ class RevFFNTrainer(SFTTrainer):
         if self.args.push_to_hub:
             return super()._save_checkpoint(model, trial)
         final = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-        if dist.is_available() and dist.is_initialized():
+        if together():
             save_checkpoint(self, final, lambda folder: self.close_checkpoint(folder, final))
         else:
             self.save_alone(model, trial, final)

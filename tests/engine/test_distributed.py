@@ -1,4 +1,5 @@
-"""Two processes on gloo give one process's gradients: DDP in its modes, and FSDP2 sharded per decoder layer.
+"""Two processes on gloo give one process's gradients: DDP in its modes, FSDP2 sharded per decoder layer, and experts
+divided among the processes.
 
 Run as a script this file is the worker of its own tests:
 python tests/engine/test_distributed.py RENDEZVOUS RANK CASE ...
@@ -57,6 +58,10 @@ def wrap(model, mode: str):
             model, find_unused_parameters=mode == "ddp_find_unused", static_graph=mode == "ddp_static"
         )
     mesh = init_device_mesh("cpu", (WORLD_SIZE,))
+    if mode == "ep":
+        from revffn.parallel.shard import shard
+
+        return shard(model, "ep", mesh)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if mode == MIXED else None, reduce_dtype=torch.float32)
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=mode != "fsdp2_keep", mp_policy=policy)
@@ -139,6 +144,10 @@ CASES = [
     *(f"check-qwen2_moe-{coupling}-{mode}" for coupling in ("cross_left", "none") for mode in ("ddp", "fsdp2")),
     *(f"check-qwen2_moe-innovation_tiles-{mode}" for mode in ("ddp", "ddp_static", "fsdp2")),
     *(f"check-qwen2_moe-{coupling}-{MIXED}" for coupling in ("innovation", "cross_right", "none")),
+    *(f"check-qwen2_moe-{coupling}-ep" for coupling in COUPLINGS),
+    "check-mixtral-innovation-ep",
+    "check-deepseek_v3-innovation-ep",
+    "check-gpt_oss-cross_right-ep",
     "check-deepseek_v3-innovation-fsdp2",
     "check-gpt_oss-cross_right-fsdp2",
     "check-llama-innovation-ddp",

@@ -30,6 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from revffn.models.losses import use_linear_cross_entropy
 from revffn.optim import NonFiniteGradientError, OptimizerInBackward, parameter_groups
+from revffn.optim import rules as rules_of_optim
 
 # --- in backward = after backward ---------------------------------------------------------------------------------
 
@@ -409,3 +410,28 @@ def test_other_shardings_are_refused():
     with pytest.raises(ValueError, match="needs shards along dimension 0"):
         OptimizerInBackward([weight], rule="adafactor")
     OptimizerInBackward([weight], rule="sgd").detach()
+
+
+class Stream:
+    """Stands for a CUDA stream: what it was told."""
+
+    def __init__(self):
+        self.waited = []
+
+    def wait_event(self, event):
+        self.waited.append(event)
+
+    def record_event(self):
+        return self, object()
+
+
+def test_updates_on_another_stream_wait_for_those_before(monkeypatch):
+    """FSDP2's hooks run on a stream of its own; the step's mask is every update's."""
+    sharded = type("Sharded", (), {"device": torch.device("cuda")})
+    monkeypatch.setattr(rules_of_optim, "DTensor", sharded)
+    order, one, other = rules_of_optim.InOrder(), Stream(), Stream()
+    for stream in (one, one, other, one):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device, stream=stream: stream)
+        order.wait(sharded())
+        order.note(sharded())
+    assert [event[0] for event in one.waited] == [other] and [event[0] for event in other.waited] == [one]
