@@ -36,7 +36,15 @@ CASES = [
 ]  # fmt: skip
 """Model, sequences of all ranks, tokens of each, ranks, strategy, tokens of a tile."""
 NODE = [("qwen3-30b-a3b", 8 * 16, 4096, 8, parallel, None) for parallel in ("fsdp", "ep")]
-"""One node of eight, predicted alone: nothing is simulated at full depth."""
+"""One node of eight, predicted alone: nothing is simulated at full depth, and nothing measured."""
+LINK_BYTES_PER_S, FLOPS_PER_S = 450e9, 400e12
+"""Assumed: NVLink 4 one way, as NVIDIA states it for an H100, and a matrix rate that training reaches."""
+PEER = {
+    "name": "NeMo AutoModel",
+    "tokens_per_second_per_gpu": 12040,
+    "source": "https://docs.nvidia.com/nemo/automodel/latest/performance-summary.html",
+}
+"""What another library states for pre-training this model on eight H100 with sequences of 4,096 tokens."""
 
 
 def name_of(case: tuple) -> str:
@@ -55,13 +63,14 @@ def predict(case: tuple) -> dict:
     start = time.perf_counter()
     answer = plan(load_config(model), batch, tokens, method, with_alternatives=False)
     seconds = time.perf_counter() - start
-    first = asdict(wire(load_config(model), batch, tokens, method)[0])
+    first = asdict(wire(load_config(model), batch, tokens, method, LINK_BYTES_PER_S, FLOPS_PER_S)[0])
     return {
         "peak_bytes": answer.peak_bytes,
         "total_bytes": answer.total_bytes,
         "parts": answer.parts,
         "phase": answer.phase,
-        "wire": first,
+        "second_part_bytes": answer.second_part_bytes,
+        "wire": first | {"link_bytes_per_s": LINK_BYTES_PER_S, "flops_per_s": FLOPS_PER_S},
         "seconds": seconds,
     }
 
@@ -94,7 +103,7 @@ def run_case(case: tuple, known: dict | None = None, predict_only: bool = False)
     if case in CASES and "simulated" not in known:
         known |= {"simulated": simulate(case), "simulated_with": provenance()}
     names = ("model", "batch", "tokens", "gpus", "parallel", "tile_tokens")
-    found = dict(zip(names, case, strict=True)) | known
+    found = dict(zip(names, case, strict=True)) | ({"peer": PEER} if case in NODE else {}) | known
     return found | (errors(known["predicted"], known["simulated"]) if case in CASES else {})
 
 
