@@ -122,7 +122,7 @@ def of_ranks(simulated: bool) -> list[dict]:
     return [result for result in results if ("simulated" in result) == simulated]
 
 
-def ranks() -> str:
+def one_rank() -> str:
     """Simulated steps of one rank by part, the plan beside them, and what was sent."""
     heads = ["model", "tokens", "GPUs", "strategy", "predicted", "simulated", "error"]
     heads += [" + ".join(part).replace("_", " ") for part in RANK_PARTS] + ["sent: predicted", "counted", "error"]
@@ -331,7 +331,7 @@ def serving() -> str:
     return "\n".join(lines) if len(lines) > 2 else NO_RESULTS
 
 
-TABLES = {"memory": memory, "planner": planner, "terms": terms, "serving": serving, "ranks": ranks, "node": node}
+TABLES = {"memory": memory, "planner": planner, "terms": terms, "serving": serving, "one_rank": one_rank, "node": node}
 TABLES |= {"speed": speed, "losses": losses, "pairs": pairs, "scaling": scaling}
 TABLES |= quality_tables.TABLES | gpu_tables.TABLES | paper_tables.TABLES
 # Experiments come after the benchmarks; their tables alone are asked for here.
