@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (
     "README.md", "docs/benchmarks.md", "docs/experiments.md", "docs/memory.md", "docs/paper.md", "docs/serving.md",
+    "docs/several_gpus.md",
 )  # fmt: skip
 NO_RESULTS = quality_tables.NO_RESULTS
 TERMS_OF = "qwen1.5-moe-a2.7b 16x2048 innovation m=2 adafactor stochastic"
@@ -109,6 +110,57 @@ def terms() -> str:
         lines.append(f"| {name.replace('_', ' ')} | " + " | ".join(numbers) + " |")
     peaks = (f"**{result[kind]['peak_bytes'] / 2**20:,.2f}**" for kind in ("predicted", "simulated"))
     return "\n".join([*lines, "| **peak** | " + " | ".join(peaks) + " |"])
+
+
+# --- several GPUs ----------------------------------------------------------------------------------------------------
+
+RANK_PARTS = (*PARTS[:3], ("gathered",), *PARTS[3:5], ("stored_activations", "exchange", "working_set"))
+
+
+def of_ranks(simulated: bool) -> list[dict]:
+    results = json.loads((RESULTS / "several_gpus.json").read_text()).values()
+    return [result for result in results if ("simulated" in result) == simulated]
+
+
+def one_rank() -> str:
+    """Simulated steps of one rank by part, the plan beside them, and what was sent."""
+    heads = ["model", "tokens", "GPUs", "strategy", "predicted", "simulated", "error"]
+    heads += [" + ".join(part).replace("_", " ") for part in RANK_PARTS] + ["sent: predicted", "counted", "error"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * 2 + "|---:" + "|---" + "|---:" * (len(heads) - 4) + "|"]
+    for r in of_ranks(simulated=True):
+        predicted, found = r["predicted"], r["simulated"]
+        cells = [r["model"], f"{r['batch']}×{r['tokens']}", str(r["gpus"]), r["parallel"]]
+        cells += [gib(predicted["peak_bytes"]), f"**{gib(found['peak_bytes'])}**", f"{r['relative_error']:+.3%}"]
+        cells += [gib(sum(found["parts"][name] for name in names)) for names in RANK_PARTS]
+        told = sum(predicted["wire"][name] for name in ("gathers", "reductions", "rows"))
+        cells += [gib(told), gib(sum(found["sent"].values())), f"{r['relative_error_sent']:+.3%}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def node() -> str:
+    """A node of eight, as predicted."""
+    heads = ("strategy", "tokens", "GiB of a GPU", "and twice its part of the rows", "gathers", "reductions", "rows")
+    heads += ("sent, GiB", "seconds at least", "hidden from tokens per GPU", "ep sends less below")
+    lines = [f"| {' | '.join(heads)} |", "|---|---" + "|---:" * (len(heads) - 2) + "|"]
+    for r in of_ranks(simulated=False):
+        predicted, sent = r["predicted"], r["predicted"]["wire"]
+        kinds = [sent[name] for name in ("gathers", "reductions", "rows")]
+        more = predicted["second_part_bytes"]
+        cells = [r["parallel"], f"{r['batch']}×{r['tokens']}", gib(predicted["total_bytes"])]
+        cells += ["–" if more is None else f"+ {gib(more)}", *map(gib, kinds), gib(sum(kinds))]
+        cells += [f"{sent['seconds']:.2f}", f"{sent['hidden_tokens']:,}", f"{sent['break_even_tokens']:,}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    peer, tokens = r["peer"], sent["tokens"]
+    rate = peer["tokens_per_second_per_gpu"]
+    lines += [
+        "",
+        f"Sending: at {sent['link_bytes_per_s'] / 1e9:g} GB/s. Computing, which hides it: at "
+        f"{sent['flops_per_s'] / 1e12:g} TFLOP/s. Both are assumed.",
+        f"[{peer['name']}]({peer['source']}) states {rate:,} tokens per second and GPU for pre-training this model on "
+        f"eight H100 with expert parallelism; {tokens:,} tokens would take {tokens / rate:.1f} seconds at that rate.",
+    ]
+    return "\n".join(lines)
 
 
 # --- results of run.py -----------------------------------------------------------------------------------------------
@@ -279,7 +331,7 @@ def serving() -> str:
     return "\n".join(lines) if len(lines) > 2 else NO_RESULTS
 
 
-TABLES = {"memory": memory, "planner": planner, "terms": terms, "serving": serving}
+TABLES = {"memory": memory, "planner": planner, "terms": terms, "serving": serving, "one_rank": one_rank, "node": node}
 TABLES |= {"speed": speed, "losses": losses, "pairs": pairs, "scaling": scaling}
 TABLES |= quality_tables.TABLES | gpu_tables.TABLES | paper_tables.TABLES
 # Experiments come after the benchmarks; their tables alone are asked for here.

@@ -16,7 +16,7 @@ class PlanConfig:
     """A name that is known without a network (qwen1.5-moe-a2.7b, qwen3-30b-a3b, olmoe-1b-7b, mixtral-8x7b,
     deepseek-v2-lite, gpt-oss-20b), a folder, or a name on the Hub."""
     batch: int
-    """Sequences per step."""
+    """Sequences per step, of all GPUs together."""
     tokens: int
     """Tokens per sequence."""
     coupling: Literal["innovation", "cross_branch", "none"] = "innovation"
@@ -39,9 +39,18 @@ class PlanConfig:
     link_gb_per_s: float = 25.0
     """With weights on the host: what a copy from pinned host memory reaches, one way. An assumption; measure yours."""
     tflops: float = 400.0
-    """With weights on the host: matrix rate of the device in training. An assumption; measure yours."""
+    """With weights on the host, or a link between GPUs: matrix rate of the device in training. An assumption; measure
+    yours."""
+    gpus: int = 1
+    """Share the work among so many GPUs: all bytes are of one of them, and what it sends to the others is counted."""
+    parallel: Literal["fsdp", "ep"] = "fsdp"
+    """How several GPUs share it, as `parallel.strategy` of a recipe: `fsdp` gathers parameters layer by layer; `ep`
+    leaves experts where they are, and tokens travel."""
+    gpu_link_gb_per_s: float | None = None
+    """Of several GPUs: what one sends to the others at most while it receives as much. Says how long sending takes at
+    least, and from how many tokens on computing takes longer. Null leaves time out."""
     gpu: str | None = None
-    """Memory of the device, like 24GiB: the largest batch and the longest sequence that fit are looked for, and what
+    """Memory of a device, like 24GiB: the largest batch and the longest sequence that fit are looked for, and what
     would make the run fit if it does not."""
     alternatives: bool = True
     """Plan the other ways of training too: takes longer. `--no-alternatives` leaves them out."""
@@ -54,10 +63,11 @@ class PlanConfig:
     """Print one JSON object instead of a table."""
 
     def __post_init__(self):
-        at_least(self, batch=1, tokens=1)
-        for name in ("link_gb_per_s", "tflops"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be a number above 0, got {getattr(self, name)}.")
+        at_least(self, batch=1, tokens=1, gpus=1)
+        for name in ("link_gb_per_s", "tflops", "gpu_link_gb_per_s"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name} must be a number above 0, got {value}.")
         if self.tile_tokens != "auto" and self.tile_tokens < 0:
             raise ValueError(
                 f"tile_tokens must be auto (the largest that fits), 0 (the whole batch) or at least 1, got "

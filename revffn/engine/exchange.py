@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
@@ -118,12 +119,27 @@ class Exchange:
         num_experts: Of the layer, a multiple of the number of ranks.
     """
 
+    share = 1.0
+    """Of fake tensors, which know no numbers: rows that this rank receives, as a part of what it sends."""
+
     def __init__(self, group: dist.ProcessGroup, num_experts: int):
         self.group, self.num_experts = group, num_experts
 
     def parameters(self, experts: nn.Module) -> dict[str, Tensor]:
         """This rank's part of them."""
         return {name: LocalPart.apply(p) for name, p in experts.named_parameters(recurse=False)}
+
+    def sizes(self, counts: Tensor, theirs: Tensor, num_rows: int) -> tuple[list[int], list[int]]:
+        """Rows that go to each rank, and that come from it: (W, E / W) of both -> two lists of W.
+
+        Fake tensors stand for choices that are spread evenly, or for `share` times as many that come here.
+        """
+        if isinstance(counts, FakeTensor):
+            size = counts.shape[0]
+            even = [num_rows * (rank + 1) // size - num_rows * rank // size for rank in range(size)]
+            return even, [round(self.share * number) for number in even]
+        sent, received = torch.stack([counts.sum(1), theirs.sum(1)]).tolist()
+        return sent, received
 
     def run(
         self, x: Tensor, index: Tensor, weight: Tensor, local: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -135,7 +151,7 @@ class Exchange:
         counts = torch.diff(offs, prepend=offs.new_zeros(1)).view(size, -1)
         theirs = torch.empty_like(counts)
         dist.all_to_all_single(theirs, counts, group=self.group)
-        sent, received = torch.stack([counts.sum(1), theirs.sum(1)]).tolist()
+        sent, received = self.sizes(counts, theirs, place.numel())
         mine = torch.arange(theirs.shape[1], device=theirs.device).repeat(size)
         rows = Travel.apply(Gather.apply(x.contiguous(), place), sent, received, self.group)
         weights = Travel.apply(Sort.apply(weight, order, place), sent, received, self.group)

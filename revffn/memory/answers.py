@@ -15,6 +15,10 @@ USUAL_TILE = 2048
 """Tokens of a tile where more are no faster (a CPU) or are not the question: fewer take hardly less."""
 
 
+OF_RANKS = ("gathered", "exchange")
+"""Parts that one GPU has nothing of."""
+
+
 @dataclass(kw_only=True)
 class Plan:
     """What one way of training takes."""
@@ -32,10 +36,14 @@ class Plan:
     """On a GPU, outside tensors."""
     host_bytes: int
     """Host memory beside a GPU."""
+    gpus: int = 1
+    """Ranks that share the work: the bytes are of one of them, the batch is of all together."""
+    second_part_bytes: int | None = None
+    """ep: what a rank takes more that receives twice its even part of the rows."""
     largest_batch: int | None = None
     """That fits `gpu_bytes` with this length; 0 if none does, None if not asked."""
     longest_sequence: int | None = None
-    """That fits `gpu_bytes` alone."""
+    """That fits `gpu_bytes` alone, one on each rank."""
     alternatives: list[Plan] = field(default_factory=list)
 
     @property
@@ -72,7 +80,7 @@ class Change:
 
     settings: dict[str, Any]
     """New values by the name of the setting: batch, tokens, tile_tokens, side_bits, optimizer, rounding, coupling,
-    weights."""
+    weights, gpus, parallel."""
     text: str
     """The same for people."""
     total_bytes: int
@@ -90,6 +98,31 @@ class Traffic:
     to_host_bytes: int
     break_even_tokens: int
     """Per step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wire:
+    """What a rank sends to the others in a step, and receives of them; see wire.py."""
+
+    strategy: str
+    gathers: int
+    """Bytes of parameters."""
+    reductions: int
+    """Of gradients."""
+    rows: int
+    """On the way to experts and back."""
+    tokens: int
+    """Of the step, of one rank."""
+    break_even_tokens: int | None
+    """Per step and rank: with fewer, ep sends less than fsdp. None where experts cannot be divided."""
+    seconds: float | None
+    """That sending takes at least over the link that was asked about; None if none was."""
+    hidden_tokens: int | None
+    """Per step and rank: from so many on, computing takes longer than sending. None if never, or not asked."""
+
+    @property
+    def num_bytes(self) -> int:
+        return self.gathers + self.reductions + self.rows
 
 
 @dataclass(frozen=True)
@@ -123,7 +156,8 @@ class Comparison:
     def table(self) -> str:
         """Part by part. A peak that is flat may be found in another moment of the step: then single parts differ."""
         lines = [f"{'':<24}{'predicted':>12}{'simulated':>12}{'error':>9}"]
-        rows = [(name.replace("_", " "), size, self.simulated[name]) for name, size in self.predicted.items()]
+        there = [name for name in self.predicted if name not in OF_RANKS or self.simulated[name]]
+        rows = [(name.replace("_", " "), self.predicted[name], self.simulated[name]) for name in there]
         rows.append(("peak", sum(self.predicted.values()), sum(self.simulated.values())))
         for name, predicted, simulated in rows:
             error = f"{predicted / simulated - 1:+.2%}" if simulated else "" if not predicted else "new"
@@ -142,6 +176,8 @@ class Answer:
     """That would make a run fit which does not."""
     traffic: Traffic | None
     """Of weights in host memory."""
+    wire: list[Wire]
+    """Of several ranks; the strategy that was asked about first."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -156,4 +192,5 @@ class Answer:
             tile=values["tile"] and TileChoice(**values["tile"]),
             changes=[Change(**change) for change in values["changes"]],
             traffic=values["traffic"] and Traffic(**values["traffic"]),
+            wire=[Wire(**way) for way in values["wire"]],
         )

@@ -11,7 +11,7 @@ from ..files import new_file
 from ..models.known import config_file
 from . import disk
 from .amounts import gib, parse_bytes
-from .answers import USUAL_TILE, Answer, Plan
+from .answers import OF_RANKS, USUAL_TILE, Answer, Plan, Wire
 
 COLUMNS = (
     ("weights", ("weights",)),
@@ -20,6 +20,8 @@ COLUMNS = (
     ("streams", ("streams", "stream_gradients")),
     ("side bits", ("side_bits_and_routing",)),
     ("stored", ("stored_activations",)),
+    ("gathered", ("gathered",)),
+    ("exchange", ("exchange",)),
     ("working set", ("working_set",)),
     ("loss", ("loss",)),
 )
@@ -28,14 +30,15 @@ COLUMNS = (
 
 def sizes(way: Plan) -> dict[str, int]:
     """Bytes by heading of `COLUMNS`, and the reserve; they add up to `total_bytes`."""
-    return {head: sum(way.parts[part] for part in parts) for head, parts in COLUMNS} | {"reserve": way.reserve_bytes}
+    columns = [(head, parts) for head, parts in COLUMNS if way.gpus > 1 or head not in OF_RANKS]
+    return {head: sum(way.parts[part] for part in parts) for head, parts in columns} | {"reserve": way.reserve_bytes}
 
 
 def table(answer: Plan, gpu: str | None, tile_at_most: int | None = None) -> str:
     """One line for each way, GiB by part."""
     heads = ["GiB", *sizes(answer), "total", "host RAM"]
     asked = answer.largest_batch is not None
-    heads += [f"batch x {answer.tokens}", "1 x tokens"] * asked
+    heads += [f"batch x {answer.tokens}", f"{answer.gpus} x tokens"] * asked
     rows = [heads]
     for way in (answer, *answer.alternatives):
         numbers = [*sizes(way).values(), way.total_bytes, way.host_bytes]
@@ -48,7 +51,33 @@ def table(answer: Plan, gpu: str | None, tile_at_most: int | None = None) -> str
     if asked:
         tiles = f", with tiles of at most {tile_at_most:,} tokens" if tile_at_most else ""
         lines.append(
-            f"The last two columns: the largest batch, and the longest single sequence, that fit {gpu}{tiles}."
+            f"The last two columns: the largest batch, and the longest single sequence"
+            f"{' on each GPU' * (answer.gpus > 1)}, that fit {gpu}{tiles}."
+        )
+    return "\n".join(lines)
+
+
+def wire_table(ways: list[Wire], link_gb_per_s: float | None, tflops: float) -> str:
+    """What a rank sends, a line for each strategy."""
+    rows = [["GiB that a GPU sends in a step", "gathers", "reductions", "rows", "total"]]
+    rows[0] += ["seconds at least", "tokens that hide it"] * (link_gb_per_s is not None)
+    for way in ways:
+        numbers = (way.gathers, way.reductions, way.rows, way.num_bytes)
+        rows.append([way.strategy, *(f"{size / 2**30:.2f}" if size else "-" for size in numbers)])
+        if link_gb_per_s is not None:
+            hidden = "never" if way.hidden_tokens is None else f"{way.hidden_tokens:,}"
+            rows[-1] += [f"{way.seconds:.3f}", hidden]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+    if link_gb_per_s is not None:
+        lines.append(
+            f"At {link_gb_per_s:g} GB/s, and {tflops:g} TFLOP/s (assumed: --tflops). The last column: tokens per step "
+            "and GPU from which computing takes longer than sending."
+        )
+    if ways[0].break_even_tokens is not None:
+        lines.append(
+            f"ep sends less than fsdp with fewer than {ways[0].break_even_tokens:,} tokens per step and GPU; here are "
+            f"{ways[0].tokens:,}."
         )
     return "\n".join(lines)
 
@@ -175,9 +204,11 @@ def plan_command(question: Any) -> str | None:
         values |= {"would_fit": [vars(change) for change in changes]} if not fits else {}
         values |= {"check": comparison.as_dict()} if comparison else {}
         values |= {"traffic": vars(copied)} if copied else {}
+        values |= {"wire": [vars(way) | {"num_bytes": way.num_bytes} for way in found.wire]} if found.wire else {}
         print(json.dumps(values, indent=2))
         return comparison.problem if comparison else None
-    print(f"{question.model}, {shape} tokens in a step, {answer.num_parameters / 1e9:.3f} B parameters\n")
+    of_one = f"; one of {question.gpus} GPUs" * (question.gpus > 1)
+    print(f"{question.model}, {shape} tokens in a step, {answer.num_parameters / 1e9:.3f} B parameters{of_one}\n")
     print(table(answer, question.gpu, USUAL_TILE if tile else None))
     if tile is not None:
         print(tile)
@@ -188,12 +219,20 @@ def plan_command(question: Any) -> str | None:
             f"{question.link_gb_per_s:g} GB/s and {question.tflops:g} TFLOP/s (assumed: --link-gb-per-s, --tflops) "
             f"computing hides that from {copied.break_even_tokens:,} tokens per step on."
         )
+    if answer.second_part_bytes is not None:
+        print(
+            f"Choices of experts are taken to be spread evenly over the GPUs. One that receives twice its part takes "
+            f"{gib(answer.second_part_bytes)} more; {question.gpus} times is the most."
+        )
+    if found.wire:
+        print(f"\n{wire_table(found.wire, question.gpu_link_gb_per_s, question.tflops)}")
     if gpu_bytes is not None:
         print(f"{answer.label} {'fits' if fits else 'does not fit'} {question.gpu}.")
     if not fits and changes:
         print("What would fit:", *changes, sep="\n  ")
     elif not fits:
-        print("Nothing would make it fit: weights and optimizer state alone are too large. Take a larger device.")
+        remedy = f"Take a larger device{', or more' * (question.gpus > 1)}."
+        print(f"Nothing would make it fit: weights and optimizer state alone are too large. {remedy}")
     if comparison is not None:
         print(f"\nThe full step on fake tensors ({comparison.seconds:.0f} s):\n{comparison.table()}")
     return comparison.problem if comparison else None

@@ -8,9 +8,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -27,6 +29,8 @@ PARTS = (
     "side_bits_and_routing",
     "stored_activations",
     "loss",
+    "gathered",
+    "exchange",
     "working_set",
 )
 """What a live tensor can be for. In order of precedence:
@@ -37,7 +41,8 @@ before it is added up, and the sum over tiles). loss: everything else with a voc
 head gradient that the loss makes in forward. streams: int32 tensors (b, T, D) or (b, T, D / 2), the streams and the
 fixed-point values on their way into them. stream_gradients: the same in float32, made in backward of a reversible
 model. side_bits_and_routing: uint8 and int16. stored_activations: made in forward and alive when backward begins.
-working_set: the rest."""
+gathered: parameters put together from the shards of all ranks (FSDP2), and what arrives of them. exchange: rows that
+travel to the ranks of their experts, and those that come. working_set: the rest."""
 
 
 class Storage:
@@ -45,11 +50,23 @@ class Storage:
 
     __slots__ = ("born", "dtype", "layer", "num_bytes", "operation", "part", "phase", "shape", "stored", "watcher")
 
-    def __init__(self, num_bytes: int, born: int, phase: str, layer: int, operation: Any, tensor: Tensor):
-        self.num_bytes, self.born, self.phase, self.layer, self.operation = num_bytes, born, phase, layer, operation
-        self.shape, self.dtype = tuple(tensor.shape), tensor.dtype
+    def __init__(self, num_bytes: int, operation: Any, shape: tuple[int, ...], dtype: torch.dtype):
+        self.num_bytes, self.operation, self.shape, self.dtype = num_bytes, operation, shape, dtype
         self.part: str | None = None
         self.stored = False
+
+
+def storage_of(tensor: Tensor) -> torch.UntypedStorage:
+    """A shard's is that of its local part."""
+    if isinstance(tensor, DTensor):
+        with torch.no_grad():
+            tensor = tensor.to_local()
+    return tensor.untyped_storage()
+
+
+def to_others(num_bytes: int) -> int:
+    """Of bytes that go to all ranks in equal parts: those that do not stay."""
+    return num_bytes - num_bytes // torch.distributed.get_world_size()
 
 
 class LiveBytes(TorchDispatchMode):
@@ -72,6 +89,9 @@ class LiveBytes(TorchDispatchMode):
         self.phase = "before"
         self.layer = -1
         self.at_peak: dict[str, list[Storage]] = {}
+        self.sent: Counter[str] = Counter()
+        """Bytes that this rank sends to others, by operation: of gathers the others' parts, of sums as well (those to
+        all ranks count twice), of rows those that do not stay."""
         self.begin("before")
 
     # --- phases ------------------------------------------------------------------------------------------------------
@@ -107,23 +127,78 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.prim.device.default:  # asked of fake tensors more often than all else together
             return args[0].fake_device
+        if DTensor in types:
+            return NotImplemented  # it asks for the same of its local part
         out = function(*args, **(kwargs or {}))
+        if function.namespace in ("c10d", "fsdp"):
+            self.follow(function, args, kwargs or {})
         for leaf in (out,) if isinstance(out, Tensor) else tree_iter(out):
             if isinstance(leaf, Tensor):
                 self.add(leaf, function)
         return out
 
+    def __enter__(self):
+        resize = torch.UntypedStorage.resize_
+
+        def resized(storage: torch.UntypedStorage, size: int) -> Any:
+            out = resize(storage, size)
+            self.resize(storage)
+            return out
+
+        # FSDP2 keeps a gathered parameter's storage, and takes and gives its memory by resizing it.
+        self.resizing = patch.object(torch.UntypedStorage, "resize_", resized)
+        self.resizing.start()
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any):
+        self.resizing.stop()
+        return super().__exit__(*raised)
+
+    def follow(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note what FSDP2 and an exchange of rows allocate for, and what they send."""
+        name = function.__name__.split(".")[0]
+        if name == "all_gather_copy_in":
+            self.tag(args[1], "gathered")
+        elif name == "split_with_sizes_copy":
+            for tensor in kwargs["out"]:
+                self.tag(tensor, "gathered")
+        elif name == "chunk_cat":
+            for tensor in (*args[0], kwargs["out"]):
+                self.tag(tensor, "gradients")
+        elif name == "_allgather_base_":
+            self.sent["gathers"] += args[0].nbytes - args[1].nbytes
+        elif name == "_reduce_scatter_base_":
+            self.tag(args[0], "gradients")
+            self.sent["reductions"] += args[1].nbytes - args[0].nbytes
+        elif name == "allreduce_":
+            self.sent["sums"] += sum(2 * to_others(tensor.nbytes) for tensor in args[0])
+        elif name == "alltoall_base_":
+            for tensor in args[:2]:
+                self.tag(tensor, "exchange")
+            self.sent["rows"] += to_others(args[1].nbytes)
+
     def add(self, tensor: Tensor, operation: Any = "given", elsewhere: bool = False) -> None:
         """Count a tensor's storage, if it is not counted yet; with `elsewhere`, as none: it stands for host memory."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self.storages:
-            return
+        storage = storage_of(tensor)
+        if storage._cdata not in self.storages:
+            size = 0 if elsewhere else storage.nbytes()
+            self.begin_life(storage, Storage(size, operation, tuple(tensor.shape), tensor.dtype))
+
+    def resize(self, storage: torch.UntypedStorage) -> None:
+        """A counted storage has another size now: what it held has died, what it holds is born."""
+        old = self.storages.get(storage._cdata)
+        if old is not None:
+            self.remove(storage._cdata)
+            new = Storage(storage.nbytes(), old.operation, old.shape, old.dtype)
+            new.part = old.part
+            self.begin_life(storage, new)
+
+    def begin_life(self, storage: torch.UntypedStorage, record: Storage) -> None:
         self.clock += 1
-        size = 0 if elsewhere else storage.nbytes()
-        record = Storage(size, self.clock, self.phase, self.layer, operation, tensor)
+        record.born, record.phase, record.layer = self.clock, self.phase, self.layer
+        key = storage._cdata
         self.storages[key] = record
-        record.watcher = weakref.ref(storage, lambda _, key=key: self.remove(key))
+        record.watcher = weakref.ref(storage, lambda _: self.remove(key))
         self.live_bytes += record.num_bytes
         if self.live_bytes > self.peak_bytes_of_phase:
             self.peak_bytes_of_phase, self.peak_clock = self.live_bytes, self.clock
@@ -139,7 +214,7 @@ class LiveBytes(TorchDispatchMode):
 
     def tag(self, tensor: Tensor, part: str) -> None:
         """Say what a counted tensor is for; the first word counts."""
-        record = self.storages.get(tensor.untyped_storage()._cdata)
+        record = self.storages.get(storage_of(tensor)._cdata)
         if record is not None and record.part is None:
             record.part = part
 

@@ -28,8 +28,9 @@ from ..engine.host_weights import layer_states
 from ..models.architectures import ARCHITECTURES
 from .amounts import gib
 from .answers import USUAL_TILE, Change, Comparison, Plan, TileChoice, Traffic
-from .predict import POINTS_OF_BATCH, POINTS_OF_LENGTH, RESERVE_BYTES, Phases, Predictor, extend, of_depth
+from .predict import POINTS_OF_BATCH, POINTS_OF_LENGTH, RESERVE_BYTES, Phases, Predictor, count, extend, of_depth
 from .simulation import Method, RealOptimizer, build, simulate_step
+from .wire import active_weights
 
 OUTSIDE_LAYERS = ("embedding", "forward", "loss", "top", "top after lm_head.weight", "optimizer")
 """Phases in which backward is not among the decoder layers."""
@@ -77,9 +78,10 @@ def every_n_layers(n: int, hf_config: PreTrainedConfig, plain: Method, phases: P
 
 def label_of(method: Method) -> str:
     if method.name != "reversible":
-        return method.name
+        return method.name + f", {method.parallel}" * (method.gpus > 1)
     settings = method.reversible
     where = ", weights on the host" * (method.weights == "host")
+    where += f", {method.parallel}" * (method.gpus > 1)
     return f"{settings.find_coupling().label(settings)}, {method.optimizer}{where}"
 
 
@@ -95,8 +97,12 @@ def predictor(hf_config: PreTrainedConfig, method: Method, label: str | None = N
 
 
 def alternatives(hf_config: PreTrainedConfig, method: Method) -> Iterator[Predictor]:
-    """Other ways to train the same model: this library's without rebuilding, and plain transformers."""
+    """Other ways to train the same model: this library's without rebuilding, and plain transformers; on several GPUs
+    those that divide the parameters as well."""
     common = dict(optimizer=method.optimizer, rounding=method.rounding, dtype=method.dtype)
+    if method.gpus > 1:
+        yield from alternatives_on_several(hf_config, method, common)
+        return
     if hf_config.model_type in ARCHITECTURES:
         tile_tokens = method.reversible.tile_tokens if method.reversible else 2048
         for offload in (False, True):
@@ -116,6 +122,33 @@ def alternatives(hf_config: PreTrainedConfig, method: Method) -> Iterator[Predic
     yield Predictor("LoRA, checkpointing, adamw", hf_config, lora)
 
 
+def alternatives_on_several(
+    hf_config: PreTrainedConfig, method: Method, common: dict[str, Any]
+) -> Iterator[Predictor]:
+    other = replace(method, parallel=other_strategy(method))
+    if is_divided(hf_config, other):
+        yield predictor(hf_config, other)
+    settings = ReversibleConfig(coupling="none", tile_tokens=method.reversible.tile_tokens)
+    yield predictor(hf_config, replace(method, reversible=settings))
+    checkpointing = Method(name="checkpointing", gpus=method.gpus, **common)
+    yield Predictor("checkpointing, with our loss and optimizer, fsdp", hf_config, checkpointing)
+    usual = replace(checkpointing, optimizer_in_backward=False, linear_cross_entropy=False)
+    yield Predictor("checkpointing, fsdp", hf_config, usual)
+
+
+def other_strategy(method: Method) -> str:
+    return "ep" if method.parallel == "fsdp" else "fsdp"
+
+
+def is_divided(hf_config: PreTrainedConfig, method: Method) -> bool:
+    """Whether the ranks can share the model so."""
+    try:
+        count(hf_config, method)
+    except ValueError:
+        return False
+    return True
+
+
 # --- the questions ---------------------------------------------------------------------------------------------------
 
 
@@ -133,15 +166,16 @@ def plan(
 
     Args:
         hf_config: The model's.
-        batch, tokens: B sequences of T tokens each per step.
+        batch, tokens: B sequences of T tokens each per step, of all GPUs together.
         method: How; the default is this library's.
-        gpu_bytes: Memory of the device; the largest batch and the longest sequence that fit it are then looked for.
+        gpu_bytes: Memory of a device; the largest batch and the longest sequence that fit it are then looked for.
         with_alternatives: Plan the other ways too.
         tile_at_most: Tokens of a tile when the largest batch and the longest sequence are looked for; None has the
             method's.
 
     Raises:
-        ValueError: B or T below 1, or a model that the method does not know.
+        ValueError: B or T below 1, a batch or a model that the GPUs cannot share, or a model that the method does not
+            know.
     """
     method = method or Method()
     require(hf_config, batch, tokens, method)
@@ -155,13 +189,22 @@ def plan(
         at_most = ways_of(tiled(method, min(tile_at_most, method.reversible.tile_tokens or tile_at_most)))
     plans = []
     for way, bound in zip(ways, at_most, strict=True):
-        plans.append(way.plan(batch, tokens))
+        plans.append(replace(way.plan(method.share(batch), tokens), batch=batch, gpus=method.gpus))
         if gpu_bytes is not None:
             budget = gpu_bytes - RESERVE_BYTES
-            plans[-1].largest_batch = bound.largest_batch(tokens, budget)
+            plans[-1].largest_batch = method.gpus * bound.largest_batch(tokens, budget)
             plans[-1].longest_sequence = bound.longest_sequence(budget)
+    if method.gpus > 1 and method.parallel == "ep":
+        more = predictor(hf_config, with_room(method)).peak(method.share(batch), tokens) - plans[0].peak_bytes
+        plans[0].second_part_bytes = max(0, more)
     plans[0].alternatives = plans[1:]
     return plans[0]
+
+
+def with_room(method: Method) -> Method:
+    """ep: for a rank that receives twice its even part of the rows."""
+    several = method.gpus > 1 and method.parallel == "ep"
+    return replace(method, received=2.0) if several else method
 
 
 def choose_tile(
@@ -177,7 +220,8 @@ def choose_tile(
     """The largest tile whose step fits: the whole batch, or a power of two of tokens that is less.
 
     A smaller tile has a smaller working set; but where there is more than one, gradients of experts are added up
-    beside each tile's share, so that for small batches the whole one takes least. Sizes that would be too large even
+    beside each tile's share, so that for small batches the whole one takes least. With ep there has to be room for a
+    rank that receives twice its part of the rows. Sizes that would be too large even
     with their share of the working set are passed over without a measurement. Where none fits: the usual tile, or the
     one of those measured that takes less.
 
@@ -185,12 +229,13 @@ def choose_tile(
         hf_config, batch, tokens, method: As in `plan`; the tile that `method` has is not looked at.
         limit_bytes: Memory of the device.
         reserve_bytes: Of it, outside tensors.
-        largest: Tokens of the largest tile to try, instead of the whole batch.
+        largest: Tokens of the largest tile to try, instead of the whole batch of one rank.
 
     Raises:
         ValueError: See `plan`.
     """
     require(hf_config, batch, tokens, method)
+    batch, method = method.share(batch), with_room(method)
     budget = limit_bytes - reserve_bytes
     sizes: list[int | None] = [largest]
     size = 2 ** ((largest or batch * tokens) - 1).bit_length() // 2
@@ -243,6 +288,9 @@ def require(hf_config: PreTrainedConfig, batch: int, tokens: int, method: Method
             f"No reversible layout for model_type={hf_config.model_type!r}. Known: "
             f"{', '.join(sorted(ARCHITECTURES))}. docs/adding_an_architecture.md shows how to add one."
         )
+    method.share(batch)
+    if method.gpus > 1:
+        count(hf_config, method)  # which divides the model
 
 
 def what_would_fit(
@@ -270,20 +318,21 @@ def what_would_fit(
         # Weights and optimizer state take a second to count, a step several to measure.
         if way.least() > budget:
             return []
-        if words and (peak := way.peak(batch, tokens)) <= budget:
+        if words and (peak := way.peak(changed.share(batch), tokens)) <= budget:
             return [Change(settings, words, peak + RESERVE_BYTES)]
-        words = f"{words} and " if words else ""
-        if batch > 1 and (fewer := way.largest_batch(tokens, budget)):
-            total = way.peak(fewer, tokens) + RESERVE_BYTES
-            return [Change(settings | {"batch": fewer}, f"{words}batch {fewer} instead of {batch}", total)]
+        words, each = f"{words} and " if words else "", changed.share(batch)
+        if each > 1 and (fewer := way.largest_batch(tokens, budget)):
+            total, of_all = way.peak(fewer, tokens) + RESERVE_BYTES, changed.gpus * fewer
+            return [Change(settings | {"batch": of_all}, f"{words}batch {of_all} instead of {batch}", total)]
         length = way.longest_sequence(budget)
         if not 0 < length < tokens:
             return []
-        total, text = way.peak(1, length) + RESERVE_BYTES, f"{words}one sequence of {length} tokens"
-        return [Change(settings | {"batch": 1, "tokens": length}, text, total)]
+        total = way.peak(1, length) + RESERVE_BYTES
+        text = f"{words}one sequence of {length} tokens" + " on each GPU" * (changed.gpus > 1)
+        return [Change(settings | {"batch": changed.gpus, "tokens": length}, text, total)]
 
     asked = predictor(hf_config, method)
-    if asked.least() <= budget and asked.peak(batch, tokens) <= budget:
+    if asked.least() <= budget and asked.peak(method.share(batch), tokens) <= budget:
         return []
     changes = attempt(method, {}, "")
     together, all_words = {}, {}
@@ -291,7 +340,10 @@ def what_would_fit(
         # One change of a setting is enough.
         if any(change.settings.keys() == settings.keys() for change in changes):
             continue
-        found = attempt(changed_method(method, settings), settings, words)
+        changed = changed_method(method, settings)
+        if changed.gpus > 1 and (batch % changed.gpus or not is_divided(hf_config, changed)):
+            continue
+        found = attempt(changed, settings, words)
         # With a smaller batch too, a change is no news beside the smaller batch alone.
         changes += [change for change in found if change.settings == settings or not changes]
         together |= settings
@@ -303,7 +355,8 @@ def what_would_fit(
 
 def changed_method(method: Method, settings: dict[str, Any]) -> Method:
     """A method with new values, those of its `ReversibleConfig` included; `batch` and `tokens` are none of it."""
-    outer = {name: settings[name] for name in ("optimizer", "rounding", "weights") if name in settings}
+    names = ("optimizer", "rounding", "weights", "gpus", "parallel")
+    outer = {name: settings[name] for name in names if name in settings}
     inner = {name: value for name, value in settings.items() if name not in (*outer, "batch", "tokens")}
     if inner:
         outer["reversible"] = replace(method.reversible, **inner)
@@ -316,11 +369,17 @@ def single_changes(method: Method) -> Iterator[tuple[dict[str, Any], str]]:
         yield {"optimizer": "adafactor"}, f"optimizer adafactor instead of {method.optimizer}"
     if method.rounding == "master" and method.dtype == torch.bfloat16:
         yield {"rounding": "stochastic"}, "rounding stochastic instead of master"
+    if method.gpus > 1:
+        other = other_strategy(method)
+        if method.name == "reversible":
+            yield {"parallel": other}, f"parallel {other} instead of {method.parallel}"
+        for gpus in (2 * method.gpus, 4 * method.gpus, 8 * method.gpus):
+            yield {"gpus": gpus}, f"{gpus} GPUs instead of {method.gpus}"
     reversible = method.reversible
     if reversible is None:
         return
     yield from reversible.find_coupling().savings(reversible)
-    if method.weights == "device" and method.optimizer_in_backward:
+    if method.weights == "device" and method.optimizer_in_backward and method.gpus == 1:
         yield {"weights": "host"}, "weights in host memory"
     before = reversible.tile_tokens
     for tile_tokens in (1024, 512, 256):
@@ -341,9 +400,7 @@ def traffic(hf_config: PreTrainedConfig, method: Method, link_bytes_per_s: float
     with torch.device("meta"):
         model = build(hf_config, method)
     parameters = list(model.model.layers.parameters())
-    config = hf_config.get_text_config()
-    top_k = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", None) or 1
-    active = sum(p.numel() * min(1.0, top_k / p.shape[0]) if p.dim() == 3 else p.numel() for p in parameters)
+    active = active_weights(hf_config, parameters)
     weights = sum(p.nbytes for p in parameters)
     trained = sum(p.nbytes for p in parameters if p.requires_grad)
     states = sum(

@@ -38,11 +38,13 @@ from ..models import losses
 from ..models.architectures import ARCHITECTURES, num_dense_layers
 from ..models.losses import chunk_size
 from ..optim import OptimizerInBackward
+from ..optim.rules import local_part
 from ..upstream import attention_implementation
 from . import disk
 from .answers import Plan
 from .fake import RememberingFakeTensorMode
 from .live_bytes import PARTS, LiveBytes
+from .ranks import one_of
 from .simulation import Method, RealOptimizer, build, run_step
 
 RESERVE_BYTES = 2**30
@@ -122,14 +124,15 @@ def is_shipped(hf_config: PreTrainedConfig, method: Method) -> bool:
 
 @cached(Counts)
 def count(hf_config: PreTrainedConfig, method: Method) -> Counts:
-    with torch.device("meta"):
-        model = build(hf_config, method)
-    # Its states follow the parameters' device; what it computes of its own (8-bit codes) has to be real.
-    optimizer = RealOptimizer(model, method)
+    with one_of(method.gpus) as mesh:
+        with torch.device("meta"):
+            model = build(hf_config, method, mesh)
+        # Its states follow the parameters' device; what it computes of its own (8-bit codes) has to be real.
+        optimizer = RealOptimizer(model, method)
     parameters = list(model.parameters())
     trainable = [p for p in parameters if p.requires_grad]
-    weight_bytes = sum(t.nbytes for t in (*parameters, *model.buffers()))
-    optimizer_bytes = sum(t.nbytes for t in optimizer.state_tensors())
+    weight_bytes = sum(local_part(t).nbytes for t in (*parameters, *model.buffers()))
+    optimizer_bytes = sum(local_part(t).nbytes for t in optimizer.state_tensors())
     host_bytes = 0
     if method.weights == "host":
         layers = [list(layer.parameters()) for layer in model.model.layers]
@@ -147,7 +150,7 @@ def count(hf_config: PreTrainedConfig, method: Method) -> Counts:
         sum(p.numel() for p in parameters),
         sum(p.numel() for p in trainable),
         weight_bytes,
-        sum(p.nbytes for p in trainable),
+        sum(local_part(p).nbytes for p in trainable),
         optimizer_bytes,
         host_bytes,
         # Known only now: a config leaves the choice to the model.
@@ -206,7 +209,7 @@ class StandInOptimizer:
         self.method = method
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         # Without fake tensors around: the answers are cached.
-        self.temporary = {p: update_bytes(tuple(p.shape), method) for p in self.parameters}
+        self.temporary = {p: update_bytes(tuple(local_part(p).shape), method) for p in self.parameters}
         self.handles = []
         if method.optimizer_in_backward:
             self.handles = [p.register_post_accumulate_grad_hook(self.update) for p in self.parameters]
@@ -217,7 +220,9 @@ class StandInOptimizer:
     @torch.no_grad()
     def update(self, parameter: nn.Parameter) -> None:
         torch.empty(self.temporary[parameter] // 4)
-        parameter.zero_()
+        # Of a sharded one, DTensor would work out the operation on tensors of the whole shape, and they would count.
+        local_part(parameter).zero_()
+        torch.autograd.graph.increment_version(parameter)
         parameter.grad = None
 
     def step(self) -> None:
@@ -271,8 +276,8 @@ def small_step(hf_config: PreTrainedConfig, method: Method, batch: int, tokens: 
     """One step of a few layers on fake tensors."""
     for shape in {tuple(p) for p in parameter_shapes(hf_config, method)}:
         update_bytes(shape, method)
-    with RememberingFakeTensorMode(), patch.object(losses, "chunk_starts", few_starts):
-        step = run_step(build(hf_config, method), batch, tokens, method, StandInOptimizer, special)
+    with one_of(method.gpus) as mesh, RememberingFakeTensorMode(), patch.object(losses, "chunk_starts", few_starts):
+        step = run_step(build(hf_config, method, mesh), batch, tokens, method, StandInOptimizer, special)
     return SmallStep(step["phases"], step["stored_per_layer"])
 
 
@@ -299,8 +304,10 @@ def measure(hf_config: PreTrainedConfig, method: Method, batch: int, tokens: int
 
 
 def parameter_shapes(hf_config: PreTrainedConfig, method: Method) -> list[torch.Size]:
-    with torch.device("meta"):
-        return [p.shape for p in build(hf_config, method).parameters() if p.requires_grad]
+    """Of what one rank has of them."""
+    with one_of(method.gpus) as mesh, torch.device("meta"):
+        parameters = build(hf_config, method, mesh).parameters()
+    return [local_part(p).shape for p in parameters if p.requires_grad]
 
 
 # --- extended: any batch, any length ---------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from .amounts import parse_bytes
 from .answers import USUAL_TILE, Answer, Comparison, TileChoice
 from .plan import check, choose_tile, plan, tiled, traffic, what_would_fit
 from .simulation import Method
+from .wire import wire
 
 if TYPE_CHECKING:
     from ..options import PlanConfig
@@ -31,6 +32,8 @@ def method_of(question: PlanConfig) -> Method:
         rounding=question.rounding,
         dtype=getattr(torch, question.dtype),
         weights=question.weights,
+        gpus=question.gpus,
+        parallel=question.parallel,
     )
 
 
@@ -57,7 +60,12 @@ def answer(question: PlanConfig) -> Answer:
     copied = None
     if question.weights == "host":
         copied = traffic(hf_config, method, question.link_gb_per_s * 1e9, question.tflops * 1e12)
-    return Answer(plan=found, tile=tile, changes=changes, traffic=copied)
+    ways = []
+    if question.gpus > 1:
+        link = question.gpu_link_gb_per_s
+        rates = (None if link is None else link * 1e9, question.tflops * 1e12)
+        ways = wire(hf_config, question.batch, question.tokens, method, *rates)
+    return Answer(plan=found, tile=tile, changes=changes, traffic=copied, wire=ways)
 
 
 def simulated(question: PlanConfig, found: Answer) -> Comparison:

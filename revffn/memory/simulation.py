@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..config import ReversibleConfig
@@ -33,8 +34,11 @@ from ..engine.host_weights import HostWeights
 from ..models.conversion import convert, default_dtype, is_reversible
 from ..models.losses import use_linear_cross_entropy
 from ..optim import OptimizerInBackward, parameter_groups
+from ..optim.rules import local_part
+from ..parallel.shard import expert_modules, shard
 from ..upstream import fake_tensors_as_real
-from .live_bytes import FORWARD, LiveBytes, Storage, describe, no_garbage_collection
+from .live_bytes import FORWARD, LiveBytes, Storage, describe, no_garbage_collection, storage_of
+from .ranks import one_of
 
 METHODS = ("reversible", "checkpointing", "plain")
 
@@ -65,6 +69,12 @@ class Method:
     """Of weights and computation."""
     weights: Literal["device", "host"] = "device"
     """`host`: decoder layers live in host memory, with the optimizer's states of them; see `HostWeights`."""
+    gpus: int = 1
+    """Ranks that share the work; all bytes are of one of them."""
+    parallel: Literal["fsdp", "ep"] = "fsdp"
+    """How several ranks share the parameters; see `parallel.shard`."""
+    received: float = 1.0
+    """ep: rows that a rank receives, of its even part; with W ranks at most W."""
 
     def __post_init__(self):
         if self.name not in METHODS:
@@ -74,8 +84,23 @@ class Method:
                 "Weights in host memory need a reversible model (coupling innovation, cross_branch or none) and the "
                 "optimizer in backward (optimizer.in_backward: true)."
             )
+        if self.weights == "host" and self.gpus > 1:
+            raise ValueError("Weights in host memory are for one GPU. Several divide them (parallel fsdp, ep).")
         if self.name == "reversible" and self.reversible is None:
             object.__setattr__(self, "reversible", ReversibleConfig(tile_tokens=2048))
+
+    def share(self, batch: int) -> int:
+        """Sequences of one rank.
+
+        Raises:
+            ValueError: They cannot be divided.
+        """
+        if batch % self.gpus:
+            raise ValueError(
+                f"batch is of all {self.gpus} GPUs together, each with as many sequences as the others; got {batch}. "
+                f"Give a multiple of {self.gpus}."
+            )
+        return batch // self.gpus
 
 
 class LowRankLinear(nn.Module):
@@ -102,8 +127,9 @@ def add_low_rank(model: PreTrainedModel, rank: int) -> None:
                     setattr(attention, name, LowRankLinear(module, rank))
 
 
-def build(hf_config: PreTrainedConfig, method: Method) -> PreTrainedModel:
-    """The model in training mode, on whatever kind of tensors is being made (fake, meta, real)."""
+def build(hf_config: PreTrainedConfig, method: Method, mesh: DeviceMesh | None = None) -> PreTrainedModel:
+    """The model in training mode, on whatever kind of tensors is being made (fake, meta, real); with a mesh, one
+    rank's shards of it."""
     hf_config = copy.deepcopy(hf_config)
     hf_config.use_cache = False
     model = AutoModelForCausalLM.from_config(hf_config, dtype=method.dtype)
@@ -119,6 +145,14 @@ def build(hf_config: PreTrainedConfig, method: Method) -> PreTrainedModel:
             model.enable_input_require_grads()
     if method.linear_cross_entropy:
         use_linear_cross_entropy(model)
+    if method.gpus > 1:
+        # FSDP2 reduces gradients of one dtype. Routers in float32 (DeepSeek) stay as pretrained, as in `revffn train`.
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.requires_grad and parameter.dtype == method.dtype)
+    if mesh is not None:
+        shard(model, method.parallel, mesh)
+        for experts in expert_modules(model) if method.parallel == "ep" else ():
+            experts.__dict__["exchange"].share = method.received
     return model.train()
 
 
@@ -131,7 +165,8 @@ def sorter(model: PreTrainedModel) -> Callable[[Storage], str]:
     vocabulary, widths = config.vocab_size, (config.hidden_size, config.hidden_size // 2)
     reversible = is_reversible(model)
     experts = [p for p in model.parameters() if p.dim() == 3 and p.requires_grad]
-    stacks = {(tuple(sorted(p.shape)), dtype) for p in experts for dtype in (p.dtype, torch.float32)}
+    shapes = {tuple(sorted(shape)) for p in experts for shape in (p.shape, local_part(p).shape)}
+    stacks = {(shape, dtype) for shape in shapes for dtype in (experts[0].dtype, torch.float32)}
 
     def sort(storage: Storage) -> str:
         shape = storage.shape
@@ -168,10 +203,11 @@ class Hooks:
     """Follows a step: which phase it is in, which tensors are gradients, how often each parameter's was complete.
 
     A phase of backward begins where a sublayer runs again, `<where> mlp of first tile, inner chunk`, where a
-    parameter's gradient is complete, `<where> after <parameter>`, and where the embedding's begins. `where` is `top`
-    in the last decoder layer and above, `bottom` in the first ones (`num_special`) and in the embedding, `middle`
-    between. So a phase does the same whatever the model's depth, and whatever the number of tiles and chunks, and its
-    peak is a linear function of them.
+    parameter's gradient is complete, `<where> after <parameter>`, and where the embedding's begins. `where` is how far
+    the walk has come: `top` in the last decoder layer and above, `bottom` in the first ones (`num_special`) and in the
+    embedding, `middle` between. (Of a sharded model, gradients outside the layers are complete at the end.) So a phase
+    does the same whatever the model's depth, and whatever the number of tiles and chunks, and its peak is a linear
+    function of them.
     """
 
     def __init__(self, model: PreTrainedModel, counter: LiveBytes, num_special: int = 1):
@@ -181,6 +217,8 @@ class Hooks:
         layers = model.model.layers
         self.num_layers = len(layers)
         self.waiting: Counter[int] = Counter(layer_of(name, self.num_layers) for name in self.names.values())
+        self.reached = self.num_layers
+        """Lowest layer of backward; -1 below all."""
         self.calls: Counter[tuple[int, str, bool]] = Counter()
         self.in_backward = False
         self.handles = [p.register_post_accumulate_grad_hook(self.on_gradient) for p in self.names]
@@ -208,6 +246,7 @@ class Hooks:
         self.calls[index, name, self.in_backward] += 1
         if not self.in_backward:
             return
+        self.reached = min(self.reached, index)
         call, tiles = self.calls[index, name, True] - 1, self.calls[index, "self_attn", False]
         chunks = self.calls[index, name, False] // tiles
         tile, chunk = divmod(call, chunks)
@@ -216,7 +255,11 @@ class Hooks:
 
     def on_embedding(self, module: nn.Module, given: Any, embedded: Tensor) -> None:
         if embedded.requires_grad:
-            embedded.register_hook(lambda grad: self.counter.begin("bottom embedding"))
+            embedded.register_hook(self.on_embedding_gradient)
+
+    def on_embedding_gradient(self, grad: Tensor) -> None:
+        self.reached = -1
+        self.counter.begin("bottom embedding")
 
     def on_head(self, *_: Any) -> None:
         self.counter.layer = self.num_layers
@@ -224,7 +267,7 @@ class Hooks:
 
     def on_gradient(self, parameter: nn.Parameter) -> None:
         self.completed[self.names[parameter]] += 1
-        record = self.counter.storages.get(parameter.grad.untyped_storage()._cdata)
+        record = self.counter.storages.get(storage_of(parameter.grad)._cdata)
         # A head gradient that the loss made in forward stays a part of the loss.
         if record is not None and record.phase not in FORWARD:
             self.counter.tag(parameter.grad, "gradients")
@@ -235,8 +278,11 @@ class Hooks:
         layer = layer_of(name, self.num_layers)
         self.waiting[layer] -= 1
         # With its last gradient the walk leaves the layer.
-        present = layer - (self.waiting[layer] == 0 and layer < self.num_layers)
-        self.counter.begin(f"{self.where(present)} after {name.split('.', 3)[-1] if 'layers' in name else name}")
+        left = self.waiting[layer] == 0 and layer < self.num_layers
+        self.reached = min(self.reached, layer - left)
+        self.counter.begin(
+            f"{self.where(self.reached)} after {name.split('.', 3)[-1] if 'layers' in name else name}"
+        )
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -271,22 +317,24 @@ def simulate_step(
 
     Args:
         hf_config: The model's; it is not changed.
-        batch, tokens: B sequences of T tokens each, every position a label.
+        batch, tokens: B sequences of T tokens each, every position a label; of all ranks together.
         method: What is done; the default is this library's.
 
     Returns:
         `peak_bytes` and `parts` (bytes per part, adding up to it), `largest` (groups of tensors alive then), `phases`
         (the same for each phase of the step), `weight_bytes`, `optimizer_bytes`, `after_bytes` (alive after the step),
         `leaked_bytes` (`after_bytes` less weights and optimizer), `num_parameters`, `num_trainable`, `num_updated`
-        (parameter tensors), `seconds`.
+        (parameter tensors), `sent` (bytes by kind that go to other ranks), `seconds`.
 
     Raises:
         RuntimeError: A trainable parameter was not updated exactly once.
+        ValueError: The batch or the model cannot be divided among the ranks.
     """
     method = method or Method()
     start = time.perf_counter()
-    with FakeTensorMode():
-        model = build(hf_config, method)
+    batch = method.share(batch)
+    with one_of(method.gpus) as mesh, FakeTensorMode():
+        model = build(hf_config, method, mesh)
         return run_step(model, batch, tokens, method) | {"seconds": time.perf_counter() - start}
 
 
@@ -375,7 +423,8 @@ def run_step(
         "optimizer_bytes": optimizer_bytes,
         "after_bytes": after_bytes,
         "leaked_bytes": after_bytes - weight_bytes - optimizer_bytes,
-        "leaked": describe(remaining),
+        "leaked": describe(s for s in remaining if s.num_bytes),
+        "sent": dict(counter.sent),
         "num_parameters": sum(p.numel() for p in model.parameters()),
         "num_trainable": sum(p.numel() for p in trainable.values()),
         "num_updated": len(trainable),

@@ -34,6 +34,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..ops import update
 from ..ops.update import make_code_books
@@ -409,7 +410,8 @@ class OptimizerInBackward(torch.optim.Optimizer):
             shards = sharding(parameter)
             if all(type(p) is Shard and p.dim == 0 for p in shards):
                 shape, (mesh, placements) = parameter.shape, (parameter.device_mesh, parameter.placements)
-                start = compute_local_shape_and_global_offset(shape, mesh, placements)[1][:1]
+                with _disable_current_modes():  # it computes with tensors, which a fake one would be
+                    start = compute_local_shape_and_global_offset(shape, mesh, placements)[1][:1]
                 row = math.prod(shape[1:-1]) * start[0] if start else 0
             else:
                 # Shards round independently, replicas alike.

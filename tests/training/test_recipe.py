@@ -21,7 +21,7 @@ from revffn import ReversibleConfig
 from revffn.command_line import from_words, leaves, load_run_config
 from revffn.config import groups_of
 from revffn.memory.amounts import parse_bytes
-from revffn.memory.plan import choose_tile, plan
+from revffn.memory.plan import choose_tile, plan, tiled
 from revffn.models.known import load_config
 from revffn.options import EvaluateConfig, PlanConfig, UpcycleConfig
 from revffn.recipe import InputError, OptimizerConfig, RunConfig, RunReversibleConfig, with_tile
@@ -287,16 +287,23 @@ def test_recipes_are_shipped():
 
 @pytest.mark.parametrize("file", [file for file in RECIPES if "_cpu" not in file.stem], ids=lambda file: file.name)
 def test_gpu_recipes_fit_the_memory_they_name(file):
-    """In their names, or in their first line. With the tile that `auto` chooses there, which is the whole batch."""
+    """In their names, or in their first line. With the tile that `auto` chooses there, which is the whole batch on one
+    GPU; on several it has room for a rank that receives twice its part."""
     config = load_run_config(file)
     assert config.reversible.tile_tokens == "auto"
-    hf_config = load_config(config.model.path.removesuffix("-Chat"))
-    named = re.search(r"_(\d+gb)$", file.stem) or re.search(r"GPU of (\d+ GB)", file.read_text().splitlines()[0])
-    limit = parse_bytes(named[1].replace(" ", ""))
+    hf_config = load_config(config.model.path.removesuffix("-Chat").removesuffix("-v0.1"))
+    named = re.search(r"_(?:(\d+)x)?(\d+gb)$", file.stem)
+    number, named = named.groups() if named else (None, re.search(r"GPU of (\d+ GB)", file.read_text())[1])
+    gpus, limit = int(number or 1), parse_bytes(named.replace(" ", ""))
+    assert (gpus > 1) == (config.parallel.strategy is not None)
+    method = method_of(with_tile(config, None))
+    if gpus > 1:
+        assert f"torchrun --nproc-per-node {gpus} -m revffn train recipes/{file.name}" in file.read_text()
+        method = replace(method, gpus=gpus, parallel=config.parallel.strategy)
     step = config.training.batch_size, config.data.max_length
-    tile = choose_tile(hf_config, *step, method_of(with_tile(config, None)), limit_bytes=limit)
-    assert tile.tile_tokens is None
-    method = method_of(with_tile(config, tile.tile_tokens))
+    tile = choose_tile(hf_config, *step, method, limit_bytes=limit)
+    assert tile.tile_tokens is None or gpus > 1
+    method = tiled(method, tile.tile_tokens)
     assert plan(hf_config, *step, method, with_alternatives=False).total_bytes <= limit
 
 

@@ -1,0 +1,34 @@
+"""One rank of several, without the others: PyTorch's fake process group, whose exchanges move nothing."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..parallel.shard import all_ranks
+
+
+@contextlib.contextmanager
+def one_of(size: int) -> Iterator[DeviceMesh | None]:
+    """While open, this process is the first of so many ranks; of one rank, nothing is done and there is no mesh.
+
+    The first rank has the largest shards where a dimension cannot be divided evenly.
+
+    Raises:
+        RuntimeError: A process group is there already. Plan before it is made.
+    """
+    if size == 1:
+        yield None
+        return
+    if dist.is_initialized():
+        raise RuntimeError("A rank is planned with a process group of its own, and there is one already. Plan first.")
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
+
+    dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
+    try:
+        yield all_ranks("cpu")
+    finally:
+        dist.destroy_process_group()
