@@ -29,7 +29,7 @@ def train(words: list[str]) -> None:
         command_line.from_words(recipe.RunConfig, words or ["--help"], program)
     dry_run = "--dry-run" in words
     config, path = command_line.run_from_words([word for word in words if word != "--dry-run"])
-    from .parallel.launch import check_launch
+    from .parallel.launch import check_launch, is_first
 
     check_launch(config.parallel.strategy)
     missing = [name for name in ("trl", "datasets", "accelerate") if importlib.util.find_spec(name) is None]
@@ -40,7 +40,8 @@ def train(words: list[str]) -> None:
         from .training.introduction import describe
         from .training.preflight import check
 
-        print(describe(check(config, path)))
+        if is_first():
+            print(describe(check(config, path)))
         return
     from .engine.recompute import StateMismatchError
     from .optim import NonFiniteGradientError

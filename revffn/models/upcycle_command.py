@@ -117,36 +117,29 @@ def _plain_text(example: Example) -> str:
 
 def _table(report: dict[str, Any], config: UpcycleConfig, num_tokens: int) -> str:
     r = report
-    lines = [
-        (f"held-out loss, nats per token ({num_tokens} tokens)", "", ""),
-        ("  dense model", f"{r['loss_dense']:.4f}", ""),
-        ("  upcycled, experts equal", f"{r['loss_upcycled']:.4f}", f"{r['loss_upcycled'] - r['loss_dense']:+.1e}"),
+    dense = r["loss_dense"]
+    losses = (
+        ("dense model", dense, ""),
+        ("upcycled, experts equal", r["loss_upcycled"], f"{r['loss_upcycled'] - dense:+.1e}"),
+        (f"experts with noise {config.noise:g}", r["loss_noise"], f"{r['loss_noise'] - dense:+.4f}"),
         (
-            f"  experts with noise {config.noise:g}",
-            f"{r['loss_noise']:.4f}",
-            f"{r['loss_noise'] - r['loss_dense']:+.4f}",
+            f"after {config.steps} steps, as saved",
+            r["loss_specialised"],
+            f"{r['loss_specialised'] - dense:+.4f}; routing permuted {r['loss_permuted']:.4f}, "
+            f"{r['routing_gap']:+.4f} ± {r['routing_gap_error']:.4f}",
         ),
-        (
-            f"  after {config.steps} steps (as saved)",
-            f"{r['loss_specialised']:.4f}",
-            f"{r['loss_specialised'] - r['loss_dense']:+.4f}",
-        ),
-        (
-            "  the same, routing permuted",
-            f"{r['loss_permuted']:.4f}",
-            f"{r['routing_gap']:+.4f} ± {r['routing_gap_error']:.4f} against the line above",
-        ),
-        ("parameters, all", f"{r['parameters'] / 1e6:.1f} M", ""),
-        ("parameters, active per token", f"{r['active_parameters'] / 1e6:.1f} M", ""),
-        (
-            "expert load in a layer, min to max",
-            f"{100 * r['load_min']:.1f} %",
-            f"to {100 * r['load_max']:.1f} % (even: {100 / config.num_experts:.1f} %)",
-        ),
-        ("seconds, training and all", f"{r['training_seconds']:.0f}", f"{r['seconds']:.0f}"),
-    ]
-    text = "\n".join(f"{name:<36}{value:>9}  {remark}".rstrip() for name, value, remark in lines)
-    return f"{text}\nmodel and tokenizer: {r['output']}"
+    )
+    lines = [f"held-out loss, nats per token ({num_tokens:,} tokens)"]
+    lines += [f"  {name:<28}{loss:.4f}  {remark}".rstrip() for name, loss, remark in losses]
+    return "\n".join(
+        [
+            *lines,
+            f"{config.num_experts} experts, load in a layer {100 * r['load_min']:.1f} to {100 * r['load_max']:.1f} %",
+            f"{r['parameters'] / 1e6:.1f} M parameters, {r['active_parameters'] / 1e6:.1f} M active per token; "
+            f"{r['seconds']:.0f} s, {r['training_seconds']:.0f} of them training",
+            f"model and tokenizer: {r['output']}",
+        ]
+    )
 
 
 def _check_output(output: str) -> Path:

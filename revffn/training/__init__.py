@@ -7,6 +7,7 @@ resume.py         going on with a run: from what, and whether it is the same run
 ending.py         how a run ends that does not come to its end: one line
 router_health.py  how evenly routers spread tokens, and what they have changed
 heldout.py        held-out loss, an answer, bytes of a step
+room.py           what a run is predicted to take: tiles, memory, disk
 preflight.py      a run, checked before weights are loaded
 introduction.py   what a run says before it loads weights
 several.py        what the trainer does as one of several processes

@@ -27,7 +27,8 @@ def describe(run: Run) -> str:
     steps = f"{training.num_epochs:g} epochs" if training.num_steps is None else f"{training.num_steps} steps"
     lines = [*run.resume.says, *introduction(run), f"Training: {steps} of {training.batch_size} sequences"]
     if run.plan is None:
-        lines.append(f"Memory: not predicted, the planner does not know model_type={run.hf_config.model_type!r}")
+        unknown = "ddp" if run.config.parallel.strategy == "ddp" else f"model_type={run.hf_config.model_type!r}"
+        lines.append(f"Memory: not predicted, the planner does not know {unknown}")
     else:
         lines += [f"Memory of the largest step, {run.plan.batch} x {run.plan.tokens} tokens:", table(run.plan, None)]
     return "\n".join([*lines, f"It would go into {run.output_dir}. Nothing has been written (--dry-run)."])

@@ -195,9 +195,9 @@ class Results:
             for when, loss in self.losses.items()
         ]
         if self.memory:
+            measured, predicted = (gib(self.memory[f"{name}_bytes"]) for name in ("measured", "predicted"))
             shape = f"a step of {self.memory['batch']} x {self.memory['tokens']} tokens"
-            rows.append(("tensors at the peak, predicted", f"{gib(self.memory['predicted_bytes'])} for {shape}"))
-            rows.append(("tensors at the peak, measured", gib(self.memory["measured_bytes"])))
+            rows.append(("tensors at the peak", f"{measured} for {shape}, predicted {predicted}"))
         rows.append(("peak memory of the run", f"{summary['peak_bytes'] / 2**30:.2f} GiB"))
         report = summary["reversible_report"]
         if report:

@@ -62,11 +62,12 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def group():
+def group(tmp_path_factory):
     """`group(size, runs, folder)`: processes that make the runs together; exit status and seconds after the first end,
     of each."""
     paths = [str(WORKER.parent.parent.parent), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    environment["REVFFN_CACHE"] = str(tmp_path_factory.mktemp("cache"))  # the same plans again and again
     worker = subprocess.Popen(
         [sys.executable, WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     )

@@ -14,7 +14,7 @@ from revffn.__main__ import main
 from revffn.command_line import load_run_config
 from revffn.training.best import best_checkpoint, evaluations_since_lowest, is_exhausted, lowest
 from revffn.training.checkpoint import checkpoints, step_of, write_manifest
-from revffn.training.preflight import disk_bytes
+from revffn.training.room import disk_bytes
 from revffn.training.trainer import RevFFNTrainer
 
 SCRIPT = [5.0, 2.5, 3.0, 2.6, 4.0, 4.0, 4.0, 1.0]

@@ -23,7 +23,7 @@ from revffn.command_line import load_run_config
 from revffn.parallel.launch import check_launch
 from revffn.training import lock, trainer
 from revffn.training.checkpoint import newest
-from revffn.training.preflight import disk_bytes
+from revffn.training.room import disk_bytes
 from revffn.training.trainer import RevFFNTrainer
 
 

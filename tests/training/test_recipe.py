@@ -25,7 +25,8 @@ from revffn.memory.plan import choose_tile, plan, tiled
 from revffn.models.known import load_config
 from revffn.options import EvaluateConfig, PlanConfig, UpcycleConfig
 from revffn.recipe import InputError, OptimizerConfig, RunConfig, RunReversibleConfig, with_tile
-from revffn.training.preflight import check_schedule, method_of
+from revffn.training.preflight import check_schedule
+from revffn.training.room import method_of
 from revffn.training.run import sft_arguments
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))

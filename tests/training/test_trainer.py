@@ -22,9 +22,10 @@ from revffn.command_line import load_run_config
 from revffn.data import batches
 from revffn.memory.plan import plan
 from revffn.recipe import with_tile
-from revffn.training import preflight
+from revffn.training import room
 from revffn.training.heldout import coupled, heldout_loss, response_loss, step_bytes
-from revffn.training.preflight import calibration, check, method_of
+from revffn.training.preflight import calibration, check
+from revffn.training.room import method_of
 from revffn.training.run import train
 from revffn.training.trainer import RevFFNTrainer
 
@@ -291,7 +292,7 @@ def test_tiles_are_chosen_once_and_recorded(recipe_file, capsys, monkeypatch):
     config = load_run_config(recipe)
     same = ["--training.num_steps", "2", "--training.save_steps", "1", "--training.batch_size", "16"]
     hf_config = AutoConfig.from_pretrained(config.model.path)
-    monkeypatch.setattr(preflight, "USUAL_TILE", None)  # as on a GPU: up to the whole batch
+    monkeypatch.setattr(room, "USUAL_TILE", None)  # as on a GPU: up to the whole batch
     checked = check(load_run_config(recipe, same))
     assert checked.config.reversible.tile_tokens is None and "whole batch" in str(checked.tile)
     tokens = checked.plan.tokens
@@ -323,7 +324,7 @@ def test_tiles_on_a_cpu_and_numbers_that_are_given(recipe_file, tmp_path):
 
 def test_a_run_of_which_no_tile_fits_is_refused(recipe_file, refused, monkeypatch):
     # With a vocabulary as small as this, chunks of the loss are huge: looking for the largest batch takes long.
-    monkeypatch.setattr(preflight, "what_would_fit", lambda *args, **kwargs: [])
+    monkeypatch.setattr(room, "what_would_fit", lambda *args, **kwargs: [])
     line = refused("train", recipe_file(), "--memory.limit", "0.5MB")
     assert "a step of 4 x 27 tokens is predicted to take" in line and "--force starts all the same" in line
 
