@@ -61,6 +61,11 @@ def is_launched(environment: Mapping[str, str] = os.environ) -> bool:
     return all(name in environment for name in RENDEZVOUS)
 
 
+def number_of_processes(environment: Mapping[str, str] = os.environ) -> int:
+    """That were started together."""
+    return int(environment["WORLD_SIZE"]) if is_launched(environment) else 1
+
+
 def is_first(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether this process speaks for all."""
     return not is_launched(environment) or environment["RANK"] == "0"

@@ -89,6 +89,20 @@ def once(work: Callable[[], T]) -> T:
     return value
 
 
+def settled(work: Callable[[], T]) -> Callable[[], T]:
+    """`work`, done now: what it returned or raised comes when the result is called, as often as that is."""
+    try:
+        value = work()
+    except Exception as error:
+        found = error
+
+        def fail() -> T:
+            raise found
+
+        return fail
+    return lambda: value
+
+
 def sendable(error: Exception) -> Exception:
     """An error that the other processes can raise as well."""
     try:

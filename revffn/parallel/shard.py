@@ -81,14 +81,26 @@ def shard(model: PreTrainedModel, strategy: Literal["fsdp", "ep"], mesh: DeviceM
                 experts.register_parameter(name, first_dimension(parameter, mesh))
             experts.__dict__["exchange"] = Exchange(group, next(experts.parameters(recurse=False)).shape[0])
             apart |= set(experts.parameters(recurse=False))
-    dtype = next(model.parameters()).dtype
+    dtype = model.get_input_embeddings().weight.dtype
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32 if dtype == torch.bfloat16 else None)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = embedding.weight is head.weight
     # The backbone and the head are called alone too, where logits of few positions are wanted.
+    for module in of_another_dtype(model, dtype):
+        fully_shard(module, mesh=mesh, ignored_params=apart)
     for unit in (*model.model.layers, [embedding, head] if tied else head, model.model, model):
         fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=apart)
     return model
+
+
+def of_another_dtype(model: PreTrainedModel, dtype: torch.dtype) -> list[nn.Module]:
+    """Modules with parameters of their own that are not in the model's dtype (routers in float32): a unit of FSDP2
+    reduces gradients of one."""
+    return [
+        module
+        for module in model.modules()
+        if any(parameter.dtype != dtype for parameter in module.parameters(recurse=False))
+    ]
 
 
 def first_dimension(parameter: nn.Parameter, mesh: DeviceMesh) -> nn.Parameter:

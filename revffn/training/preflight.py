@@ -33,8 +33,7 @@ from ..memory.simulation import Method
 from ..models.architectures import ARCHITECTURES, PREFIX
 from ..models.conversion import convert, coupling_parameters
 from ..models.losses import check_plain_loss
-from ..parallel.launch import check_launch
-from ..parallel.processes import size
+from ..parallel.launch import check_launch, number_of_processes
 from ..recipe import InputError, RunConfig, with_tile, with_weights
 from ..upstream import reports_to
 from . import resume
@@ -142,9 +141,10 @@ def check_batch(config: RunConfig) -> None:
         InputError: Names both numbers.
     """
     batch = config.training.batch_size
-    if batch % size():
+    size = number_of_processes()
+    if batch % size:
         raise InputError(
-            f"training.batch_size={batch} is of all {size()} processes together, which must have the same number of "
+            f"training.batch_size={batch} is of all {size} processes together, which must have the same number of "
             "sequences each. Give a multiple."
         )
 

@@ -22,7 +22,8 @@ from ..models.architectures import router_parameters
 from ..models.conversion import coupling_parameters
 from ..models.losses import forward_for_a_while
 from ..optim import OptimizerInBackward, parameter_groups
-from ..parallel.processes import joined, once, rank, size
+from ..parallel.launch import is_first
+from ..parallel.processes import joined, once, rank, settled, size
 from ..parallel.shard import gathered, is_sharded
 from ..quiet import without_bars
 from ..recipe import RunConfig
@@ -59,21 +60,19 @@ def train(config: RunConfig, recipe: Path | None = None) -> Path:
             complete checkpoint.
     """
     after_step, output_dir = config.training.save_on_interrupt, output_dir_of(config)
-    with (
-        without_bars(),
-        in_one_line(output_dir),
-        joined(config.parallel.strategy, lambda: way_on(output_dir)),
-        Interrupts(after_step) as interrupts,
-    ):
-        run = once(lambda: check(config, recipe))
+    with without_bars(), in_one_line(output_dir), contextlib.ExitStack() as stack:
+        interrupts = stack.enter_context(Interrupts(after_step))
+        # Before there is a group of processes: planning one of several needs a group of its own.
+        checked = settled(lambda: check(config, recipe)) if is_first() else None
+        stack.enter_context(joined(config.parallel.strategy, lambda: way_on(output_dir)))
+        run = once(checked)
         for line in run.resume.says:
             print(line, flush=True)
         if run.resume.finished:
             return run.output_dir
-        with contextlib.ExitStack() as stack:
-            once(lambda: stack.enter_context(locked(run.output_dir)))
-            check_shared(run.output_dir)
-            carry_out(run, interrupts)
+        once(lambda: stack.enter_context(locked(run.output_dir)))
+        check_shared(run.output_dir)
+        carry_out(run, interrupts)
     return run.output_dir
 
 
