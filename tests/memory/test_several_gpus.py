@@ -1,7 +1,7 @@
 """One rank of several: fake processes and fake tensors against real ones, the plan against the simulated step, what is
 sent against what was counted, and what the planner says to do.
 
-Run: pytest tests/memory/test_several_gpus.py; real processes, what would fit and the cases of benchmarks/several_gpus.py
+Run: pytest tests/memory/test_several_gpus.py; real processes, what would fit and benchmarks/several_gpus.py's cases
 with -m slow (about a quarter of an hour). Run as a script this file is a worker of its own test:
 python tests/memory/test_several_gpus.py RENDEZVOUS RANK
 """
