@@ -145,10 +145,6 @@ def build(hf_config: PreTrainedConfig, method: Method, mesh: DeviceMesh | None =
             model.enable_input_require_grads()
     if method.linear_cross_entropy:
         use_linear_cross_entropy(model)
-    if method.gpus > 1:
-        # FSDP2 reduces gradients of one dtype. Routers in float32 (DeepSeek) stay as pretrained, as in `revffn train`.
-        for parameter in model.parameters():
-            parameter.requires_grad_(parameter.requires_grad and parameter.dtype == method.dtype)
     if mesh is not None:
         shard(model, method.parallel, mesh)
         for experts in expert_modules(model) if method.parallel == "ep" else ():
