@@ -520,7 +520,7 @@ def test_shipped_cpu_recipes_run(recipe, model_folder, data_file, tmp_path):
         recipe, "--model.path", str(model_folder("qwen2_moe")), "--data.path", str(data_file()),
         "--data.heldout", "8", "--data.num_examples", "48", "--training.output_dir", str(tmp_path / "run"),
         *(word for name, steps in stages.items() for word in (f"--training.{name}", steps)),
-        "--evaluation.max_new_tokens", "4",
+        "--evaluation.max_new_tokens", "4", "--training.log_steps", "1",
     )  # fmt: skip
     assert len([line for line in metrics(folder) if "loss" in line]) == 2 * len(stages)
     assert AutoModelForCausalLM.from_pretrained(folder / "model").config.model_type == "revffn_qwen2_moe"
