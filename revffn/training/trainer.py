@@ -425,7 +425,7 @@ class RunCallback(TrainerCallback):
     def forget_after(self, step: int) -> None:
         """Steps after the checkpoint that a run resumes from are made again."""
         for file in filter(None, (self.metrics, self.router_load.file)):
-            if file.exists():
+            if file.exists() and rank() == 0:
                 kept = [line for line in readable_lines(file) if (line["stage"], line["step"]) <= (self.stage, step)]
                 write_text(file, "".join(json.dumps(line) + "\n" for line in kept))
 
