@@ -28,7 +28,7 @@ AFTER = ["--optimizer.in_backward", "false"]
 PACKED = ["--data.packing", "true", "--data.max_length", "96"]
 # Two stages: what trains changes when shards are there.
 PAPER = ["--reversible.coupling", "cross_branch", "--training.stage1_steps", "2"]
-# Its routers stay in float32.
+# Newer versions of transformers leave its routers in float32.
 HALF = ["--model.dtype", "bfloat16", "--training.freeze_router", "false", "--training.router_aux_loss_coef", "0"]
 NO_CLIP = ["--optimizer.max_grad_norm", "0"]
 
@@ -211,14 +211,14 @@ def test_stepping_in_backward_is_stepping_after_it_bit_for_bit(made):
 
 
 @pytest.mark.parametrize("name", ["fsdp-half", "ep-half"])
-def test_in_bf16_with_routers_in_float32(made, name):
+def test_in_bf16_with_routers_that_train(made, name):
     folder, seen = made
     assert all(of_rank["error"] is None for of_rank in seen[name])
     ours, theirs = weights(folder / name), weights(folder / "one-half")
-    assert {w.dtype for w in ours.values()} == {torch.bfloat16, torch.float32}
+    assert {name: w.dtype for name, w in ours.items()} == {name: w.dtype for name, w in theirs.items()}
     routers = [name for name in ours if "mlp.gate.weight" in name]
     before = load_file(next(folder.parent.glob("recipes*/deepseek_v3")) / "model.safetensors")
-    assert all(ours[name].dtype == torch.float32 and not torch.equal(ours[name], before[name]) for name in routers)
+    assert routers and not any(torch.equal(ours[name].float(), before[name].float()) for name in routers)
     # A gradient in bf16 that is rounded otherwise moves a weight by a place now and then.
     assert apart(folder / name, folder / "one-half")[1] <= HALF_LOSS
     moved = [(ours[name].float() - before[name]).norm() for name in ours if name in before]
