@@ -64,7 +64,7 @@ $(OLDEST)/installed: $(VENV)/installed-test tests/oldest.txt
 
 quickstart: install
 	@if [ -f $(BASE)/config.json ]; then echo "Reusing the upcycled model in $(BASE) (delete the folder to make it anew)."; \
-	else $(BIN)/revffn upcycle --output $(BASE) --steps 6; fi
+	else $(BIN)/revffn upcycle --output $(BASE) --steps 5; fi
 	@$(BIN)/revffn train recipes/quickstart_cpu.yaml --model.path $(BASE) --training.output_dir $(RUN)
 	@echo "All of it, as a page for any browser: $$($(BIN)/revffn report $(RUN))"
 	@echo "Next, a word with both models, or the plain model for other software:"
