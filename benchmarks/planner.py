@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -127,24 +128,34 @@ def line(name: str, case: dict) -> str:
     return f"{name:<72}{predicted:>12}{simulated:>12}{case['relative_error']:>+9.2%}"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def results_of(
+    description: str,
+    file: Path,
+    cases: dict[str, tuple],
+    run_case: Callable[[tuple, dict | None, bool], dict],
+    line: Callable[[str, dict], str],
+) -> dict[str, dict]:
+    """What the file has of the cases, after those that the command line asks for; written after every one of them."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--predict", action="store_true", help="make the predictions again")
     parser.add_argument("--only", default="", help="only cases whose name holds this")
-    parser.add_argument("--file", type=Path, default=FILE)
+    parser.add_argument("--file", type=Path, default=file)
     args = parser.parse_args()
-
     results = json.loads(args.file.read_text()) if args.file.exists() else {}
-    results = {name: results[name] for name in map(name_of, GRID) if name in results}
-    for case in GRID:
-        name = name_of(case)
+    results = {name: results[name] for name in cases if name in results}
+    for name, case in cases.items():
         if args.only not in name:
             continue
         if name not in results or args.predict:
             results[name] = run_case(case, results.get(name), args.predict)
-            ordered = {known: results[known] for known in map(name_of, GRID) if known in results}
+            ordered = {known: results[known] for known in cases if known in results}
             args.file.write_text(json.dumps(ordered, indent=1) + "\n")
         print(line(name, results[name]), flush=True)
+    return results
+
+
+def main() -> int:
+    results = results_of(__doc__, FILE, {name_of(case): case for case in GRID}, run_case, line)
     worst = max(results, key=lambda name: abs(results[name]["relative_error"]))
     print(f"\n{len(results)} cases. The worst:\n{line(worst, results[worst])}")
     return int(abs(results[worst]["relative_error"]) > ACCEPTED_ERROR)

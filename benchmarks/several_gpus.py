@@ -10,14 +10,13 @@ a few layers and tiles. Beside the bytes at the peak it counts what the rank sen
 case. Exit status 1 if a peak is off by more than 3 %, or what is sent by more than 0.1 %.
 """
 
-import argparse
-import json
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from planner import results_of
 from simulate import provenance
 
 from revffn import ReversibleConfig
@@ -114,22 +113,8 @@ def line(name: str, case: dict) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--predict", action="store_true", help="make the predictions again")
-    parser.add_argument("--only", default="", help="only cases whose name holds this")
-    parser.add_argument("--file", type=Path, default=FILE)
-    args = parser.parse_args()
-
     cases = {name_of(case): case for case in (*CASES, *NODE)}
-    results = json.loads(args.file.read_text()) if args.file.exists() else {}
-    for name, case in cases.items():
-        if args.only not in name:
-            continue
-        if name not in results or args.predict:
-            results[name] = run_case(case, results.get(name), args.predict)
-            ordered = {known: results[known] for known in cases if known in results}
-            args.file.write_text(json.dumps(ordered, indent=1) + "\n")
-        print(line(name, results[name]), flush=True)
+    results = results_of(__doc__, FILE, cases, run_case, line)
     wrong = [
         name
         for name, case in results.items()
