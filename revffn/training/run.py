@@ -23,7 +23,7 @@ from ..models.conversion import coupling_parameters
 from ..models.losses import forward_for_a_while
 from ..optim import OptimizerInBackward, parameter_groups
 from ..parallel.launch import is_first
-from ..parallel.processes import joined, once, rank, settled, size
+from ..parallel.processes import joined, once, rank, settled, size, together
 from ..parallel.shard import gathered, is_sharded
 from ..quiet import without_bars
 from ..recipe import RunConfig
@@ -176,6 +176,7 @@ def train_stage(
             router_load=router_load,
             on_the_way=results.on_the_way,
             keep_best=config.load_best_model_at_end and stage == 2,
+            in_parts=together(),
         )
         trainer.remove_callback(PrinterCallback)
         if torch.cuda.is_available():

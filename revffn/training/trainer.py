@@ -32,7 +32,7 @@ from ..models.conversion import is_reversible, reversible_report
 from ..models.losses import router_z_loss, use_linear_cross_entropy
 from ..models.router_choices import counted_tokens
 from ..optim import OptimizerInBackward
-from ..parallel.processes import largest, rank, size, together, totals
+from ..parallel.processes import largest, rank, size, totals
 from ..parallel.shard import is_sharded
 from ..parallel.states import has_shards, load_optimizer
 from .best import best_checkpoint, heldout_losses, is_exhausted
@@ -65,6 +65,8 @@ class RevFFNTrainer(SFTTrainer):
         on_the_way: What `evaluate` measures in place of `Trainer`'s loop over an `eval_dataset`: a line for
             metrics.jsonl, which `on_evaluate` gets. Its `heldout_loss` is logged as `eval_loss`.
         keep_best: The checkpoint with the lowest `eval_loss` is not deleted.
+        in_parts: This is one of the processes of a run (several.py): it takes its part of every batch, and writes its
+            shards of checkpoints. Otherwise several processes are what they are to `Trainer`.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class RevFFNTrainer(SFTTrainer):
         router_load: RouterLoad | None = None,
         on_the_way: Callable[[], dict[str, Any]] | None = None,
         keep_best: bool = False,
+        in_parts: bool = False,
         **kwargs: Any,
     ):
         if is_reversible(model):
@@ -90,7 +93,7 @@ class RevFFNTrainer(SFTTrainer):
         self.router_z_loss_coef = router_z_loss_coef
         self.loaded_from, self.host_weights, self.seconds = loaded_from, host_weights, seconds
         self.router_load = RouterLoad(model) if router_load is None else router_load
-        self.on_the_way, self.keep_best = on_the_way, keep_best
+        self.on_the_way, self.keep_best, self.in_parts = on_the_way, keep_best, in_parts
         self.optimizer_of_run: OptimizerInBackward | None = None
         self.saving_to: Path | None = None
         """Where a checkpoint is being written, instead of the output folder."""
@@ -122,7 +125,7 @@ class RevFFNTrainer(SFTTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         loader = super().get_train_dataloader()
-        return train_batches(self, loader) if size() > 1 else loader
+        return train_batches(self, loader) if self.in_parts and size() > 1 else loader
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -221,14 +224,14 @@ class RevFFNTrainer(SFTTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """`Trainer` loads both or neither, silently: here each that is there. The learning rate is that of the present
         schedule, which ends elsewhere if the run is longer now, and not that of the one before."""
-        if checkpoint is not None and (size() > 1 or has_shards(Path(checkpoint))):
+        if checkpoint is not None and (self.in_parts or has_shards(Path(checkpoint))):
             self.load_states(Path(checkpoint))
         else:
             super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
+        if checkpoint is None or self.args.world_size > 1 and not self.in_parts:
             return
         optimizer, scheduler = (Path(checkpoint) / f"{name}.pt" for name in ("optimizer", "scheduler"))
-        if optimizer.is_file() and not scheduler.is_file() and size() == 1:
+        if optimizer.is_file() and not scheduler.is_file() and not self.in_parts:
             self.optimizer.load_state_dict(torch.load(optimizer, map_location="cpu", weights_only=True))
         schedule, step = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler), self.state.global_step
         if not hasattr(schedule, "lr_lambdas"):
@@ -257,10 +260,10 @@ class RevFFNTrainer(SFTTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Beside its name, with a manifest, or not at all."""
-        if self.args.push_to_hub:
+        if self.args.push_to_hub or self.args.world_size > 1 and not self.in_parts:
             return super()._save_checkpoint(model, trial)
         final = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-        if together():
+        if self.in_parts:
             save_checkpoint(self, final, lambda folder: self.close_checkpoint(folder, final))
         else:
             self.save_alone(model, trial, final)
