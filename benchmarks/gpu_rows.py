@@ -129,7 +129,7 @@ ROWS = [
         ("innovation_m2", dict(profile=True, seconds=40)),  # kernels are compiled in it
         ("innovation_m2", dict(tile=16384)),
         ("hf_same_kernels", dict(profile=True, seconds=18)),
-        ("none", dict(seconds=12)),
+        ("none", dict(profile=True, seconds=15)),
         ("none_offload", dict(seconds=12)),
     ),
     *_rows(QWEN3, ("innovation_m2", dict(profile=True, seconds=35))),
@@ -168,9 +168,9 @@ ROWS = [
     ),
     *_rows(
         OLMOE,
-        ("innovation_m2", dict(seconds=16)),
-        ("hf_same_kernels", dict()),
-        ("none", dict()),
+        ("innovation_m2", dict(profile=True, seconds=18)),
+        ("hf_same_kernels", dict(profile=True)),
+        ("none", dict(profile=True)),
         ("none_offload", dict()),
     ),
     *_rows(Q16, ("innovation_m2_host", dict(tile=8192, cap_gib=12, steps=2, seconds=60))),

@@ -10,6 +10,7 @@ Both keep the same shards, along dimension 0 of every parameter, so that a check
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Literal
 
 import torch
@@ -28,7 +29,7 @@ from ..upstream import experts_implementation
 Strategy = Literal["fsdp", "ep", "ddp"]
 
 
-def check_strategy(model: PreTrainedModel, strategy: Strategy, size: int) -> None:
+def check_strategy(model: PreTrainedModel, strategy: Strategy | None, size: int) -> None:
     """Refuse a model that cannot be divided so.
 
     Args:
@@ -83,14 +84,16 @@ def shard(model: PreTrainedModel, strategy: Literal["fsdp", "ep"], mesh: DeviceM
             apart |= set(experts.parameters(recurse=False))
     dtype = model.get_input_embeddings().weight.dtype
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32 if dtype == torch.bfloat16 else None)
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = embedding.weight is head.weight
-    # The backbone and the head are called alone too, where logits of few positions are wanted.
     for module in of_another_dtype(model, dtype):
         fully_shard(module, mesh=mesh, ignored_params=apart)
-    for unit in (*model.model.layers, [embedding, head] if tied else head, model.model, model):
-        fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=apart)
-    return model
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy, ignored_params=apart)
+    head = model.get_output_embeddings()
+    if model.get_input_embeddings().weight is not head.weight:
+        for unit in (head, model.model):
+            fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=apart)
+    # A tied weight is the root's: a unit of its own would reduce its gradient in parts.
+    return fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True, ignored_params=apart)
 
 
 def of_another_dtype(model: PreTrainedModel, dtype: torch.dtype) -> list[nn.Module]:
@@ -112,12 +115,25 @@ def first_dimension(parameter: nn.Parameter, mesh: DeviceMesh) -> nn.Parameter:
     return nn.Parameter(sharded, requires_grad=parameter.requires_grad)
 
 
-def skeleton(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A model without weights; what is no weight (rotary tables) is there."""
+def skeleton(
+    config: PreTrainedConfig, dtypes: dict[str, torch.dtype], trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A model without weights; what is no weight (rotary tables) is there.
+
+    Args:
+        dtypes: Of everything in its state dict. What a loaded model keeps in float32, one that is made from its config
+            need not.
+    """
     from accelerate import init_empty_weights  # comes with the trainer
 
+    dtype = Counter(dtypes.values()).most_common(1)[0][0]
     with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    model.tie_weights()  # each module got parameters of its own
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.dtype != dtypes[name]:
+            tensor.data = tensor.data.to(dtypes[name])
+    return model
 
 
 def make_room(model: PreTrainedModel, device: torch.device) -> None:
@@ -127,6 +143,7 @@ def make_room(model: PreTrainedModel, device: torch.device) -> None:
     for name, buffer in buffers.items():
         module, _, last = name.rpartition(".")
         model.get_submodule(module)._buffers[last] = buffer.to(device)
+    model.tie_weights()  # and memory of its own
 
 
 def spread(model: PreTrainedModel, whole: dict[str, torch.Tensor]) -> None:
@@ -135,8 +152,12 @@ def spread(model: PreTrainedModel, whole: dict[str, torch.Tensor]) -> None:
 
 
 def gathered(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The whole state dict, in the first rank's host memory; empty on the others. All ranks take part."""
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    """The whole state dict, a tied weight once, in the first rank's host memory; empty on the others. All ranks take
+    part."""
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    names = (dict(model.named_parameters(remove_duplicate=once)) for once in (False, True))
+    again = set.difference(*map(set, names))
+    return {name: tensor for name, tensor in whole.items() if name not in again}
 
 
 def is_sharded(model: PreTrainedModel) -> bool:

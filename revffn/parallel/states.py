@@ -22,11 +22,19 @@ from ..optim import OptimizerInBackward
 from .processes import together
 
 SHARDS, COUNTERS = "shards", "optimizer.json"
+WEIGHTS = "model."
+"""In front of a weight's name."""
 
 
 def has_shards(checkpoint: Path) -> bool:
     """Whether a checkpoint is one of shards."""
     return (checkpoint / SHARDS).is_dir()
+
+
+def dtypes_of(checkpoint: Path) -> dict[str, torch.dtype]:
+    """Of the weights in a checkpoint of shards, by name."""
+    found = dcp.FileSystemReader(checkpoint / SHARDS).read_metadata().state_dict_metadata
+    return {name.removeprefix(WEIGHTS): of.properties.dtype for name, of in found.items() if name.startswith(WEIGHTS)}
 
 
 def save_shards(folder: Path, model: PreTrainedModel, optimizer: OptimizerInBackward | None) -> None:
@@ -99,7 +107,7 @@ def divided(whole: Tensor, like: Tensor) -> Tensor:
 
 
 def weights_of(model: PreTrainedModel) -> dict[str, Any]:
-    return {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    return {f"{WEIGHTS}{name}": tensor for name, tensor in model.state_dict().items()}
 
 
 def states_of(optimizer: OptimizerInBackward) -> dict[str, Any]:

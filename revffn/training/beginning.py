@@ -41,7 +41,7 @@ def begin_together(run: Run) -> tuple[PreTrainedModel, Results]:
     alone; then every process gets its part."""
     whole: dict[str, torch.Tensor] = {}
 
-    def alone() -> tuple[PreTrainedConfig, dict, dict]:
+    def alone() -> tuple[PreTrainedConfig, dict, dict, dict]:
         model = load(run, run.checkpoint)
         results = Results(run, model)
         if run.checkpoint is None:
@@ -51,14 +51,16 @@ def begin_together(run: Run) -> tuple[PreTrainedModel, Results]:
                 store.remove()
                 model.cpu()
         whole.update(model.state_dict())
-        return model.config, results.losses, results.answers
+        dtypes = {name: tensor.dtype for name, tensor in whole.items()}
+        return model.config, dtypes, results.losses, results.answers
 
     from_shards = run.checkpoint is not None and states.has_shards(run.checkpoint)
     if from_shards:
-        config, losses, answers = once(lambda: AutoConfig.from_pretrained(run.checkpoint)), {}, {}
+        config, dtypes = AutoConfig.from_pretrained(run.checkpoint), states.dtypes_of(run.checkpoint)
+        losses, answers = {}, {}
     else:
-        config, losses, answers = once(alone)
-    model = shard.skeleton(config, getattr(torch, run.config.model.dtype), run.config.model.trust_remote_code)
+        config, dtypes, losses, answers = once(alone)
+    model = shard.skeleton(config, dtypes, run.config.model.trust_remote_code)
     strategy = run.config.parallel.strategy
     if strategy != "ddp":
         shard.shard(model, strategy, shard.all_ranks(device().type))
@@ -79,11 +81,10 @@ def load(run: Run, checkpoint: Path | None) -> PreTrainedModel:
     """The pretrained model, or a checkpoint's, on the CPU."""
     source, settings = checkpoint or run.config.model.path, run.config.model
     print(f"Loading {source}", flush=True)
-    dtype = getattr(torch, settings.dtype)
+    trust = settings.trust_remote_code
     if checkpoint is None or not states.has_shards(checkpoint):
-        return load_causal_lm(source, dtype, trust_remote_code=settings.trust_remote_code)
-    config = AutoConfig.from_pretrained(checkpoint)
-    model = shard.skeleton(config, dtype, settings.trust_remote_code)
+        return load_causal_lm(source, getattr(torch, settings.dtype), trust_remote_code=trust)
+    model = shard.skeleton(AutoConfig.from_pretrained(checkpoint), states.dtypes_of(checkpoint), trust)
     shard.make_room(model, torch.device("cpu"))
     states.load_weights(checkpoint, model)
     return model

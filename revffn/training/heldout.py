@@ -52,13 +52,18 @@ def coupled(model: PreTrainedModel, seed: int = 0) -> Iterator[None]:
 def response_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
     """Sum of the next-token losses in nats over the response tokens of a batch, and their number.
 
-    The head runs on the positions that count only: full logits would be most of the memory.
+    The head runs on the positions that count only: full logits would be most of the memory. It does so within the
+    model's own forward, whose call it is that gathers what is in shards.
     """
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    hidden_states = model.model(**inputs, use_cache=False).last_hidden_state
     labels = batch["labels"][:, 1:]
     counts = labels != IGNORED
-    logits = model.get_output_embeddings()(hidden_states[:, :-1][counts])
+    head = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda module, args: (args[0][:, :-1][counts],))
+    try:
+        logits = model(**inputs, use_cache=False).logits
+    finally:
+        handle.remove()
     return F.cross_entropy(logits.float(), labels[counts], reduction="sum"), int(counts.sum())
 
 

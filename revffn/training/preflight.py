@@ -28,6 +28,7 @@ from ..models.architectures import ARCHITECTURES, PREFIX
 from ..models.conversion import convert, coupling_parameters
 from ..models.losses import check_plain_loss
 from ..parallel.launch import check_launch, number_of_processes
+from ..parallel.shard import check_strategy
 from ..recipe import InputError, RunConfig
 from ..upstream import reports_to
 from . import resume
@@ -225,6 +226,7 @@ def check_model(config: RunConfig, hf_config: PreTrainedConfig, reversible: Reve
         try:
             with torch.device("meta"):
                 convert(model, reversible)
+            check_strategy(model, config.parallel.strategy, number_of_processes())
         except ValueError as error:
             raise InputError(f"{path}: {error}") from None
         if config.training.stage1_steps and not any(p.requires_grad for _, p in coupling_parameters(model)):

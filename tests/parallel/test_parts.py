@@ -13,12 +13,14 @@ from torch.distributed import PrefixStore, TCPStore
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from revffn.__main__ import main
+from revffn.command_line import load_run_config
 from revffn.models.router_choices import counted_tokens
 from revffn.parallel import peers
 from revffn.parallel.launch import check_launch, is_first
 from revffn.recipe import InputError
 from revffn.training import several
 from revffn.training.heldout import part_of
+from revffn.training.preflight import check
 
 
 def example(length: int, begin: int) -> dict[str, list[int]]:
@@ -88,6 +90,16 @@ def test_a_strategy_needs_a_launcher_that_says_where_to_meet():
     with pytest.raises(InputError, match="torchrun or accelerate launch"):
         check_launch("fsdp", {"SLURM_NTASKS": "2", "SLURM_PROCID": "0"})
     assert is_first({}) and not is_first(TORCHRUN)
+
+
+def test_experts_that_cannot_be_divided_are_refused_by_their_number(recipe_file, monkeypatch):
+    for name, value in {**TORCHRUN, "RANK": "0", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    recipe = recipe_file()
+    with pytest.raises(InputError, match="a number of processes that divides the 6 experts of a layer, got 4"):
+        check(load_run_config(recipe, ["--parallel.strategy", "ep"]), recipe)
+    with pytest.raises(InputError, match="training.batch_size=6 is of all 4 processes together"):
+        check(load_run_config(recipe, ["--parallel.strategy", "fsdp", "--training.batch_size", "6"]), recipe)
 
 
 SETTINGS = {

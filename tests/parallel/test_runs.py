@@ -23,7 +23,12 @@ WORKER = Path(__file__).with_name("worker.py")
 WEIGHTS, LOSS = 1e-5, 2e-6  # observed 1.6e-6 and 4.8e-7
 # In bf16: of a loss, relative, and of what all weights moved by.
 HALF_LOSS, HALF_WEIGHTS = 5e-3, 0.1  # observed 1.7e-3 and 0.031
-FAMILIES = {"qwen2_moe": dict(num_experts=8), "mixtral": dict(num_local_experts=8), "deepseek_v3": {}}
+FAMILIES = {
+    "qwen2_moe": ("qwen2_moe", dict(num_experts=8)),
+    "mixtral": ("mixtral", dict(num_local_experts=8)),
+    "deepseek_v3": ("deepseek_v3", {}),
+    "tied": ("qwen2_moe", dict(num_experts=8, tie_word_embeddings=True)),  # as SmolLM2 is
+}
 AFTER = ["--optimizer.in_backward", "false"]
 PACKED = ["--data.packing", "true", "--data.max_length", "96"]
 # Two stages: what trains changes when shards are there.
@@ -99,8 +104,8 @@ def recipes(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("recipes")
     (folder / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
     special = dict(vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=None, eos_token_id=2)
-    for family, experts in FAMILIES.items():
-        tiny_model(family, **special, **experts).save_pretrained(folder / family)
+    for family, (model_type, settings) in FAMILIES.items():
+        tiny_model(model_type, **special, **settings).save_pretrained(folder / family)
         tokenizer.save_pretrained(folder / family)
         # Nine examples in batches of four: an epoch's last batch cannot be divided evenly.
         (folder / f"{family}.yaml").write_text(
