@@ -15,7 +15,13 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 
-OF_FOLDER = {"update": "optimizer", "experts": "experts' glue", "streams": "streams", "dense": "norms, RoPE"}
+OF_FOLDER = {
+    "update": "optimizer",
+    "experts": "experts' glue",
+    "streams": "streams",
+    "anderson": "streams",
+    "dense": "norms, RoPE",
+}
 """What kernels in `revffn/ops/<folder>` are for."""
 RULES: tuple[tuple[str, str], ...] = (
     # The first that is found in a kernel's name, unless it is one of revffn/ops (`own_kernels`).

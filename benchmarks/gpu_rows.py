@@ -151,7 +151,9 @@ ROWS = [
         ("innovation_m2", dict(tile=8192)),
         ("innovation_m1", dict(seconds=12)),
         ("cross_branch_right", dict(tile=16384)),
-        ("cross_branch_left", dict(tile=16384, profile=True, seconds=40)),
+        ("cross_branch_right", dict()),
+        ("cross_branch_left", dict(tile=16384, profile=True, seconds=30)),
+        ("cross_branch_left", dict(profile=True, seconds=25)),
     ),
     *_rows(
         Q64,

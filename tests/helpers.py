@@ -22,7 +22,12 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import revffn
-from revffn.couplings.cross_branch.modules import cross_attention, half_feed_forward
+from revffn.couplings.cross_branch.modules import (
+    cross_attention,
+    half_feed_forward,
+    normed_key_value,
+    normed_query,
+)
 from revffn.engine.routing import RecordRouting, ReplayRouting
 from revffn.engine.sublayers import attention, feed_forward
 from revffn.engine.walk import Tile
@@ -231,7 +236,8 @@ def reference_layers(model, signs: Tensor | None):
                 start = hidden if layer.stream_maps is None else layer.stream_maps.entry(hidden)
                 state["left"], state["right"] = (on_grid(x, S) for x in start.chunk(2, dim=-1))
             query = state["left"] if config.cross_branch.query_stream == "left" else state["right"]
-            update = cross_attention(layer, read(query, dtype), read(state["right"], dtype), kwargs)
+            query = normed_query(layer, read(query, dtype))
+            update = cross_attention(layer, query, normed_key_value(layer, read(state["right"], dtype)), kwargs)
             state["left"] = wrapped(state["left"] + on_grid(update, S), S)
             update = half_feed_forward(layer, read(state["left"], dtype))
             state["right"] = wrapped(state["right"] + on_grid(update, S), S)

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 LIBRARY = torch.library.Library("revffn", "DEF")
 CHOICES = ("auto", "torch", "triton")
@@ -114,11 +115,10 @@ def ask(own: Callable[..., Any], reference: Callable[..., Any], arguments: tuple
     """
 
     def tensors(values: Any) -> list[torch.Tensor]:
-        values = values if isinstance(values, (tuple, list)) else (values,)
-        return [v for v in values if isinstance(v, torch.Tensor)]
+        return [v for v in tree_leaves(values) if isinstance(v, torch.Tensor)]
 
-    ours = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
-    theirs = [a.cpu().clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+    ours = tree_map_only(torch.Tensor, torch.clone, arguments)
+    theirs = tree_map_only(torch.Tensor, lambda a: a.cpu().clone(), arguments)
     found, expected = tensors(own(*ours)) + tensors(ours), tensors(reference(*theirs)) + tensors(theirs)
     for i, (a, b) in enumerate(zip(found, expected, strict=True)):
         a = a.cpu()

@@ -29,6 +29,21 @@ def round_to(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def to_int(x):
+    """Round half to even, to int32."""
+    floor = tl.floor(x)
+    rest = x - floor
+    low = floor.to(tl.int32)
+    up = (rest > 0.5) | ((rest == 0.5) & ((low & 1) == 1))
+    return low + up.to(tl.int32)
+
+
+@triton.jit
+def not_finite(x):
+    return ((x.to(tl.int32, bitcast=True) & 0x7F800000) == 0x7F800000).to(tl.int32)
+
+
+@triton.jit
 def pair_sums(x, ROWS: tl.constexpr, LANES: tl.constexpr):
     """(ROWS, LANES) -> (ROWS,): neighbours are added, then neighbouring sums, and so on; LANES is a power of two.
 

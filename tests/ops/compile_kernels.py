@@ -219,6 +219,19 @@ def stream_cases(model: str, dtype: torch.dtype, shift: int) -> Iterator[tuple[s
             yield "norm backward", partial(kernels.read_norm_backward, *given)
 
 
+def anderson_cases(model: str, dtype: torch.dtype, shift: int) -> Iterator[tuple[str, Callable[[], Any]]]:
+    from revffn.ops.anderson import kernels
+
+    H, T = MODELS[model]["D"] // 2, TOKENS.get(model, 4096)
+    new = partial(make, shift=shift)
+    update, x, step = (new(1, T, H, dtype=t) for t in (dtype, INT, F32))
+    scale, settled = new(H, dtype=F32), new(1, T, dtype=torch.bool)
+    for m in range(kernels.DEPTH + 1):
+        products = new(1, T, m + 1, m + 1, dtype=F32)
+        yield f"move, m={m}", partial(kernels.anderson_move, update, x, x, scale, [step] * m)
+        yield f"combine, m={m}", partial(kernels.anderson_combine, x, products, settled, [x] * m)
+
+
 def dense_cases(model: str, dtype: torch.dtype, shift: int) -> Iterator[tuple[str, Callable[[], Any]]]:
     from revffn.ops.dense import kernels
     from revffn.ops.dense.reference import TILE_CHANNELS
@@ -317,7 +330,13 @@ def update_kinds(place: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
                 yield True, 1e-3, rule, False, 2**40, 0
 
 
-FAMILIES = {"experts": expert_cases, "streams": stream_cases, "dense": dense_cases, "update": update_cases}
+FAMILIES = {
+    "experts": expert_cases,
+    "streams": stream_cases,
+    "anderson": anderson_cases,
+    "dense": dense_cases,
+    "update": update_cases,
+}
 
 Job = tuple[int, str, str, torch.dtype, int]
 

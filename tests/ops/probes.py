@@ -6,7 +6,7 @@ import torch
 
 from revffn.ops import dispatch
 
-for folder in ("streams", "dense", "update"):
+for folder in ("streams", "anderson", "dense", "update"):
     kernels, reference, probe = (
         importlib.import_module(f"revffn.ops.{folder}.{part}") for part in ("kernels", "reference", "probe")
     )

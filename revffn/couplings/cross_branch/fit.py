@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ...engine.sublayers import attention, feed_forward
 from ..observe import RIDGE, check_seen, ridge_weight, run_plain, tokens_of
-from .modules import full_cross_attention
+from .modules import full_cross_attention, normed_key_value, normed_query
 
 # Of the map in front of the final norm, on which no further layer builds.
 EXIT_RIDGE = 0.01
@@ -138,8 +138,8 @@ def fit_adapters(model: PreTrainedModel, seen: SeenStates) -> dict[str, Any]:
         for run in runs:
             kwargs = run.kwargs[k]
             middle = run.plain + attention(layer, layer.input_layernorm(run.plain), kwargs)
-            query = run.left if left else run.right
-            run.update = full_cross_attention(layer, query.to(dtype), run.right.to(dtype), kwargs)
+            query = normed_query(layer, (run.left if left else run.right).to(dtype))
+            run.update = full_cross_attention(layer, query, normed_key_value(layer, run.right.to(dtype)), kwargs)
             write.add(run.update, middle.double() @ seen.code.T - run.left, run.plain, run.mask)
             run.plain = middle
         adapters.attention_down.weight.copy_(write.solve(RIDGE)[0])

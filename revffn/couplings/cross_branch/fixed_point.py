@@ -18,10 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...ops.streams import Grid, pack_bits, quantize, unpack_bits
+from ...ops.anderson import DEPTH, combine, move
+from ...ops.streams import Grid, pack_bits, unpack_bits
 
-DEPTH = 5
-"""Differences that the accelerated iteration takes into account."""
 WIDTHS = (4, 8, 16)
 """Numbers of low bits that may be kept of each element."""
 WHOLE = 32
@@ -70,35 +69,23 @@ def solve(
         look: Stop when all tokens have converged, for which values are read. If not, there are `most` evaluations.
         depth: Differences to accelerate with.
     """
-    x, past = y, []
-    contraction = torch.zeros((), device=y.device)
+    scale, _ = grid.vectors(y)
+    x = y
+    steps: list[Tensor] = []
+    values: list[Tensor] = []
     for iteration in range(1, most + 1):
-        following = quantize(function(x), grid).neg_().add_(y)
-        step = (following - x).float()
-        converged = step.abs().amax(-1) <= limit
+        is_last = iteration == most
+        following, step, largest, products = move(function(x), x, y, scale, [] if is_last else steps)
+        size = products[..., -1, -1].sqrt()
         if iteration == 1:
-            first = step.norm(dim=-1)
-        else:
-            contraction = (step.norm(dim=-1) / first.clamp_min(1.0)).pow(1 / (iteration - 1)).amax()
-        if iteration == most or (look and bool(converged.all())):
+            first = size.clamp_min(1.0)
+        converged = largest <= limit
+        if is_last or (look and bool(converged.all())):
             break
-        x = torch.where(converged[..., None], following, accelerated(following, step, past))
-        past = [*past, (following, step)][-depth:]
+        x = combine(following, products, converged, values)
+        steps, values = [*steps, step][-depth:], [*values, following][-depth:]
+    contraction = (size / first).pow(1 / (iteration - 1)).amax() if iteration > 1 else size.new_zeros(())
     return Solution(following, iteration, contraction)
-
-
-def accelerated(following: Tensor, step: Tensor, past: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Of all combinations of the last iterations that one whose step would be the smallest."""
-    if not past:
-        return following
-    steps = torch.stack([step - its for _, its in past], -2)  # (..., m, H)
-    values = torch.stack([(following - its).float() for its, _ in past], -2)
-    gram = steps @ steps.mT
-    # Relative to each token's own size; a difference of nothing changes nothing.
-    gram = gram + torch.diag_embed(1e-6 * gram.diagonal(dim1=-2, dim2=-1) + 1e-20)
-    weights = torch.linalg.solve_ex(gram, steps @ step[..., None])[0]
-    change = (values * weights).sum(-2).nan_to_num(0.0, 0.0, 0.0)
-    return following - change.clamp(-(2.0**30), 2.0**30).round().to(torch.int32)
 
 
 # --- what a solution lacks -------------------------------------------------------------------------------------------

@@ -92,9 +92,8 @@ def queries_from(module: nn.Module, hidden: Tensor) -> Iterator[None]:
 def same_keys_and_values(layer: nn.Module) -> Iterator[None]:
     """While open, the attention is asked about other queries with the same right stream: the maps that make keys and
     values of it run once, and give what they gave."""
-    attn = layer.self_attn
-    maps = [getattr(attn, name, None) for name in layer.key_value_modules]
-    maps = [layer.coupling.key_value_up, *(module for module in maps if module is not None)]
+    maps = [getattr(layer.self_attn, name, None) for name in layer.key_value_modules]
+    maps = [module for module in maps if module is not None]
 
     def once(module: nn.Module) -> Callable[[Tensor], Tensor]:
         given: list[Tensor] = []
@@ -119,27 +118,27 @@ def same_keys_and_values(layer: nn.Module) -> Iterator[None]:
                 module.forward = forward
 
 
-def cross_attention(layer: nn.Module, x_query: Tensor, x_key_value: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    """P_down Attn(Q from N(P_up_q x_query), K and V from N(P_up_kv x_key_value)): (B, T, H) twice -> (B, T, H)."""
-    return layer.coupling.attention_down(full_cross_attention(layer, x_query, x_key_value, kwargs))
+def normed_query(layer: nn.Module, x: Tensor) -> Tensor:
+    """N(P_up_q x), of which queries are made: (B, T, H) -> (B, T, D)."""
+    return layer.input_layernorm(layer.coupling.query_up(x))
 
 
-def full_cross_attention(layer: nn.Module, x_query: Tensor, x_key_value: Tensor, kwargs: dict[str, Any]) -> Tensor:
+def normed_key_value(layer: nn.Module, x: Tensor) -> Tensor:
+    """N(P_up_kv x), of which keys and values are made: (B, T, H) -> (B, T, D)."""
+    return layer.input_layernorm(layer.coupling.key_value_up(x))
+
+
+def cross_attention(layer: nn.Module, query: Tensor, key_value: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """P_down Attn(Q from query, K and V from key_value): (B, T, D) twice -> (B, T, H)."""
+    return layer.coupling.attention_down(full_cross_attention(layer, query, key_value, kwargs))
+
+
+def full_cross_attention(layer: nn.Module, query: Tensor, key_value: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """The same without P_down: (B, T, D)."""
-    adapters, norm = layer.coupling, layer.input_layernorm
     attn = uncompiled(layer.self_attn)
-    query = norm(adapters.query_up(x_query))
-    key_value = norm(adapters.key_value_up(x_key_value))
     name = next(n for n in layer.query_modules if getattr(attn, n, None) is not None)
     with queries_from(getattr(attn, name), query):
         return first_tensor(attn._call_impl(hidden_states=key_value, **kwargs))
-
-
-def attention_of_queries(layer: nn.Module, x_query: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    """`cross_attention` where keys and values come from elsewhere: (B, T, H) -> (B, T, H)."""
-    query = layer.input_layernorm(layer.coupling.query_up(x_query))
-    attended = uncompiled(layer.self_attn)._call_impl(hidden_states=query, **kwargs)
-    return layer.coupling.attention_down(first_tensor(attended))
 
 
 def uncompiled(attn: nn.Module) -> nn.Module:
@@ -160,5 +159,6 @@ def forward_halves(layer: nn.Module, hidden_states: Tensor, kwargs: dict[str, An
     if layer.stream_maps is not None:
         hidden_states = layer.stream_maps.entry(hidden_states)
     x1, x2 = hidden_states.chunk(2, dim=-1)
-    y1 = x1 + cross_attention(layer, x1 if layer.coupling.query_stream == "left" else x2, x2, kwargs)
+    query = normed_query(layer, x1 if layer.coupling.query_stream == "left" else x2)
+    y1 = x1 + cross_attention(layer, query, normed_key_value(layer, x2), kwargs)
     return torch.cat([y1, x2 + half_feed_forward(layer, y1)], dim=-1)

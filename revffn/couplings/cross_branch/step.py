@@ -8,7 +8,7 @@ stream, the paper's form, x1 is the solution of a fixed point (fixed_point.py).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from ...engine.walk import Tile, Walk, is_concrete
 from ...ops.experts import GradientSum
 from ...ops.streams import quantize
 from .fixed_point import DEPTH, WHOLE, Solution, lack_of, limits, made_good, solve, usual_width
-from .modules import cross_attention, half_feed_forward, same_keys_and_values
+from .modules import cross_attention, half_feed_forward, normed_key_value, normed_query, same_keys_and_values
 
 
 class AdditiveStep(Function):
@@ -81,6 +81,16 @@ class LeftInverse:
         self.layer, self.walk, self.tile, self.grid = layer, walk, tile, walk.grids[0]
         self.width = self.iterations = 0
         self.measured: dict[str, float | Tensor] = {}
+        self.is_solving = False
+        self.key_value: Tensor | None = None
+
+    def other(self, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` makes of the other stream; once in an iteration, which does not change it."""
+        if not self.is_solving:
+            return make()
+        if self.key_value is None:
+            self.key_value = make()
+        return self.key_value
 
     def solve(self, y: Tensor, rng: Sequence[Tensor], evaluation: Evaluation, most: int, look: bool) -> Solution:
         other = self.tile.streams[1]
@@ -88,9 +98,14 @@ class LeftInverse:
         def attend(x: Tensor) -> Tensor:
             return evaluation.value(rng, x, other)[0]
 
-        # The iteration's own arithmetic is float32, whatever surrounds forward or backward; `value` has its own state.
-        with same_keys_and_values(self.layer), torch.autocast(y.device.type, enabled=False):
-            return solve(attend, y, self.grid, limits(y, self.walk.dtype), most, look)
+        self.is_solving = True
+        try:
+            # The iteration's own arithmetic is float32, whatever surrounds forward or backward; `value` has its own
+            # state.
+            with same_keys_and_values(self.layer), torch.autocast(y.device.type, enabled=False):
+                return solve(attend, y, self.grid, limits(y, self.walk.dtype), most, look)
+        finally:
+            self.is_solving, self.key_value = False, None
 
     def keep(self, x: Tensor, y: Tensor, evaluation: Evaluation) -> tuple[Tensor, ...]:
         """Forward: solve as backward will, and keep what the solution lacks of x (b, T, H)."""
@@ -128,13 +143,17 @@ def cross_branch_step(
     grid, dtype = walk.grids[0], walk.dtype  # the same for all states
 
     def attend_left(c1: Tensor, c2: Tensor, s1: Tensor, s2: Tensor) -> tuple[Tensor]:
-        x2 = Read.apply(c2, s2, grid, dtype)
-        x1 = Read.apply(c1, s1, grid, dtype)
-        return (cross_attention(layer, x1, x2, walk.fetch(kwargs_handle, tile)),)
+        def key_value() -> Tensor:
+            return normed_key_value(layer, Read.apply(c2, s2, grid, dtype))
+
+        made = key_value() if inverse is None else inverse.other(key_value)
+        query = normed_query(layer, Read.apply(c1, s1, grid, dtype))
+        return (cross_attention(layer, query, made, walk.fetch(kwargs_handle, tile)),)
 
     def attend_right(c2: Tensor, s2: Tensor) -> tuple[Tensor]:
         x2 = Read.apply(c2, s2, grid, dtype)
-        return (cross_attention(layer, x2, x2, walk.fetch(kwargs_handle, tile)),)
+        query, key_value = normed_query(layer, x2), normed_key_value(layer, x2)
+        return (cross_attention(layer, query, key_value, walk.fetch(kwargs_handle, tile)),)
 
     def feed(c1: Tensor, s1: Tensor) -> tuple[Tensor]:
         return (half_feed_forward(layer, Read.apply(c1, s1, grid, dtype), sums),)

@@ -12,28 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_parts import round_to, row_sum
+from ..triton_parts import not_finite, round_to, row_sum, to_int
 from . import reference
 from .reference import CHANNEL_SEED, ODD_FACTOR, ROWS_PER_PARTIAL, TOKEN_SEED
 
 SEED = tl.constexpr(TOKEN_SEED)
 FACTOR = tl.constexpr(ODD_FACTOR)
 LAUNCH = {"enable_fp_fusion": False}
-
-
-@triton.jit
-def _to_int(x):
-    """Round half to even, to int32."""
-    floor = tl.floor(x)
-    rest = x - floor
-    low = floor.to(tl.int32)
-    up = (rest > 0.5) | ((rest == 0.5) & ((low & 1) == 1))
-    return low + up.to(tl.int32)
-
-
-@triton.jit
-def _not_finite(x):
-    return ((x.to(tl.int32, bitcast=True) & 0x7F800000) == 0x7F800000).to(tl.int32)
 
 
 @triton.jit
@@ -82,8 +67,8 @@ def _add_update(update_ptr, now_ptr, scale_ptr, finer_ptr, out_ptr, flags_ptr, D
     now = tl.load(now_ptr + place + cols, mask=mask, other=0)
     scale = tl.load(scale_ptr + cols, mask=mask, other=1.0)
     finer = tl.load(finer_ptr + cols, mask=mask, other=0)
-    tl.store(out_ptr + place + cols, _to_int(update * scale) + (now << finer), mask=mask)
-    if tl.max(_not_finite(update), 0) != 0:
+    tl.store(out_ptr + place + cols, to_int(update * scale) + (now << finer), mask=mask)
+    if tl.max(not_finite(update), 0) != 0:
         tl.atomic_or(flags_ptr, 1)
 
 
@@ -110,16 +95,16 @@ def _innovation_move(
         mlp = tl.load(mlp_ptr + place, mask=mask, other=0.0).to(tl.float32)
         next_scale = tl.load(next_scale_ptr + cols, mask=mask, other=1.0)
         finer = tl.load(finer_ptr + cols, mask=mask, other=0)
-        bad |= _not_finite(mlp)
+        bad |= not_finite(mlp)
         innovation = prev - (cur >> finer)
         if HAS_PRED:
             pred = tl.load(pred_ptr + place, mask=mask, other=0.0).to(tl.float32)
             past_scale = tl.load(past_scale_ptr + cols, mask=mask, other=1.0)
-            bad |= _not_finite(pred)
-            innovation -= _to_int(pred * past_scale)
+            bad |= not_finite(pred)
+            innovation -= to_int(pred * past_scale)
         packed |= (innovation & ((1 << M) - 1)) << (q * M)
         middle = tl.load(middle_ptr + place, mask=mask, other=0)
-        following = middle + _to_int(mlp * next_scale) + (innovation >> M)
+        following = middle + to_int(mlp * next_scale) + (innovation >> M)
         tl.store(middle_ptr + place, following, mask=mask)
         following = tl.where(mask, following, 0)
         total += _mixed_slice(following, odd_ptr, q * width, width, BQ)
@@ -167,13 +152,13 @@ def _innovation_undo(
         mlp = tl.load(mlp_ptr + place, mask=mask, other=0.0).to(tl.float32)
         next_scale = tl.load(next_scale_ptr + cols, mask=mask, other=1.0)
         finer = tl.load(finer_ptr + cols, mask=mask, other=0)
-        prev = (following - middle - _to_int(mlp * next_scale)) << M
+        prev = (following - middle - to_int(mlp * next_scale)) << M
         prev |= (packed >> (q * M)) & ((1 << M) - 1)
         prev += cur >> finer
         if HAS_PRED:
             pred = tl.load(pred_ptr + place, mask=mask, other=0.0).to(tl.float32)
             past_scale = tl.load(past_scale_ptr + cols, mask=mask, other=1.0)
-            prev += _to_int(pred * past_scale)
+            prev += to_int(pred * past_scale)
         tl.store(out_ptr + place, prev, mask=mask)
         total += _mixed_slice(tl.where(mask, prev, 0), odd_ptr, q * width, width, BQ)
     tl.store(sum_ptr + row, _row_check(total, first_row + row))
