@@ -179,9 +179,10 @@ def of_depth(hf_config: PreTrainedConfig, num_layers: int) -> PreTrainedConfig:
     return hf_config
 
 
-def shallow(hf_config: PreTrainedConfig, method: Method) -> tuple[PreTrainedConfig, Method]:
-    """The same model with its special layers and three more (two at least for kinds that alternate, and the last)."""
-    num_layers = min(hf_config.num_hidden_layers, num_special_layers(hf_config, method) + 3)
+def shallow(hf_config: PreTrainedConfig, method: Method, more: int = 0) -> tuple[PreTrainedConfig, Method]:
+    """The same model with its special layers and three more (two at least for kinds that alternate, and the last), and
+    `more` than that."""
+    num_layers = min(hf_config.num_hidden_layers, num_special_layers(hf_config, method) + 3 + more)
     hf_config = of_depth(hf_config, num_layers)
     settings = method.reversible
     if settings is not None:
@@ -288,8 +289,18 @@ def measure(hf_config: PreTrainedConfig, method: Method, batch: int, tokens: int
     small_config, small_method = shallow(hf_config, replace(method, weights="device"))
     small = count(small_config, small_method)
     step = small_step(small_config, small_method, batch, tokens, num_special_layers(hf_config, method))
-    # Not of the last two: what they keep includes the streams, which move on.
     more_layers = hf_config.num_hidden_layers - small_config.num_hidden_layers
+    fixed = {"weights": full.weight_bytes, "optimizer": full.optimizer_bytes}
+    if more_layers and (method.router_aux_loss or method.router_z_loss):
+        # Losses that are made of all layers' routers at once take more with each, in nearly every phase.
+        deeper = small_step(*shallow(hf_config, small_method, 1), batch, tokens, num_special_layers(hf_config, method))
+        return {
+            phase: {part: size + more_layers * (deeper.phases[phase][part] - size) for part, size in parts.items()}
+            | fixed
+            for phase, parts in step.phases.items()
+            if phase in deeper.phases
+        }
+    # Not of the last two: what they keep includes the streams, which move on.
     kept = {name: more_layers * size for name, size in step.stored_per_layer[-3 if more_layers else -1].items()}
     held = {} if method.optimizer_in_backward else {"gradients": full.trainable_bytes - small.trainable_bytes}
     phases = {}
@@ -299,7 +310,7 @@ def measure(hf_config: PreTrainedConfig, method: Method, batch: int, tokens: int
         middle = max(kept, held, key=lambda d: sum(d.values()))
         more = {"embedding": {}, "middle": middle, "bottom": held, "optimizer": held}.get(where, kept)
         parts = {name: size + more.get(name, 0) for name, size in parts.items()}
-        phases[phase] = parts | {"weights": full.weight_bytes, "optimizer": full.optimizer_bytes}
+        phases[phase] = parts | fixed
     return phases
 
 

@@ -16,7 +16,7 @@ import copy
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from ..config import ReversibleConfig
 from ..engine.host_weights import HostWeights
 from ..models.conversion import convert, default_dtype, is_reversible
-from ..models.losses import use_linear_cross_entropy
+from ..models.losses import router_logits_of, router_z_loss, use_linear_cross_entropy
 from ..optim import OptimizerInBackward, parameter_groups
 from ..optim.rules import local_part
 from ..parallel.shard import expert_modules, shard
@@ -63,6 +63,10 @@ class Method:
     """False keeps all gradients until backward has ended."""
     linear_cross_entropy: bool = True
     """False computes full logits."""
+    router_aux_loss: bool = False
+    """Add the load-balancing loss, as transformers makes it."""
+    router_z_loss: bool = False
+    """Add the routers' z-loss; see `losses.router_z_loss`."""
     lora_rank: int | None = None
     """Train only low-rank updates of the attention's linear maps, of this rank; the model's weights are frozen."""
     dtype: torch.dtype = torch.bfloat16
@@ -388,7 +392,7 @@ def run_step(
     versions = {name: p._version for name, p in trainable.items()}
     try:
         with as_on_a_gpu(), no_garbage_collection(), counter:
-            one_step(model, batch, tokens, counter, hooks, optimizer)
+            one_step(model, batch, tokens, method, counter, hooks, optimizer)
             counter.begin("after")
             after_bytes = counter.live_bytes
             remaining = [s for s in counter.storages.values() if s.part not in ("weights", "optimizer")]
@@ -428,12 +432,17 @@ def run_step(
 
 
 def one_step(
-    model: PreTrainedModel, batch: int, tokens: int, counter: LiveBytes, hooks: Hooks, optimizer: Any
+    model: PreTrainedModel, batch: int, tokens: int, method: Method, counter: LiveBytes, hooks: Hooks, optimizer: Any
 ) -> None:
     """Forward, loss, backward, optimizer; what it makes dies with it."""
     counter.begin("embedding")
     input_ids = torch.randint(0, model.config.get_text_config().vocab_size, (batch, tokens))
-    loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+    asked = {"output_router_logits": True} if method.router_aux_loss else {}
+    wanted = router_logits_of(model) if method.router_z_loss else nullcontext()
+    with wanted as router_logits:
+        loss = model(input_ids=input_ids, labels=input_ids, use_cache=False, **asked).loss
+    if router_logits:
+        loss = loss + router_z_loss(router_logits.pop())
     counter.mark_stored()
     counter.begin("top")
     hooks.in_backward = True

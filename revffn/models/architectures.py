@@ -83,6 +83,13 @@ def num_dense_layers(hf_config: PreTrainedConfig) -> int:
     return (getattr(hf_config, name, 0) or 0) if name else 0
 
 
+def has_routers(hf_config: PreTrainedConfig) -> bool:
+    row = ARCHITECTURES.get(plain_model_type(hf_config.model_type))
+    if row is not None:
+        return row.router is not None
+    return any(getattr(hf_config.get_text_config(), name, None) for name in ("num_experts", "num_local_experts"))
+
+
 def find_architecture(model: PreTrainedModel) -> Architecture:
     """The row of a causal language model.
 

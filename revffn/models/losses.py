@@ -258,6 +258,22 @@ def linear_cross_entropy(
         return _LinearCrossEntropy.apply(hidden_ND, weight, bias, labels_N, scale, z_loss, ignore_index, chunk, grads)
 
 
+class _SquaredLogSumExp(torch.autograd.Function):
+    """(N, E) -> (N,), keeping nothing of (N, E) but its argument."""
+
+    @staticmethod
+    def forward(ctx, logits_NE: Tensor):
+        lse_N = logits_NE.to(torch.promote_types(logits_NE.dtype, torch.float32)).logsumexp(-1)
+        ctx.save_for_backward(logits_NE, lse_N)
+        return lse_N.square()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_N: Tensor):
+        logits_NE, lse_N = ctx.saved_tensors
+        return (logits_NE - lse_N[:, None]).exp_().mul_((2 * lse_N * grad_N)[:, None]).to(logits_NE.dtype)
+
+
 def router_z_loss(router_logits: Sequence[Tensor], attention_mask: Tensor | None = None) -> Tensor:
     """Mean over layers and tokens of `logsumexp(router logits)^2`, which keeps the logits small (ST-MoE,
     https://arxiv.org/abs/2202.08906, equation 5; there it is summed over layers).
@@ -269,15 +285,35 @@ def router_z_loss(router_logits: Sequence[Tensor], attention_mask: Tensor | None
     Returns:
         A float32 (float64 for float64 logits) scalar.
     """
-    each = []
-    for logits in router_logits:
-        logits = logits.reshape(-1, logits.shape[-1])
-        each.append(logits.to(torch.promote_types(logits.dtype, torch.float32)).logsumexp(-1).square())
+    each = [_SquaredLogSumExp.apply(logits.reshape(-1, logits.shape[-1])) for logits in router_logits]
     squares = torch.stack(each)
     if attention_mask is None:
         return squares.mean()
     counts = attention_mask.reshape(-1).to(squares)
     return (squares * counts).sum() / (len(each) * counts.sum())
+
+
+@contextmanager
+def router_logits_of(model: PreTrainedModel) -> Iterator[list[tuple[Tensor, ...]]]:
+    """While open, every forward of a causal LM adds its routers' logits, (B * T, E) a sparse layer, to the list.
+
+    Its backbone alone is asked for them: a causal LM that is asked makes its load-balancing loss too.
+    """
+    found: list[tuple[Tensor, ...]] = []
+
+    def ask(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        return args, kwargs | {"output_router_logits": True}
+
+    backbone = model.model
+    handles = (
+        backbone.register_forward_pre_hook(ask, with_kwargs=True),
+        backbone.register_forward_hook(lambda module, args, output: found.append(output.router_logits)),
+    )
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def check_plain_loss(model_type: str) -> None:

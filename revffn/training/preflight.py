@@ -24,7 +24,7 @@ from ..memory import disk
 from ..memory.answers import Plan, TileChoice
 from ..memory.plan import tiled
 from ..memory.simulation import Method
-from ..models.architectures import ARCHITECTURES, PREFIX
+from ..models.architectures import ARCHITECTURES, PREFIX, has_routers
 from ..models.conversion import convert, coupling_parameters
 from ..models.losses import check_plain_loss
 from ..parallel.launch import check_launch, number_of_processes
@@ -94,7 +94,7 @@ def check(config: RunConfig, recipe: Path | None = None) -> Run:
     split = load_split(config.data, recipe)
     check_layers(config.model.path)
     hf_config = load_hf(AutoConfig, config.model)
-    method = method_of(config)
+    method = method_of(config, hf_config)
     check_model(config, hf_config, method.reversible)
     tokenizer = load_tokenizer(config.model, [*split.training, *split.heldout])
     if len(tokenizer) > hf_config.get_text_config().vocab_size:
@@ -119,7 +119,7 @@ def check(config: RunConfig, recipe: Path | None = None) -> Run:
     check_batch(config)
     with disk.in_use():
         config = choose_weights(config, hf_config, rows[0], checkpoint)
-        method = method_of(config)
+        method = method_of(config, hf_config)
         config, tile = choose(config, hf_config, method, rows[0], checkpoint)
         method = tiled(method, config.reversible.tile_tokens)
         answer = check_memory(config, hf_config, method, rows[0])
@@ -274,13 +274,6 @@ def check_layers(path: str) -> None:
         if isinstance(number, int) and number > MOST_LAYERS:
             shown = str(number)[:20]
             raise InputError(f"{path}: config.json has num_hidden_layers={shown}. Accepted: to {MOST_LAYERS}.")
-
-
-def has_routers(hf_config: PreTrainedConfig) -> bool:
-    row = ARCHITECTURES.get(hf_config.model_type.removeprefix(PREFIX))
-    if row is not None:
-        return row.router is not None
-    return any(getattr(hf_config.get_text_config(), name, None) for name in ("num_experts", "num_local_experts"))
 
 
 def calibration(run: Run, num_tokens: int, model: PreTrainedModel) -> Iterator[dict[str, torch.Tensor]]:

@@ -46,8 +46,8 @@ def rehearsal(path: str, *passed_on: type[Exception]) -> Iterator[None]:
         ) from error
 
 
-def method_of(config: RunConfig) -> Method:
-    """A recipe in the planner's words; while the tile is not chosen, with the whole batch."""
+def method_of(config: RunConfig, hf_config: PreTrainedConfig) -> Method:
+    """A recipe in the planner's words, its second stage; while the tile is not chosen, with the whole batch."""
     if config.reversible.tile_tokens == "auto":
         config = with_tile(config, None)
     reversible = config.reversible.resolve(config.training.calibration_tokens > 0)
@@ -62,7 +62,20 @@ def method_of(config: RunConfig) -> Method:
         dtype=getattr(torch, config.model.dtype),
         weights="device" if config.memory.weights == "auto" else config.memory.weights,
         **shared_by(config),
+        **router_losses(config, hf_config),
     )
+
+
+def router_losses(config: RunConfig, hf_config: PreTrainedConfig) -> dict[str, bool]:
+    """Which losses of the routers are added, for the planner."""
+    training, text_config = config.training, hf_config.get_text_config()
+    balance = training.router_aux_loss_coef
+    if balance is None:
+        balance = getattr(text_config, "router_aux_loss_coef", 0.0) if training.freeze_router is False else 0.0
+    return {
+        "router_aux_loss": balance > 0 and hasattr(text_config, "output_router_logits"),
+        "router_z_loss": training.router_z_loss_coef > 0,
+    }
 
 
 def shared_by(config: RunConfig) -> dict[str, Any]:
@@ -96,7 +109,7 @@ def choose_weights(
         return on_device
     limit = limit_of(config) + (0 if torch.cuda.is_available() else RESERVE_BYTES)
     for attempt in (on_device, on_host):
-        method = method_of(attempt)
+        method = method_of(attempt, hf_config)
         chosen, _ = choose(attempt, hf_config, method, rows, checkpoint)
         method = tiled(method, chosen.reversible.tile_tokens)
         answer = plan(hf_config, planned_batch(config), longest_of(config, rows), method, with_alternatives=False)

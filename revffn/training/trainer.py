@@ -29,7 +29,7 @@ from ..files import append_line, new_folder, write_text
 from ..interrupts import Interrupts
 from ..memory.live_bytes import LiveBytes
 from ..models.conversion import is_reversible, reversible_report
-from ..models.losses import router_z_loss, use_linear_cross_entropy
+from ..models.losses import router_logits_of, router_z_loss, use_linear_cross_entropy
 from ..models.router_choices import counted_tokens
 from ..optim import OptimizerInBackward
 from ..parallel.processes import largest, rank, size, totals
@@ -119,9 +119,8 @@ class RevFFNTrainer(SFTTrainer):
         if is_sharded(model):
             # It would be wrapped in DistributedDataParallel.
             self.accelerator.prepare_model = lambda model, *args, **kwargs: model
-        if router_z_loss_coef and hasattr(model, "router_aux_loss_coef"):
-            # A model that is asked for its logits adds its load-balancing loss by itself.
-            model.router_aux_loss_coef = self.router_aux_loss_coef if self.aux_loss_enabled else 0.0
+        if hasattr(model, "router_aux_loss_coef"):
+            model.router_aux_loss_coef = self.router_aux_loss_coef  # what the model weighs the loss by
 
     def get_train_dataloader(self) -> DataLoader:
         loader = super().get_train_dataloader()
@@ -132,30 +131,34 @@ class RevFFNTrainer(SFTTrainer):
     ) -> Any:
         if not self.router_z_loss_coef or not self.model.training:
             return self.language_model_loss(model, inputs, return_outputs, num_items_in_batch)
-        # Of the backbone, because TRL's fused head does not pass them on. For other outputs TRL runs it once more.
-        seen: list[Any] = []
-        handle = self.model.model.register_forward_hook(lambda module, given, out: seen.append(out.router_logits))
-        try:
-            asked = inputs | {"output_router_logits": True}
-            found = self.language_model_loss(model, asked, return_outputs, num_items_in_batch)
-        finally:
-            handle.remove()
+        with router_logits_of(self.model) as seen:
+            found = self.language_model_loss(model, inputs, return_outputs, num_items_in_batch)
+        # For other outputs TRL runs the model once more.
         z_loss = router_z_loss(seen[0], inputs.get("attention_mask"))
         self._metrics["train"]["router_z_loss"].append(z_loss.item())
-        # A mean over the tokens of a forward pass, like the load-balancing loss: of several passes the mean too.
-        steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-        weighted = self.router_z_loss_coef / steps * z_loss
+        weighted = self.router_z_loss_coef * self.share_of_step(num_items_in_batch) * z_loss
         return (found[0] + weighted, *found[1:]) if return_outputs else found + weighted
+
+    def share_of_step(self, num_items_in_batch: Any) -> float:
+        """Of a loss that is a mean over the tokens of a forward pass: of several passes the mean is taken too."""
+        return 1 / self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1.0
 
     def language_model_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool, num_items_in_batch: Any
     ) -> Any:
-        # With a load-balancing loss TRL decides how the two are weighed.
-        if not self.linear_cross_entropy or return_outputs or self.aux_loss_enabled or not self.model.training:
+        if not self.linear_cross_entropy or return_outputs or not self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss = model(**inputs, use_cache=False, num_items_in_batch=num_items_in_batch).loss
+        asked = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        outputs = model(**inputs, **asked, use_cache=False, num_items_in_batch=num_items_in_batch)
+        loss = outputs.loss
+        balance = self.router_aux_loss_coef * outputs.aux_loss if self.aux_loss_enabled else 0.0
+        loss = loss - balance
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # averaged over processes, and a share of the sum already
+        if self.aux_loss_enabled:
+            loss = loss + self.share_of_step(num_items_in_batch) * balance
+            mean = self.accelerator.gather_for_metrics(outputs.aux_loss.detach()).mean()
+            self._metrics["train"]["aux_loss"].append(mean.item())
         counted = counted_tokens(inputs.get("attention_mask"), inputs.get("position_ids"))
         tokens = torch.ones_like(inputs["input_ids"]).sum() if counted is None else counted.sum()
         self._total_train_tokens += int(self.accelerator.gather(tokens).sum())

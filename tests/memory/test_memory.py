@@ -23,7 +23,7 @@ from revffn.memory.answers import ACCEPTED_ERROR, USUAL_TILE, Comparison
 from revffn.memory.live_bytes import PARTS
 from revffn.memory.plan import changed_method, check, choose_tile, plan, tiled, what_would_fit
 from revffn.memory.predict import Predictor, count
-from revffn.memory.simulation import Method
+from revffn.memory.simulation import Method, simulate_step
 from revffn.models import losses
 from revffn.models.known import known_models, load_config
 
@@ -131,6 +131,27 @@ def held(model, num_layers, batch, tokens, method):
     assert abs(comparison.relative_error) <= ACCEPTED_ERROR, comparison.table()
     assert comparison.problem is None, comparison.table()
     return answer
+
+
+@pytest.mark.parametrize("losses", [("router_aux_loss",), ("router_z_loss",), ("router_aux_loss", "router_z_loss")])
+def test_losses_of_the_routers_are_predicted(losses):
+    """What they add to the peak, which is little beside it, and grows with the depth."""
+    without = reversible(optimizer="sgd")
+    method = replace(without, **dict.fromkeys(losses, True))
+    more = []
+    for num_layers in (6, 9):
+        config = load_config("qwen3-30b-a3b", num_hidden_layers=num_layers)
+        predicted, simulated = (
+            kind(method) - kind(without)
+            for kind in (
+                lambda way, config=config: plan(config, 8, 256, way, with_alternatives=False).peak_bytes,
+                lambda way, config=config: simulate_step(config, 8, 256, way)["peak_bytes"],
+            )
+        )
+        assert predicted == pytest.approx(simulated, rel=0.01)
+        more.append(predicted)
+    logits = 8 * 256 * 128 * 2
+    assert more[0] >= 4 * logits and more[1] - more[0] >= 3 * logits
 
 
 @pytest.mark.parametrize("case", SMALL)

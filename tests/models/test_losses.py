@@ -440,3 +440,9 @@ def test_router_z_loss_is_the_formula():
     assert router_z_loss(layers, mask).item() == pytest.approx(sum(kept) / 12, rel=1e-12)
     assert torch.autograd.gradcheck(lambda *given: router_z_loss(given, mask), layers)
     assert router_z_loss([layer.bfloat16() for layer in layers]).dtype == torch.float32
+    half = [layer.detach().bfloat16().requires_grad_() for layer in layers]
+    found = torch.autograd.grad(router_z_loss(half, mask), half)
+    wide = [layer.detach().double().requires_grad_() for layer in half]
+    exact = torch.autograd.grad(router_z_loss(wide, mask), wide)
+    for ours, truth in zip(found, exact, strict=True):
+        torch.testing.assert_close(ours.double(), truth, rtol=2**-8, atol=1e-6)

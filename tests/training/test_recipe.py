@@ -297,7 +297,7 @@ def test_gpu_recipes_fit_the_memory_they_name(file):
     number, named = named.groups() if named else (None, re.search(r"GPU of (\d+ GB)", file.read_text())[1])
     gpus, limit = int(number or 1), parse_bytes(named.replace(" ", ""))
     assert (gpus > 1) == (config.parallel.strategy is not None)
-    method = method_of(with_tile(config, None))
+    method = method_of(with_tile(config, None), hf_config)
     if gpus > 1:
         assert f"torchrun --nproc-per-node {gpus} -m revffn train recipes/{file.name}" in file.read_text()
         method = replace(method, gpus=gpus, parallel=config.parallel.strategy)

@@ -275,7 +275,8 @@ def test_prediction_and_measurement_of_a_step(recipe_file):
     # The comparison is sharp enough to fail: eight times the tokens would be something else.
     config = load_run_config(recipe_file(), ["--reversible.tile_tokens", "64"])
     hf_config = AutoConfig.from_pretrained(config.model.path)
-    other = plan(hf_config, 8 * memory["batch"], memory["tokens"], method_of(config), with_alternatives=False)
+    method = method_of(config, hf_config)
+    other = plan(hf_config, 8 * memory["batch"], memory["tokens"], method, with_alternatives=False)
     assert other.peak_bytes > 1.05 * memory["measured_bytes"]
 
 
@@ -297,7 +298,9 @@ def test_tiles_are_chosen_once_and_recorded(recipe_file, capsys, monkeypatch):
     assert checked.config.reversible.tile_tokens is None and "whole batch" in str(checked.tile)
     tokens = checked.plan.tokens
     sizes = {
-        size: plan(hf_config, 16, tokens, method_of(with_tile(checked.config, size)), with_alternatives=False)
+        size: plan(
+            hf_config, 16, tokens, method_of(with_tile(checked.config, size), hf_config), with_alternatives=False
+        )
         for size in (None, 256)
     }
     assert sizes[256].peak_bytes < sizes[None].peak_bytes
@@ -398,6 +401,33 @@ def test_router_z_loss_is_added(recipe_file, tmp_path, words):
     assert line["router_z_loss"] > 0.1
     assert line["loss"] == pytest.approx(without["loss"] + 0.5 * line["router_z_loss"], rel=1e-5)
     assert line["grad_norm"] != without["grad_norm"]
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_the_load_balancing_loss_is_added(recipe_file, tmp_path, passes):
+    """Of several passes the mean; with linear cross-entropy, whose memory is the planned one."""
+    words = ["--training.freeze_router", "false", "--training.num_steps", "1", "--training.batch_size", "4"]
+    words += ["--training.gradient_accumulation_steps", str(passes), "--optimizer.in_backward", "false"]
+    coef = "--training.router_aux_loss_coef"
+    (without,) = metrics(run(recipe_file(), *words, coef, "0"))
+    (line,) = metrics(run(recipe_file(), *words, coef, "0.5", "--training.output_dir", str(tmp_path / "again")))
+    assert line["aux_loss"] > 0.5 and "aux_loss" not in without
+    assert line["loss"] == pytest.approx(without["loss"] + 0.5 * line["aux_loss"], rel=1e-5)
+    assert line["grad_norm"] != without["grad_norm"] and "entropy" not in line
+
+
+@pytest.mark.parametrize(
+    "words, losses",
+    [
+        ("", (False, False)),
+        ("--training.freeze_router false", (True, False)),  # as the model's config says
+        ("--training.freeze_router false --training.router_z_loss_coef 0.1", (True, True)),
+        ("--training.router_aux_loss_coef 0.1", (True, False)),
+    ],
+)
+def test_the_routers_losses_are_planned(recipe_file, words, losses):
+    method = check(load_run_config(recipe_file(), words.split())).method
+    assert (method.router_aux_loss, method.router_z_loss) == losses
 
 
 def test_router_z_loss_needs_routers_that_train(recipe_file, refused):
