@@ -85,9 +85,9 @@ def simulate(workload: Workload, strategy: str | None) -> dict:
     if strategy:
         dist.init_process_group("fake", rank=0, world_size=1, store=FakeStore())
     try:
-        method = method_of(strategy)
+        method, mesh = method_of(strategy), all_ranks("cpu") if strategy else None
         with FakeTensorMode():
-            model = build(workload.hf_config(), method, all_ranks("cpu") if strategy else None)
+            model = build(workload.hf_config(), method, mesh)
             result = run_step(model, workload.batch, workload.tokens, method)
     finally:
         if strategy:

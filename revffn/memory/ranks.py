@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import _redistribute, debug
 
 from ..parallel.shard import all_ranks
 
@@ -32,3 +33,13 @@ def one_of(size: int) -> Iterator[DeviceMesh | None]:
         yield all_ranks("cpu")
     finally:
         dist.destroy_process_group()
+        forget_meshes()
+
+
+def forget_meshes() -> None:
+    """Clear what DTensor remembers by mesh. A group of as many ranks that comes later has an equal one, and this
+    process may be another of its ranks, with shards of another size."""
+    for name in ("_clear_python_sharding_prop_cache", "_clear_fast_path_sharding_prop_cache"):
+        if hasattr(debug, name):  # the second came with the fast path
+            getattr(debug, name)()
+    _redistribute._gen_transform_infos.cache_clear()

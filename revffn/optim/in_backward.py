@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
@@ -38,7 +39,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..ops import update
 from ..ops.update import make_code_books
-from .rules import RULES, InOrder, Job, adafactor, adamw, local_part, make_state, mix, sgd, sharding, sum_over_shards
+from . import rules
+from .rules import RULES, InOrder, Job, local_part, make_state, mix, sharding, sum_over_shards
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +156,8 @@ class OptimizerInBackward(torch.optim.Optimizer):
             make_code_books(torch.device("cpu"))  # fails here rather than in the first backward
         self.rounding, self.chunk_bytes = rounding, chunk_bytes
         self.max_grad_norm, self.norm_decay = max_grad_norm, norm_decay
-        self._handles: dict[Tensor, Any] = {}
+        self._handles: dict[Tensor, tuple[Any, int]] = {}
+        """By hooked parameter: what removes the hook, and whose it is; see `attach`."""
         # Place among all parameters, group, place in the group. Groups are looked up: loading a state replaces them.
         self._places: dict[Tensor, tuple[int, int, int]] = {}
         self._code_books: dict[torch.device, Tensor] = {}
@@ -190,7 +193,8 @@ class OptimizerInBackward(torch.optim.Optimizer):
             self.attach()
 
     def attach(self) -> None:
-        """Hook every trainable parameter of the groups with `in_backward`; again after parameters were replaced.
+        """Hook every trainable parameter of the groups with `in_backward`; again after parameters were replaced, or
+        moved by `model.to()`, which takes the hooks of sharded ones away.
 
         Raises:
             ValueError: A parameter's dtype or sharding is not supported.
@@ -212,7 +216,7 @@ class OptimizerInBackward(torch.optim.Optimizer):
                 )
         for parameter in list(self._handles):
             if parameter not in self._places:
-                self._handles.pop(parameter).remove()
+                self._handles.pop(parameter)[0].remove()
         # Weak, so that parameter and optimizer do not keep each other alive.
         method = weakref.WeakMethod(self._step_in_backward)
 
@@ -221,13 +225,21 @@ class OptimizerInBackward(torch.optim.Optimizer):
                 step_in_backward(parameter)
 
         for parameter in self._places:
-            if self._group_of(parameter)["in_backward"] and parameter.requires_grad and parameter not in self._handles:
-                self._handles[parameter] = parameter.register_post_accumulate_grad_hook(hook)
+            handle, owner = self._handles.get(parameter, (None, None))
+            wanted = self._group_of(parameter)["in_backward"] and parameter.requires_grad
+            if not wanted or owner == parameter._cdata:
+                continue
+            if handle is None:
+                handle = parameter.register_post_accumulate_grad_hook(hook)
+            else:
+                # What autograd looks at was swapped (torch.utils.swap_tensors); the hooks stayed with the old one.
+                parameter._post_accumulate_grad_hooks = parameter._post_accumulate_grad_hooks
+            self._handles[parameter] = handle, parameter._cdata
 
     def detach(self) -> None:
         """Remove all hooks; gradients then stay until `step()`, which makes the updates."""
         while self._handles:
-            self._handles.popitem()[1].remove()
+            self._handles.popitem()[1][0].remove()
         for group in self.param_groups:
             group["in_backward"] = False
 
@@ -276,15 +288,22 @@ class OptimizerInBackward(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 value = closure()
-        self.attach()
         waiting = [p for p in self._places if p.grad is not None]
+        if self._stepped and (late := [p for p in waiting if p in self._handles]):
+            warnings.warn(
+                f"{len(late)} parameters ({self.name_of(late[0])}, ...) kept their gradients until step(): model.to() "
+                "takes hooks from sharded ones. They are hooked again; call optimizer.attach() after model.to().",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        self.attach()
         if waiting and not self._stepped:
             # Every gradient is here: look at all of them before the first weight moves.
             self._check({p: self._square(p) for p in waiting}, stepped=False)
         for parameter in waiting:
             if parameter in self._stepped:
                 raise RuntimeError(
-                    f"Parameter {self.name_of(parameter)} has stepped and holds another gradient.{of_copies()}"
+                    f"Parameter {self.name_of(parameter)} has stepped and holds another gradient.{rules.of_copies()}"
                 )
             self.step_parameter(parameter)
         squares, self._stepped, self._keep = self._stepped, {}, None
@@ -388,11 +407,11 @@ class OptimizerInBackward(torch.optim.Optimizer):
             (self.rounding == "stochastic", *noise, chunk_bytes),
         )
         if group["rule"] == "adafactor":
-            adafactor(job, rows, cols)
+            rules.adafactor(job, rows, cols)
         elif group["rule"] == "sgd":
-            sgd(job)
+            rules.sgd(job)
         else:
-            adamw(job, self._code_books.get(parameter.device))
+            rules.adamw(job, self._code_books.get(parameter.device))
         # Operations of ours do not tell autograd that they write.
         torch.autograd.graph.increment_version(parameter)
         parameter.grad = None
@@ -479,13 +498,3 @@ def _values(squares: dict[Tensor, Tensor]) -> list[float]:
 def _norm(squares: list[float]) -> float | None:
     # fsum is exact, so the order in which parameters stepped does not show.
     return math.sqrt(math.fsum(squares)) if squares else None
-
-
-def of_copies() -> str:
-    """What another gradient means where there are several processes."""
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() < 2:
-        return ""
-    return (
-        " DistributedDataParallel averages gradients over processes once they are made, and by then each parameter "
-        "has stepped in backward. Shard the model with FSDP2, or use OptimizerInBackward(in_backward=False)."
-    )

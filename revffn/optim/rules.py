@@ -177,3 +177,13 @@ def mix(*values: int) -> int:
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
         state ^= state >> 31
     return state >> 1
+
+
+def of_copies() -> str:
+    """What another gradient means where there are several processes."""
+    if not dist.is_initialized() or dist.get_world_size() < 2:
+        return ""
+    return (
+        " DistributedDataParallel averages gradients over processes once they are made, and by then each parameter "
+        "has stepped in backward. Shard the model with FSDP2, or use OptimizerInBackward(in_backward=False)."
+    )

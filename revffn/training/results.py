@@ -20,7 +20,7 @@ from ..memory.amounts import gib
 from ..memory.plan import plan
 from ..models.conversion import is_reversible, reversible_report
 from ..ops import dispatch
-from ..parallel.processes import rank
+from ..parallel.processes import rank, size
 from .best import evaluations_since_lowest, is_exhausted, lowest
 from .heldout import answer, coupled, heldout_loss, peak_bytes, step_bytes
 from .preflight import Run
@@ -96,8 +96,8 @@ class Results:
         """Bytes of a forward and backward of the model as it is now, for each size that the recipe asks for."""
         self.bytes[name] = []
         pad, device = self.run.tokenizer.pad_token_id, self.model.device
-        for size in self.run.config.evaluation.compare_checkpointing:
-            batch = next(batches(self.run.training[:size], size, pad, device))
+        for number in self.run.config.evaluation.compare_checkpointing:
+            batch = next(batches(self.run.training[:number], number, pad, device))
             sequences, tokens = batch["input_ids"].shape
             shape = {"batch": sequences, "tokens": tokens}
             self.bytes[name].append(shape | step_bytes(self.model, batch))
@@ -128,13 +128,15 @@ class Results:
         print(f"Model of step {step}, the lowest held-out loss of a checkpoint: {losses[step]:.4f} nats.", flush=True)
 
     def note_memory(self, trainer: RevFFNTrainer) -> None:
-        """Predicted against measured: of one step on a CPU, of the largest on a GPU."""
+        """Predicted against measured: of one step on a CPU, of the largest on a GPU. What several processes take is
+        planned before there is a group of them, for the longest step."""
         if self.run.plan is None:
             return
         predicted = self.run.plan
         if trainer.measured is not None:
             (batch, tokens), measured = trainer.measured
-            predicted = plan(self.run.hf_config, batch, tokens, self.run.method, with_alternatives=False)
+            if size() == 1:
+                predicted = plan(self.run.hf_config, batch, tokens, self.run.method, with_alternatives=False)
         elif torch.cuda.is_available():
             measured = torch.cuda.max_memory_allocated()
         else:

@@ -165,7 +165,7 @@ def train_stage(
             arguments,
             linear_cross_entropy=run.config.memory.linear_cross_entropy,
             router_z_loss_coef=config.router_z_loss_coef if stage == 2 else 0.0,
-            measure_step=stage == 2 and size() == 1 and not torch.cuda.is_available(),
+            measure_step=stage == 2 and not torch.cuda.is_available(),
             host_weights=store,
             loaded_from=run.checkpoint,
             optimizers=(optimizer, None),

@@ -119,6 +119,8 @@ class RevFFNTrainer(SFTTrainer):
         if is_sharded(model):
             # It would be wrapped in DistributedDataParallel.
             self.accelerator.prepare_model = lambda model, *args, **kwargs: model
+        if self.in_backward is not None:
+            self.in_backward.attach()  # the model has been moved to its device, wherever it was
         if hasattr(model, "router_aux_loss_coef"):
             model.router_aux_loss_coef = self.router_aux_loss_coef  # what the model weighs the loss by
 

@@ -21,6 +21,9 @@ import torch.distributed as dist
 from test_memory import benchmark, held
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group as fsdp
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import zeros as sharded_zeros
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig
 
 from revffn import ReversibleConfig
@@ -35,6 +38,7 @@ from revffn.memory.simulation import Method, build, run_step, simulate_step
 from revffn.memory.wire import wire
 from revffn.models.known import load_config
 from revffn.optim.rules import local_part
+from revffn.parallel.shard import all_ranks
 
 CASES = benchmark("several_gpus")
 KIB = 1024
@@ -355,6 +359,24 @@ def test_full_size(case):
     # As the file has it.
     known = json.loads(CASES.FILE.read_text())[CASES.name_of(case)]
     assert found["simulated"]["peak_bytes"] == pytest.approx(known["simulated"]["peak_bytes"], rel=ACCEPTED_ERROR)
+
+
+def test_no_trace_is_left_of_a_rank_that_was_planned():
+    """DTensor remembers results by mesh, and a later group of as many ranks has an equal one: as another rank of it
+    this process has other rows."""
+
+    def rows(mesh) -> int:
+        sharded = distribute_tensor(torch.zeros(97, 4), mesh, [Shard(0)], src_data_rank=None)
+        mesh = (sharded.detach() + 1).device_mesh
+        return sharded_zeros(97, device_mesh=mesh, placements=[Shard(0)]).to_local().numel()
+
+    with one_of(2) as mesh:
+        assert rows(mesh) == 49
+    dist.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
+    try:
+        assert rows(all_ranks("cpu")) == 48
+    finally:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ class LazyOptimizer(RealOptimizer):
 
     def __init__(self, model, method):
         super().__init__(model, method)
-        self.optimizer._handles.pop(model.get_output_embeddings().weight).remove()
+        self.optimizer._handles.pop(model.get_output_embeddings().weight)[0].remove()
         self.step = lambda: None
 
 

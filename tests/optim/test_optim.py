@@ -8,6 +8,7 @@ import copy
 import math
 import os
 import socket
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -330,6 +331,35 @@ def test_a_whole_model_on_fake_tensors(rule):
             optimizer.step()
         assert all(p.grad is None for p in model.parameters())
         assert len(optimizer.state) == len(list(model.parameters()))
+
+
+@pytest.fixture
+def moves_swap():
+    """Module.to() swaps parameters, as it always does where they are DTensors."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_a_move_that_takes_the_hooks_is_seen(moves_swap, again):
+    """Hooked again by `attach`; else gradients stay for one step, with a warning, and everything is updated."""
+    model, untouched = (tiny_model("qwen2_moe").train() for _ in range(2))
+    optimizer, other = (build("sgd", parameter_groups(m, 0.0), rounding="nearest") for m in (model, untouched))
+    model.model.layers[0].to("cpu")
+    if again:
+        optimizer.attach()
+    moved = {p for p in model.model.layers[0].parameters() if p.requires_grad}
+    for step in range(2):
+        for m in (model, untouched):
+            m(**tiny_batch(2, 11, seed=step)).loss.backward()
+        late = {p for p in model.parameters() if p.grad is not None}
+        assert late == (moved if step == 0 and not again else set())
+        with pytest.warns(RuntimeWarning, match=f"{len(moved)} parameters .* kept") if late else nullcontext():
+            optimizer.step()
+        other.step()
+    for ours, theirs in zip(model.parameters(), untouched.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def sharded_run(rank, port, folder):

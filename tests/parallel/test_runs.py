@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,11 @@ import torch
 from conftest import RECORDS
 from helpers import tiny_model
 from safetensors.torch import load_file
+from transformers import AutoConfig
+
+from revffn.command_line import load_run_config
+from revffn.memory.plan import plan
+from revffn.training.room import method_of
 
 WORKER = Path(__file__).with_name("worker.py")
 # Of a weight, absolute, and of a loss, relative; float32, CPU, 2026-11. Sums in another order, and four updates whose
@@ -192,6 +198,26 @@ def test_several_processes_train_what_one_trains(made, name):
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
         for key in ("router_entropy", "router_max_load", "router_idle_experts"):
             assert ours.get(key) == pytest.approx(theirs.get(key), rel=1e-6), key
+
+
+@pytest.mark.parametrize("name", [name for name, (_, _, options, *_) in RUNS.items() if AFTER[0] not in options])
+def test_no_gradient_outlives_backward(made, name):
+    """Those that are stepped in backward, experts' shards too."""
+    _, seen = made
+    assert all(step["kept"] == 0 for of_rank in seen[name] for step in of_rank["seen"])
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe-fsdp", "qwen2_moe-ep", "mixtral-ep", "qwen2_moe-fsdp-four"])
+def test_a_rank_takes_what_was_planned(made, recipes, name):
+    size, family, options, *_ = RUNS[name]
+    config = load_run_config(recipes / f"{family}.yaml", options)
+    hf_config = AutoConfig.from_pretrained(config.model.path)
+    method = replace(method_of(config, hf_config), gpus=size, parallel=config.parallel.strategy)
+    for of_rank in made[1][name]:
+        (batch, tokens), measured = next(step["measured"] for step in of_rank["seen"] if step["measured"])
+        predicted = plan(hf_config, batch * size, tokens, method, with_alternatives=False).peak_bytes
+        print(name, predicted, measured, measured / predicted)
+        assert measured == pytest.approx(predicted, rel=0.05)
 
 
 @pytest.mark.parametrize("name", ["qwen2_moe-fsdp", "qwen2_moe-ep-four", "ep-packed"])

@@ -88,7 +88,9 @@ def run(recipe, options, port, fault, seen):
         mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
         tokens = inputs["input_ids"][mask].tolist()
         seen.append({"shape": list(counts.shape), "tokens": sorted(tokens), "learnt": int(counts.sum())})
-        return before(self, model, inputs, *args, **kwargs)
+        loss = before(self, model, inputs, *args, **kwargs)
+        seen[-1] |= {"kept": sum(p.grad is not None for p in self.model.parameters()), "measured": self.measured}
+        return loss
 
     patch(trainer.RevFFNTrainer, "training_step", training_step)
     if fault:
