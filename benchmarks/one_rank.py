@@ -15,6 +15,7 @@ import json
 import statistics
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -98,9 +99,9 @@ def simulate(workload: Workload, strategy: str | None) -> dict:
 def line(name: str, case: dict) -> str:
     cells = []
     if "tokens_per_second" in case:
-        cells += [f"{case['tokens_per_second']:,.0f} tokens/s", f"peak {gib(case['peak_allocated_bytes'])} GiB"]
+        cells += [f"{case['tokens_per_second']:,.0f} tokens/s", f"peak {gib(case['peak_allocated_bytes'])}"]
     if "simulated" in case:
-        cells.append(f"simulated {gib(case['simulated']['peak_bytes'])} GiB")
+        cells.append(f"simulated {gib(case['simulated']['peak_bytes'])}")
     cells.append("losses " + ", ".join(f"{loss:.5f}" for loss in case.get("losses", ())))
     return f"{name:<8}" + "; ".join(cells)
 
@@ -112,10 +113,16 @@ def main() -> int:
     parser.add_argument("--only", choices=[strategy or ALONE for strategy in STRATEGIES])
     parser.add_argument("--simulate", action="store_true")
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--tokens", type=int, default=WORKLOAD.tokens, help="of a sequence")
+    parser.add_argument("--layers", type=int, help="of the model; all unless told")
+    parser.add_argument("--vocabulary", type=int, help="of the model; its own unless told")
     args = parser.parse_args()
-    workload = WORKLOAD.tiny() if args.tiny else WORKLOAD
+    given = {"num_hidden_layers": args.layers, "vocab_size": args.vocabulary}
+    workload = replace(WORKLOAD, tokens=args.tokens, overrides={k: v for k, v in given.items() if v})
+    workload = workload.tiny() if args.tiny else workload
     results = json.loads(args.out.read_text()) if args.out.exists() else {"cases": {}}
     results |= {"model": workload.model, "batch": workload.batch, "tokens": workload.tokens}
+    results["overrides"] = workload.overrides
     if not args.simulate:
         on_gpu = workload.device == "cuda"
         results["measured_with"] = provenance() | ({"commit": args.commit} if args.commit else {})

