@@ -146,8 +146,8 @@ def cross_branch_step(
         def key_value() -> Tensor:
             return normed_key_value(layer, Read.apply(c2, s2, grid, dtype))
 
-        made = key_value() if inverse is None else inverse.other(key_value)
         query = normed_query(layer, Read.apply(c1, s1, grid, dtype))
+        made = key_value() if inverse is None else inverse.other(key_value)
         return (cross_attention(layer, query, made, walk.fetch(kwargs_handle, tile)),)
 
     def attend_right(c2: Tensor, s2: Tensor) -> tuple[Tensor]:
