@@ -14,7 +14,6 @@ import gc
 import json
 import statistics
 import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -127,8 +126,8 @@ def main() -> int:
         on_gpu = workload.device == "cuda"
         results["measured_with"] = provenance() | ({"commit": args.commit} if args.commit else {})
         results["device"] = torch.cuda.get_device_name() if on_gpu else "cpu"
-        store = dist.FileStore(tempfile.mktemp(), 1)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", rank=0, world_size=1, store=store)
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
     for strategy in STRATEGIES:
         name = strategy or ALONE
         if args.only not in (None, name):
