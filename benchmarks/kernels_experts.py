@@ -178,7 +178,10 @@ def measure(shape: tuple[int, int, int, int], tokens: int, device: torch.device,
         product = grouped_mm(rows, gate_up.transpose(1, 2), offs)
         gate = (None, None, problem.weight, order, *Gate().arguments())
         act = expert_gate(product, *gate)
-        total, total_down = (torch.zeros_like(matrix, dtype=torch.float32) for matrix in (gate_up, down))
+        halves, halves_down = (
+            (torch.zeros_like(matrix), torch.zeros_like(matrix, dtype=torch.uint8)) for matrix in (gate_up, down)
+        )
+        total = torch.zeros_like(gate_up, dtype=torch.float32)
         weights, add_product = torch.zeros_like(gate_up), torch.ops.revffn.add_product_to_sum
         parts = {
             "product up": lambda: grouped_mm(rows, gate_up.transpose(1, 2), offs),
@@ -187,8 +190,9 @@ def measure(shape: tuple[int, int, int, int], tokens: int, device: torch.device,
             "product d rows": lambda: grouped_mm(product, gate_up, offs),
             "product d down": lambda: grouped_mm_weight(grad, act, offs),
             "product d up": lambda: grouped_mm_weight(product, rows, offs),
-            "d down, added to its sum": lambda: add_product(grad, act, offs, total_down, False),
-            "d up, added to its sum": lambda: add_product(product, rows, offs, total, False),
+            "d down, added to its sum": lambda: add_product(grad, act, offs, *halves_down, False, False),
+            "d up, added to its sum": lambda: add_product(product, rows, offs, *halves, False, False),
+            "d up, added to its sum and rounded": lambda: add_product(product, rows, offs, *halves, False, True),
             "sort": lambda: expert_sort(problem.index, E),
             "gather": lambda: expert_gather(problem.x, place),
             "gate": lambda: expert_gate(product, *gate),

@@ -1,7 +1,7 @@
 """A decoder layer's own sublayers, called one by one.
 
 The sublayers are the Hugging Face modules, untouched. Expert parameters can be used by several tiles in one pass:
-their gradients are added up in float32 and rounded once (`expert_sums`).
+their gradients are added up unrounded and rounded once (`expert_sums`).
 """
 
 # B = batch, T = tokens, D = hidden size, E = experts

@@ -9,13 +9,33 @@ import triton.language as tl
 
 
 @triton.jit
-def round_to_bf16(x):
-    """float32 -> bf16, to nearest even. NaN stays NaN, infinity stays infinity."""
+def bf16_bits(x):
+    """float32 -> the bits of bf16 in the upper half of int32, to nearest even, and anything in the lower half. NaN
+    stays NaN, infinity stays infinity."""
     bits = x.to(tl.int32, bitcast=True)
     rounded = bits + 0x7FFF + ((bits >> 16) & 1)
-    is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
-    rounded = tl.where(is_nan, bits | 0x400000, rounded) & -65536
-    return rounded.to(tl.float32, bitcast=True).to(tl.bfloat16)
+    return tl.where((bits & 0x7FFFFFFF) > 0x7F800000, bits | 0x400000, rounded)
+
+
+@triton.jit
+def round_to_bf16(x):
+    """float32 -> bf16, as `bf16_bits` says."""
+    return (bf16_bits(x) & -65536).to(tl.float32, bitcast=True).to(tl.bfloat16)
+
+
+@triton.jit
+def split_24(x):
+    """float32 -> its first 16 bits as int16 and the next 8 as uint8, rounded to nearest even. NaN stays NaN."""
+    bits = x.to(tl.int32, bitcast=True)
+    rounded = bits + 0x7F + ((bits >> 8) & 1)
+    rounded = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, bits | 0x400000, rounded)
+    return (rounded >> 16).to(tl.int16), ((rounded >> 8) & 0xFF).to(tl.uint8)
+
+
+@triton.jit
+def join_24(high, low):
+    """What `split_24` has split."""
+    return ((high.to(tl.int32) << 16) | (low.to(tl.int32) << 8)).to(tl.float32, bitcast=True)
 
 
 @triton.jit

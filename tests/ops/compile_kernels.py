@@ -189,9 +189,10 @@ def expert_cases(model: str, dtype: torch.dtype, shift: int) -> Iterator[tuple[s
         yield "sum", partial(kernels.add_to_sum, new(E, C, R, dtype=F32), grad)
         yield "sum, last", partial(kernels.finish_sum, new(E, C, R, dtype=F32), grad)
         if dtype == BF16 and not shift and C % 8 == R % 8 == 0:  # as PyTorch's grouped product asks for
-            pair, total = (new(S, C, dtype=dtype), new(S, R, dtype=dtype), offs), new(E, C, R, dtype=F32)
-            for begins in (True, False):
-                yield "products", partial(kernels.add_product_to_sum, *pair, total, begins)
+            pair = new(S, C, dtype=dtype), new(S, R, dtype=dtype), offs
+            total = new(E, C, R, dtype=BF16), new(E, C, R, dtype=torch.uint8)
+            for place in ((True, False), (False, False), (False, True)):
+                yield "products", partial(kernels.add_product_to_sum, *pair, *total, *place)
 
 
 def stream_cases(model: str, dtype: torch.dtype, shift: int) -> Iterator[tuple[str, Callable[[], Any]]]:

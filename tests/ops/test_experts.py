@@ -205,15 +205,15 @@ def over_tiles(given: dict[str, Tensor], grad: Tensor, num_tiles: int) -> dict[s
     return {name: p.grad for name, p in parameters.items()}
 
 
-def tiled_problem(dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor]:
-    SHAPES["tiles"] = (512, 2, 4, 32, 16)
-    given = problem("tiles", dtype, True, False)
-    return given, torch.randn(512, 32, generator=torch.Generator().manual_seed(3)).to(dtype)
+def tiled_problem(dtype: torch.dtype, seed: int = 0) -> tuple[dict[str, Tensor], Tensor]:
+    SHAPES["tiles"] = (512, 2, 4, 128, 64)
+    given = problem("tiles", dtype, True, False, seed)
+    return given, torch.randn(512, 128, generator=torch.Generator().manual_seed(seed + 3)).to(dtype)
 
 
-def errors(num_tiles: int, dtype: torch.dtype) -> dict[str, float]:
+def errors(num_tiles: int, dtype: torch.dtype, seed: int) -> dict[str, float]:
     """Root mean square errors of the parameters' gradients against float64."""
-    given, grad = tiled_problem(dtype)
+    given, grad = tiled_problem(dtype, seed)
     ours = over_tiles(given, grad, num_tiles)
     exact = in_float64(given)
     out = experts(**exact)
@@ -221,24 +221,51 @@ def errors(num_tiles: int, dtype: torch.dtype) -> dict[str, float]:
     return {n: float((ours[n].double() - wide[n]).norm() / wide[n].norm()) for n in ours}
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_sixteen_tiles_are_as_good_as_one(dtype):
-    """In bf16 nothing is rounded between tiles, so that the one rounding at the end is all the error. In float32 a
-    tile's own sums are rounded to float32 too (observed 0.69 to 1.17 times)."""
-    limit = 1.0001 if dtype == torch.bfloat16 else 1.25
-    one, sixteen = errors(1, dtype), errors(16, dtype)
-    for name in one:
-        assert sixteen[name] <= limit * one[name] + 1e-15, (name, one[name], sixteen[name])
+def sixteen_against_one(dtype: torch.dtype) -> dict[str, float]:
+    """The errors with 16 tiles as multiples of those with one, mean of six problems."""
+    ratios = []
+    for seed in range(6):
+        one, sixteen = (errors(n, dtype, seed) for n in (1, 16))
+        ratios.append({n: sixteen[n] / one[n] for n in one})
+    return {n: sum(r[n] for r in ratios) / len(ratios) for n in ratios[0]}
 
 
-def test_rounding_between_tiles_would_be_noticed(monkeypatch):
-    def rounded(a: Tensor, b: Tensor, offs: Tensor, total: Tensor, begins: bool) -> None:
-        product = reference.grouped_mm_weight(a, b, offs).float()
-        total.copy_(product) if begins else total.add_(product)
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1.001), (torch.bfloat16, 1.0005)], ids=["float32", "bf16"])
+def test_sixteen_tiles_are_as_good_as_one(dtype, limit):
+    """In bf16 the sum's 24 bits should make 16 tiles' errors 1.00006 of one's, and a few values fall on the other side
+    of the last rounding by chance (observed 0.9996 to 1.0000; float32 0.77 to 1.0003)."""
+    for name, ratio in sixteen_against_one(dtype).items():
+        assert ratio <= limit, (name, ratio)
 
+
+def test_sixteen_tiles_in_float64():
+    assert max(errors(16, torch.float64, 0).values()) < 2e-15
+
+
+@pytest.mark.parametrize("kept_bits", [16, 20])
+def test_rounding_between_tiles_would_be_noticed(monkeypatch, kept_bits):
+    def rounded(a, b, offs, high, low, begins, ends) -> None:
+        true(a, b, offs, high, low, begins, ends)
+        if not ends:
+            low.bitwise_and_((0xFF << (24 - kept_bits)) & 0xFF)
+
+    true = implementation.add_product_to_sum
     monkeypatch.setattr(implementation, "add_product_to_sum", rounded)
-    one, sixteen = errors(1, torch.bfloat16), errors(16, torch.bfloat16)
-    assert sixteen["gate_up"] > 1.1 * one["gate_up"] and sixteen["down"] > 1.1 * one["down"]
+    ratios = sixteen_against_one(torch.bfloat16)
+    assert ratios["gate_up"] > 1.005 and ratios["down"] > 1.005
+
+
+def test_a_sum_keeps_24_bits_to_nearest_even():
+    x = torch.tensor([0.0, -0.0, 1.0, -1.5, 1 + 2.0**-15, 1 + 2.0**-16, 1 + 3 * 2.0**-16, 1e-40, 3.4028e38])
+    x = torch.cat([x, torch.randn(1000, generator=torch.Generator().manual_seed(1)), torch.tensor([torch.inf])])
+    high, low = torch.empty_like(x, dtype=torch.bfloat16), torch.empty_like(x, dtype=torch.uint8)
+    reference.split_24(x.clone(), high, low)
+    found = reference.join_24(high, low)
+    scale = 2.0 ** (x.double().abs().clamp_min(2.0**-126).log2().floor() - 15)
+    expected = torch.where(x.isinf(), x.double(), (x.double() / scale).round() * scale)  # half to even
+    assert torch.equal(found, expected.float())
+    reference.split_24(torch.tensor([torch.nan, -torch.nan]), high[:2], low[:2])
+    assert reference.join_24(high[:2], low[:2]).isnan().all()
 
 
 def test_one_tile_with_sums_is_the_product_itself():

@@ -42,7 +42,9 @@ BREAKS = {
     "end of a sum": ("sum", "mask = at < N", "mask = at < N - 1"),
     "end of an expert's rows": ("products", "inside = (k < end - start)[:, None]", "inside = (k < BK)[:, None]"),
     "what was there": ("products", "if not BEGINS:", "if BEGINS:"),
-    "column of blocks": ("products", "n + BN, M, N", "n, M, N"),
+    "column of blocks": ("products", "right, m, n + BN, M, N", "right, m, n, M, N"),
+    "low bits": ("products", "tl.store(low_ptr + at, low, mask=mask)", "tl.store(low_ptr + at, low ^ 1, mask=mask)"),
+    "one rounding at the end": ("products", "bf16_bits(part) >> 16", "part.to(tl.int32, bitcast=True) >> 16"),
     "rounding": ("sum", "round_to(total, grad_ptr.dtype.element_ty)", "total.to(grad_ptr.dtype.element_ty)"),
 }  # fmt: skip
 
@@ -93,15 +95,21 @@ def cases(reference, kernels, only: str | None = None) -> dict[str, bool]:
         return added.nan_to_num(12345.0), finished.nan_to_num(12345.0)
 
     def products(module):
-        begun, added = torch.full_like(start, 1000.0), start.clone()
-        module.add_product_to_sum(*pair, ends, begun, True)
-        module.add_product_to_sum(*pair, ends, added, False)
-        return begun, added
+        made = []
+        for begins, last in ((True, False), (False, False), (False, True)):
+            high, low = start_high.clone(), start_low.clone()
+            module.add_product_to_sum(*pair, ends, high, low, begins, last)
+            made.append(high.float() if last else reference.join_24(high, low))
+        assert module is not reference or all(found.isnan().any() for found in made[1:])
+        return [found.nan_to_num(12345.0, 1e39, -1e39) for found in made]
 
     # Whole numbers: their sums are the same in every order; the interpreter's products know no bf16. Rows behind the
     # last expert's belong to nobody.
     pair = [torch.randint(-8, 9, (80, n)).half() for n in (40, 72)]
-    ends, start = torch.tensor([20, 20, 23, 60, 60], dtype=torch.int32), torch.randint(-9, 9, (5, 40, 72)).float()
+    ends, start = torch.tensor([20, 20, 23, 60, 60], dtype=torch.int32), torch.randn(5, 40, 72) * 100
+    start[0, 3, 5], start[3, 7, 2], start[4, 1, 1] = float("nan"), float("inf"), torch.finfo(torch.float32).max
+    start_high, start_low = torch.empty_like(start, dtype=torch.bfloat16), torch.empty_like(start, dtype=torch.uint8)
+    reference.split_24(start, start_high, start_low)
 
     try:
         compare("products", products)

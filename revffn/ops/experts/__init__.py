@@ -45,7 +45,11 @@ class Gate:
 
 
 class GradientSum:
-    """The gradient of one expert parameter summed over its uses, in float32 (float64 for float64 parameters).
+    """The gradient of one expert parameter summed over its uses.
+
+    A sum of products of bf16 is kept in 24 of float32's bits, three bytes an element: a sign, an exponent and 16
+    binary digits, 8 more than bf16 has. The last product is added in the memory of the sum's first 16 bits, which then
+    are the gradient. Other gradients are added in float32 (float64 for float64 parameters).
 
     Args:
         num_uses: Gradients that will come. With one there is nothing to sum and nothing is kept.
@@ -53,23 +57,25 @@ class GradientSum:
 
     def __init__(self, num_uses: int):
         self.num_uses, self.seen = num_uses, 0
-        self.total: Tensor | None = None
+        self.total: Tensor | tuple[Tensor, Tensor] | None = None
 
     def add_product(self, a: Tensor, b: Tensor, offs: Tensor) -> Tensor | None:
-        """The same of a^T b of every expert's rows (bf16), which is not rounded before it is added."""
+        """Take a^T b of every expert's rows (bf16), which is not rounded before it is added; with the last use, return
+        the sum rounded once to bf16."""
         self.seen += 1
         if self.num_uses == 1:
             self.seen = 0
             return grouped_mm_weight(a, b, offs)
-        begins = self.total is None
+        begins, ends = self.total is None, self.seen == self.num_uses
         if begins:
             shape = (offs.shape[0], a.shape[1], b.shape[1])
-            self.total = torch.empty(shape, dtype=torch.float32, device=a.device)
-        add_product_to_sum(a, b, offs, self.total, begins)
-        if self.seen < self.num_uses:
+            self.total = a.new_empty(shape), a.new_empty(shape, dtype=torch.uint8)
+        high, low = self.total
+        add_product_to_sum(a, b, offs, high, low, begins, ends)
+        if not ends:
             return None
-        total, self.total, self.seen = self.total, None, 0
-        return total.to(a.dtype)
+        self.total, self.seen = None, 0
+        return high
 
     def add(self, grad: Tensor, dtype: torch.dtype) -> Tensor | None:
         """Take one use's gradient, which is overwritten; with the last, return their sum rounded once to `dtype`."""
@@ -181,7 +187,7 @@ finish_sum = register(
     _supports_sum,
 )
 add_product_to_sum = register(
-    "add_product_to_sum(Tensor a, Tensor b, Tensor offs, Tensor(a!) total, bool begins) -> ()",
+    "add_product_to_sum(Tensor a, Tensor b, Tensor offs, Tensor(a!) high, Tensor(b!) low, bool begins, bool ends) -> ()",
     reference.add_product_to_sum,
     lambda *_: None,
     kernel_of(__name__, "add_product_to_sum"),

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_parts import pair_sums, round_to
+from ..triton_parts import bf16_bits, join_24, pair_sums, round_to, split_24
 from . import reference
 from .reference import COLUMN_LANES, ROW_LANES, lanes_for
 
@@ -333,18 +333,23 @@ and tokens of one step of its sum."""
 
 
 @triton.jit
-def _add_part(total_ptr, part, m, n, M, N, BEGINS: tl.constexpr):
-    at = total_ptr + m[:, None] * N + n[None, :]
+def _add_part(high_ptr, low_ptr, part, m, n, M, N, BEGINS: tl.constexpr, ENDS: tl.constexpr):
+    at = m[:, None] * N + n[None, :]
     mask = (m < M)[:, None] & (n < N)[None, :]
     if not BEGINS:
-        part += tl.load(at, mask=mask, other=0.0)
-    tl.store(at, part, mask=mask)
+        part += join_24(tl.load(high_ptr + at, mask=mask, other=0), tl.load(low_ptr + at, mask=mask, other=0))
+    if ENDS:
+        tl.store(high_ptr + at, (bf16_bits(part) >> 16).to(tl.int16), mask=mask)
+    else:
+        high, low = split_24(part)
+        tl.store(high_ptr + at, high, mask=mask)
+        tl.store(low_ptr + at, low, mask=mask)
 
 
 @triton.jit
 def _products(
-    a_ptr, b_ptr, offs_ptr, total_ptr, M, N,
-    BEGINS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    a_ptr, b_ptr, offs_ptr, high_ptr, low_ptr, M, N,
+    BEGINS: tl.constexpr, ENDS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """One expert's BM rows and 2 BN columns a program: as two halves, so that the sum of one is in registers while
     what it is added to is read."""
@@ -354,7 +359,8 @@ def _products(
     begin = tl.load(offs_ptr + expert - 1, mask=expert > 0, other=0)
     end = tl.load(offs_ptr + expert)
     # Distances within one expert's matrix and within BK rows are less than 2^31.
-    total_ptr += expert.to(tl.int64) * M * N
+    high_ptr += expert.to(tl.int64) * M * N
+    low_ptr += expert.to(tl.int64) * M * N
     a_ptr += begin.to(tl.int64) * M
     b_ptr += begin.to(tl.int64) * N
     k = tl.arange(0, BK)
@@ -369,15 +375,20 @@ def _products(
         right = tl.dot(a, tl.load(at + BN, mask=inside & (n + BN < N)[None, :], other=0.0), right)
         a_ptr += BK * M
         b_ptr += BK * N
-    _add_part(total_ptr, left, m, n, M, N, BEGINS)
-    _add_part(total_ptr, right, m, n + BN, M, N, BEGINS)
+    _add_part(high_ptr, low_ptr, left, m, n, M, N, BEGINS, ENDS)
+    _add_part(high_ptr, low_ptr, right, m, n + BN, M, N, BEGINS, ENDS)
 
 
-def add_product_to_sum(a: Tensor, b: Tensor, offs: Tensor, total: Tensor, begins: bool) -> None:
-    E, M, N = total.shape
+def add_product_to_sum(
+    a: Tensor, b: Tensor, offs: Tensor, high: Tensor, low: Tensor, begins: bool, ends: bool
+) -> None:
+    E, M, N = high.shape
     BM, BN, BK = next(block for least, block in PRODUCT_BLOCKS.items() if most_shared_memory(a.device) >= least)
     grid = (triton.cdiv(M, BM) * triton.cdiv(N, 2 * BN), E)
-    _products[grid](a, b, offs, total, M, N, begins, BM, BN, BK, num_warps=8, num_stages=4, enable_fp_fusion=False)
+    _products[grid](
+        a, b, offs, high.view(torch.int16), low, M, N, begins, ends, BM, BN, BK,
+        num_warps=8, num_stages=4, enable_fp_fusion=False,
+    )  # fmt: skip
 
 
 SUM_BLOCK = 2048

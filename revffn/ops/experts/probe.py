@@ -15,5 +15,6 @@ def arguments(device: torch.device) -> dict[str, tuple[Any, ...]]:
         return torch.randint(-8, 9, shape, generator=numbers).to(device, dtype)
 
     offs = torch.tensor([70, 70, 73, 200], dtype=torch.int32, device=device)
-    total = whole(4, 136, 264, dtype=torch.float32)
-    return {"add_product_to_sum": (whole(200, 136), whole(200, 264), offs, total, False)}
+    high, low = whole(4, 136, 264), whole(4, 136, 264).view(torch.int16).to(torch.uint8)
+    given = whole(200, 136), whole(200, 264), offs, high, low, False
+    return {"add_product_to_sum": (*given, False), "add_product_to_sum last": (*given, True)}

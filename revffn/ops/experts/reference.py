@@ -228,20 +228,43 @@ def grouped_mm_weight(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
     return out
 
 
-def add_product_to_sum(a: Tensor, b: Tensor, offs: Tensor, total: Tensor, begins: bool) -> None:
-    """total += a^T b of each expert's rows, products and sum in float32; `begins`: `total` holds nothing yet.
+def split_24(x: Tensor, high: Tensor, low: Tensor) -> None:
+    """float32 `x` -> its first 16 bits in bf16 `high` and the next 8 in uint8 `low`, rounded to nearest even. NaN stays
+    NaN."""
+    bits = x.view(torch.int32)
+    rounded = (bits >> 8).bitwise_and_(1).add_(0x7F).add_(bits)
+    bits = torch.where(x.isnan(), bits | 0x400000, rounded)
+    high.view(torch.int16).copy_(bits >> 16)
+    low.copy_((bits >> 8).bitwise_and_(0xFF))
 
-    (S, M), (S, N) bf16; total (E, M, N) float32.
+
+def join_24(high: Tensor, low: Tensor) -> Tensor:
+    """What `split_24` has split, in float32."""
+    bits = high.view(torch.int16).to(torch.int32) << 16
+    return bits.bitwise_or_(low.to(torch.int32) << 8).view(torch.float32)
+
+
+def add_product_to_sum(
+    a: Tensor, b: Tensor, offs: Tensor, high: Tensor, low: Tensor, begins: bool, ends: bool
+) -> None:
+    """sum += a^T b of each expert's rows: products and the addition in float32, the sum kept in its first 24 bits.
+
+    Args:
+        a, b: (S, M), (S, N) bf16.
+        high, low: The sum, as `split_24` splits it: (E, M, N) bf16 and uint8.
+        begins: There is no sum yet.
+        ends: The sum is not kept, but rounded to bf16, once, into `high`.
     """
     start = 0
     for e, end in enumerate(offs.tolist()):
-        if begins:
-            total[e].zero_()
+        total = torch.zeros_like(high[e], dtype=torch.float32) if begins else join_24(high[e], low[e])
         if end > start:
-            if a.is_cuda:
-                total[e] += torch.mm(a[start:end].T, b[start:end], out_dtype=torch.float32)
-            else:
-                total[e].addmm_(a[start:end].float().T, b[start:end].float())
+            left, right = a[start:end].T, b[start:end]
+            total += torch.mm(left, right, out_dtype=torch.float32) if a.is_cuda else left.float() @ right.float()
+        if ends:
+            high[e].copy_(total)
+        else:
+            split_24(total, high[e], low[e])
         start = end
 
 
