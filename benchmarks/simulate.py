@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+import revffn
 from revffn import ReversibleConfig
 from revffn.memory.amounts import gib
 from revffn.memory.simulation import METHODS, Method, simulate_step
@@ -28,12 +29,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def git_state() -> dict:
-    """The commit that is run, and whether the package or the benchmarks' code differ from it."""
+    """The commit that is run, and whether the package or the benchmarks' code differ from it; nothing where the
+    package is another tree's."""
 
     def git(*words: str) -> str:
         return subprocess.run(("git", *words), cwd=ROOT, capture_output=True, text=True, check=True).stdout.rstrip()
 
     try:
+        if Path(revffn.__file__).resolve().parent.parent != ROOT:
+            raise OSError(f"revffn is {revffn.__file__}")
         changed = git("status", "--porcelain", "--", "revffn", "benchmarks/*.py").splitlines()
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed), "changed": [line[3:] for line in changed]}
     except (OSError, subprocess.CalledProcessError):

@@ -1,8 +1,8 @@
 """A layer's own dense parts as fused operations (ops/dense) while a walk runs them on a device with kernels.
 
-Norms, gated feed-forwards and the rotary embedding are a family's own code. Each is asked once, on a few random
-numbers, whether it is the function that the fused operation computes; where it is not, where a module has a `forward`
-of its own, and outside walks, the family's code runs. Forward and recomputation decide alike.
+Norms, gated feed-forwards, a shared expert's gate and the rotary embedding are a family's own code. Each is asked
+once, on a few random numbers, whether it is the function that the fused operation computes; where it is not, where a
+module has a `forward` of its own, and outside walks, the family's code runs. Forward and recomputation decide alike.
 """
 
 from __future__ import annotations
@@ -23,16 +23,27 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..ops import dispatch
-from ..ops.dense import MOST_CHANNELS, rms_norm, rotate, silu_mul
+from ..ops.dense import MOST_CHANNELS, add_gated, gated_mlp, rms_norm, rotate
 from ..ops.dense.reference import rope
 
 _FUSED: ContextVar[bool] = ContextVar("revffn_fused_dense", default=False)
+_STANDS_FOR: ContextVar[str | None] = ContextVar("revffn_stands_for", default=None)
+
+
+@contextlib.contextmanager
+def standing_for(device_type: str) -> Iterator[None]:
+    """While open, walks on any device take the dense parts that they would take on `device_type`: for planning."""
+    before = _STANDS_FOR.set(device_type)
+    try:
+        yield
+    finally:
+        _STANDS_FOR.reset(before)
 
 
 @contextlib.contextmanager
 def fused_parts(device_type: str) -> Iterator[None]:
     """While open, dense parts run as fused operations, if those have kernels on this kind of device."""
-    before = _FUSED.set(dispatch.implementation(device_type) == "triton")
+    before = _FUSED.set(dispatch.implementation(_STANDS_FOR.get() or device_type) == "triton")
     try:
         yield
     finally:
@@ -83,7 +94,29 @@ def turns_halves(function: Callable[..., Any], numbers: torch.Generator) -> bool
     q, k = (torch.randn(2, heads, 5, 8, generator=numbers, device="cpu") for heads in (4, 2))
     cos, sin = (torch.randn(1, 5, 8, generator=numbers, device="cpu") for _ in range(2))
     found = function(q, k, cos, sin)
-    return all(torch.allclose(a, rope(x, cos, sin, False), atol=1e-5) for a, x in zip(found, (q, k), strict=True))
+    return all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, rope(q, k, cos, sin, False), strict=True))
+
+
+@_asked
+def joins_by_gate(forward: Callable[..., Tensor], numbers: torch.Generator) -> bool:
+    """Whether `forward` is experts(x, chosen, weights) + sigmoid(shared_expert_gate(x)) * shared_expert(x), of rows,
+    with what `gate` returns as (logits, weights, chosen)."""
+    x, routed, shared = (torch.randn(10, 6, generator=numbers, device="cpu") for _ in range(3))
+    logit, given = torch.randn(10, 1, generator=numbers, device="cpu"), []
+    weights, chosen = object(), object()
+    makes = {"experts": routed, "shared_expert": shared, "shared_expert_gate": logit, "gate": (None, weights, chosen)}
+
+    def part(name: str) -> Callable[..., Any]:
+        def call(rows: Tensor, *more: object) -> Any:
+            given.append((name, torch.equal(rows, x), *(value is chosen for value in more)))
+            return makes[name]
+
+        return call
+
+    found = forward(SimpleNamespace(**{name: part(name) for name in makes}), x.view(2, 5, 6))
+    called = {("gate", True), ("shared_expert", True), ("shared_expert_gate", True), ("experts", True, True, False)}
+    expected = (routed + torch.sigmoid(logit) * shared).view(2, 5, 6)
+    return set(given) == called and len(given) == 4 and torch.allclose(found, expected, atol=1e-5)
 
 
 class RunsInWalk:
@@ -111,6 +144,15 @@ def is_plain(module: nn.Module) -> bool:
     return not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
+def plain_weight(linear: nn.Module, x: Tensor) -> Tensor | None:
+    """The weight of a linear map without a bias, where calling it on `x` is that product and nothing else."""
+    if type(linear) is not nn.Linear or not is_plain(linear) or "forward" in linear.__dict__:
+        return None
+    weight = linear.weight
+    usual = linear.bias is None and not isinstance(weight, DTensor) and weight.dtype == x.dtype
+    return weight if usual and not torch.is_autocast_enabled(x.device.type) else None
+
+
 # --- in their place --------------------------------------------------------------------------------------------------
 
 
@@ -132,11 +174,32 @@ class FusedMLP(RunsInWalk, nn.Module):
         silu = type(getattr(self, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
         if not (_FUSED.get() and silu and is_gated(own_forward(self))) or args or kwargs:
             return super().forward(x, *args, **kwargs)
-        return self.down_proj(silu_mul(self.gate_proj(x), self.up_proj(x)))
+        weights = [plain_weight(part, x) for part in (self.gate_proj, self.up_proj, self.down_proj)]
+        if any(weight is None for weight in weights):
+            return super().forward(x)
+        return gated_mlp(x, *weights)
+
+
+class FusedSharedExpert(RunsInWalk, nn.Module):
+    """Mixed in front of a family's sparse block that has a shared expert with a gate."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        D = hidden_states.shape[-1]
+        fits = _FUSED.get() and D <= MOST_CHANNELS and not args and not kwargs and joins_by_gate(own_forward(self))
+        weight = plain_weight(self.shared_expert_gate, hidden_states) if fits else None
+        if weight is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        x = hidden_states.reshape(-1, D)
+        _, weights, chosen = self.gate(x)
+        routed = self.experts(x, chosen, weights)
+        # Last, so that in backward what it keeps is gone before the experts', who need most, begin.
+        shared = self.shared_expert(x)
+        return add_gated(routed, shared, x, weight).view(hidden_states.shape)
 
 
 def fused_classes(modeling: ModuleType) -> dict[type, type]:
-    """Every class of a family's modeling module that may be an RMSNorm or a gated feed-forward, and its subclass."""
+    """Every class of a family's modeling module that may be an RMSNorm, a gated feed-forward or a sparse block with a
+    gated shared expert, and its subclass."""
     found = {}
     for name, cls in vars(modeling).items():
         if not (isinstance(cls, type) and issubclass(cls, nn.Module) and cls.__module__ == modeling.__name__):
@@ -146,6 +209,8 @@ def fused_classes(modeling: ModuleType) -> dict[type, type]:
             found[cls] = type(f"RevFFN{name}", (FusedNorm, cls), {})
         elif code is not None and {"gate_proj", "up_proj", "down_proj", "act_fn"} <= set(code.co_names):
             found[cls] = type(f"RevFFN{name}", (FusedMLP, cls), {})
+        elif code is not None and {"experts", "shared_expert", "shared_expert_gate"} <= set(code.co_names):
+            found[cls] = type(f"RevFFN{name}", (FusedSharedExpert, cls), {})
     return found
 
 

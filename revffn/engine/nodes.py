@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from ..ops.streams import Grid, dequantize, read_norm, read_norm_backward
 from .dense import is_plain, norm_kind
-from .recompute import Evaluation, at_end_of_backward, carrier_like
+from .recompute import Evaluation, at_end_of_backward, carrier_like, zeros_like_carrier
 from .walk import Walk
 
 
@@ -34,10 +34,10 @@ class Read(Function):
 
 
 class ReadNorm(Function):
-    """carrier, int32 stream -> the carrier again, the stream's value (or None), and its RMSNorm.
+    """carrier, int32 stream -> the carrier again, twice, the stream's value (or None), and its RMSNorm.
 
-    What the residual connection gets of the gradient passes through here, so that it is added to the norm's in one
-    pass.
+    What the residual connection gets of the gradient passes through here, and what else there is of the stream's
+    gradient, so that they are added to the norm's in one pass.
     """
 
     @staticmethod
@@ -56,19 +56,21 @@ class ReadNorm(Function):
         ctx.save_for_backward(stream, weight, rstd)
         ctx.step, ctx.rounds_first = step, rounds_first  # the grid's, made once for the model
         ctx.set_materialize_grads(False)
-        return carrier.view_as(carrier), value if want_value else None, normed
+        return carrier.view_as(carrier), carrier.view_as(carrier), value if want_value else None, normed
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_through: Tensor | None, grad_value: Tensor | None, grad_normed: Tensor | None):
+    def backward(ctx, grad_through: Tensor | None, grad_also: Tensor | None, *grads: Tensor | None):
         stream, weight, rstd = ctx.saved_tensors
+        grad_value, grad_normed = grads
         if grad_normed is None:
-            parts = [g.to(rstd.dtype) for g in (grad_through, grad_value) if g is not None]
+            parts = [g.to(rstd.dtype) for g in (grad_through, grad_also, grad_value) if g is not None]
             return sum(parts) if parts else None, *(None,) * 7
         grad, grad_weight = read_norm_backward(
             grad_normed.contiguous(),
             grad_value,
             grad_through,
+            grad_also,
             stream,
             ctx.step,
             weight,
@@ -81,13 +83,13 @@ class ReadNorm(Function):
 
 def read_normed(
     carrier: Tensor, stream: Tensor, grid: Grid, norm: nn.Module, dtype: torch.dtype, want_value: bool = False
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Carrier, value (where wanted) and `norm` of a stream: in one operation where the norm is a plain RMSNorm, by
-    the module itself where it is not."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """The carrier twice, value (where wanted) and `norm` of a stream: in one operation where the norm is a plain
+    RMSNorm, by the module itself where it is not."""
     kind = norm_kind(norm) if is_plain(norm) else None
     if kind is None:
         value = Read.apply(carrier, stream, grid, dtype)
-        return carrier, value, norm(value)
+        return carrier, carrier, value, norm(value)
     eps, rounds_first = kind
     return ReadNorm.apply(carrier, norm.weight, stream, grid.vectors(stream)[1], eps, dtype, rounds_first, want_value)
 
@@ -182,7 +184,7 @@ class Enter(Function):
     @once_differentiable
     def backward(ctx, *grads: Tensor | None):
         shape, dtype, device = ctx.visible
-        return (carrier_like(shape, device, dtype), *grads)
+        return (zeros_like_carrier(shape, device, dtype), *grads)
 
 
 class Leave(Function):
@@ -191,7 +193,7 @@ class Leave(Function):
     @staticmethod
     def forward(ctx, shape: torch.Size, dtype: torch.dtype, *carriers: Tensor):
         ctx.set_materialize_grads(False)
-        return (carrier_like(shape, carriers[0].device, dtype), *(c.view_as(c) for c in carriers))
+        return (zeros_like_carrier(shape, carriers[0].device, dtype), *(c.view_as(c) for c in carriers))
 
     @staticmethod
     @once_differentiable

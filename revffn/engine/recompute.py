@@ -24,7 +24,12 @@ def at_end_of_backward(function: Callable[[], None]) -> None:
 
 
 def carrier_like(shape: torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """A tensor of one element's storage, expanded to `shape`."""
+    """A tensor of one element's storage, expanded to `shape`, whose value nobody reads."""
+    return torch.empty(1, dtype=dtype, device=device).expand(shape)
+
+
+def zeros_like_carrier(shape: torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The same for tensors that code of others sees: zeros."""
     return torch.zeros(1, dtype=dtype, device=device).expand(shape)
 
 

@@ -30,6 +30,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..config import ReversibleConfig
+from ..engine.dense import standing_for
 from ..engine.host_weights import HostWeights
 from ..models.conversion import convert, default_dtype, is_reversible
 from ..models.losses import router_logits_of, router_z_loss, use_linear_cross_entropy
@@ -71,6 +72,8 @@ class Method:
     """Train only low-rank updates of the attention's linear maps, of this rank; the model's weights are frozen."""
     dtype: torch.dtype = torch.bfloat16
     """Of weights and computation."""
+    device: Literal["cuda", "cpu"] = "cuda"
+    """What the step is to run on. On a GPU with Triton, fused dense parts keep less than the family's code."""
     weights: Literal["device", "host"] = "device"
     """`host`: decoder layers live in host memory, with the optimizer's states of them; see `HostWeights`."""
     gpus: int = 1
@@ -391,7 +394,7 @@ def run_step(
         hooks.handles.append(parameter.register_post_accumulate_grad_hook(hooks.on_stepped))
     versions = {name: p._version for name, p in trainable.items()}
     try:
-        with as_on_a_gpu(), no_garbage_collection(), counter:
+        with as_on_a_gpu(), standing_for(method.device), no_garbage_collection(), counter:
             one_step(model, batch, tokens, method, counter, hooks, optimizer)
             counter.begin("after")
             after_bytes = counter.live_bytes

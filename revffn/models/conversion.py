@@ -27,7 +27,7 @@ from ..config import ReversibleConfig
 from ..couplings import Added
 from ..engine.dense import fuse_parts, fused_classes
 from ..engine.experts import choose_implementation
-from ..engine.recompute import carrier_like
+from ..engine.recompute import zeros_like_carrier
 from ..engine.routing import choosing_classes, intercept
 from ..engine.sublayers import TiledExperts
 from ..engine.walk import Report, Walk
@@ -115,7 +115,7 @@ class ReversibleBackbone(PreTrainedModel):
             return
         weight = self.embed_tokens.weight
         # Only shape, dtype and device of the embedding count.
-        embeddings = carrier_like(torch.Size((*tokens.shape[:2], 1)), tokens.device, weight.dtype)
+        embeddings = zeros_like_carrier(torch.Size((*tokens.shape[:2], 1)), tokens.device, weight.dtype)
         # By position: the fourth parameter, the cache, has had several names. Without position ids nothing is packed;
         # transformers would make them and wait for the device to say so.
         mask = create_causal_mask(self.config, embeddings, given, None, kwargs.get("position_ids"))

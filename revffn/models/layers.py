@@ -112,7 +112,7 @@ class ReversibleNorm(RunsInWalk, nn.Module):
 
         def function(*carriers_and_streams: Tensor) -> tuple[Tensor]:
             if len(used) == 1 and self.patched() is None and is_plain(self) and norm_kind(self) is not None:
-                return (read_normed(*carriers_and_streams, grid, self, walk.dtype)[2],)
+                return (read_normed(*carriers_and_streams, grid, self, walk.dtype)[-1],)
             pairs = zip(carriers_and_streams[: len(used)], carriers_and_streams[len(used) :], strict=True)
             values = [Read.apply(carrier, stream, grid, walk.dtype) for carrier, stream in pairs]
             return (self.plain(torch.cat(values, dim=-1) if len(values) > 1 else values[0]),)

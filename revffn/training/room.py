@@ -60,6 +60,7 @@ def method_of(config: RunConfig, hf_config: PreTrainedConfig) -> Method:
         optimizer_in_backward=config.optimizer.in_backward,
         linear_cross_entropy=config.memory.linear_cross_entropy,
         dtype=getattr(torch, config.model.dtype),
+        device="cuda" if torch.cuda.is_available() else "cpu",
         weights="device" if config.memory.weights == "auto" else config.memory.weights,
         **shared_by(config),
         **router_losses(config, hf_config),

@@ -52,7 +52,7 @@ MODELS = {
 TOKENS = {"ragged": 7}
 MAY_BE_UNALIGNED = ("qwen2_moe", "ragged")
 """Models that are compiled with unaligned tensors too. Those are rare: views that begin anywhere."""
-USES_APPROXIMATIONS = {"_gate", "_gate_backward", "_swiglu", "_swiglu_backward"}
+USES_APPROXIMATIONS = {"_gate", "_gate_backward", "_swiglu", "_swiglu_backward", "_add_gated"}
 """Kernels with `exp`, whose last bit the references leave open, and so that of the division after it."""
 
 
@@ -177,7 +177,8 @@ def expert_cases(model: str, dtype: torch.dtype, shift: int) -> Iterator[tuple[s
             weight = new(T, K, dtype=weights)
             given = up_bias, expert, weight, order, *gate
             yield name, partial(kernels.expert_gate, product, *given)
-            yield f"{name} backward", partial(kernels.expert_gate_backward, act, product, product, *given)
+            for rounds in (False, True):
+                yield f"{name} backward", partial(kernels.expert_gate_backward, act, product, product, *given, rounds)
     if biased:
         weight = new(T, K, dtype=dtype)
         yield "combine, bias", lambda: kernels.expert_combine(rows, place, down_bias, expert, weight)
@@ -216,7 +217,8 @@ def stream_cases(model: str, dtype: torch.dtype, shift: int) -> Iterator[tuple[s
         for also in (False, True):
             given = x, scale, weight, 1e-6, dtype, first, also
             yield "norm", partial(kernels.read_norm, *given)
-            given = update, update if also else None, None if first else wide, x, scale, weight, rstd, first, also
+            more = update if also else None, None if first else wide, wide if also else None
+            given = update, *more, x, scale, weight, rstd, first, also
             yield "norm backward", partial(kernels.read_norm_backward, *given)
 
 
@@ -237,22 +239,24 @@ def dense_cases(model: str, dtype: torch.dtype, shift: int) -> Iterator[tuple[st
     from revffn.ops.dense import kernels
     from revffn.ops.dense.reference import TILE_CHANNELS
 
-    T, head = TOKENS.get(model, 4096), {"gpt_oss": 64, "ragged": 6}.get(model, 128)
+    T, head, D = TOKENS.get(model, 4096), {"gpt_oss": 64, "ragged": 6}.get(model, 128), MODELS[model]["D"]
     new = partial(make, shift=shift)
     cos, up = new(1, T, head, dtype=dtype), new(T, MODELS[model]["I"] * 4, dtype=dtype)
     for heads in (1, 4, 32):
-        x = new(2, T, heads, head, dtype=dtype)
+        x, k = new(2, T, heads, head, dtype=dtype), new(2, 4, T, head, dtype=dtype)
         for back in (False, True):
-            yield "rope", partial(kernels.rope, x.transpose(1, 2), cos, cos, back)
-            yield "rope", partial(kernels.rope, x.view(2, heads, T, head), cos, cos, back)
-        for rows in (x, *(new(T, wide, dtype=dtype) for wide in (TILE_CHANNELS, MODELS[model]["D"]))):
-            D = rows.shape[-1]
-            weight, rstd = new(D, dtype=dtype), new(*rows.shape[:-1], dtype=F32)
+            yield "rope", partial(kernels.rope, x.transpose(1, 2), k, cos, cos, back)
+            yield "rope", partial(kernels.rope, x.view(2, heads, T, head), k, cos, cos, back)
+        for rows in (x, *(new(T, wide, dtype=dtype) for wide in (TILE_CHANNELS, D))):
+            weight, rstd = new(rows.shape[-1], dtype=dtype), new(*rows.shape[:-1], dtype=F32)
             for first in (False, True):
                 yield "norm", partial(kernels.norm, rows, weight, 1e-6, first)
                 yield "norm backward", partial(kernels.norm_backward, rows, rows, weight, rstd, first, heads > 1)
     yield "swiglu", lambda: kernels.swiglu(up, up)
     yield "swiglu backward", lambda: kernels.swiglu_backward(up, up, up)
+    rows, weight, gate = (new(*shape, dtype=t) for shape, t in (((T, D), dtype), ((1, D), dtype), ((T,), F32)))
+    yield "add gated", lambda: kernels.add_gated(rows, rows, rows, weight)
+    yield "add gated backward", lambda: kernels.add_gated_backward(rows, rows, weight, gate)
 
 
 def parameter_shapes(model: str) -> dict[str, tuple[int, ...]]:

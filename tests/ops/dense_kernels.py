@@ -1,6 +1,6 @@
 """Kernels of the dense parts against their reference; run by test_dense.py in the interpreter, by hand on a GPU.
 
-python tests/ops/dense_kernels.py            rotary embedding and norms bit for bit, SwiGLU but for the last bit
+python tests/ops/dense_kernels.py            bit for bit, SwiGLU and a shared expert's gate but for the last
 python tests/ops/dense_kernels.py --break    one kernel turns the wrong way: must fail
 """
 
@@ -22,11 +22,11 @@ def numbers(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def compare_rope(B: int, H: int, T: int, D: int, dtype: torch.dtype) -> None:
-    x = numbers(B, T, H, D, dtype=dtype).transpose(1, 2)
+    q, k = numbers(B, T, H, D, dtype=dtype).transpose(1, 2), numbers(B, 2, T, D, dtype=dtype)
     for batch, back in ((1, False), (B, True)):
         cos, sin = numbers(batch, T, D, dtype=dtype), numbers(batch, T, D, dtype=dtype)
-        found, expected = (module.rope(x, cos, sin, back) for module in (kernels, reference))
-        assert found.stride() == expected.stride()
+        found, expected = (module.rope(q, k, cos, sin, back) for module in (kernels, reference))
+        assert [x.stride() for x in found] == [x.stride() for x in expected]
         assert_same(found, expected, f"rope {(B, H, T, D)} {dtype} back={back}")
 
 
@@ -41,23 +41,37 @@ def compare_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 def compare_swiglu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    gate, up, grad = (numbers(*shape, dtype=dtype) for _ in range(3))
+    given = [numbers(*shape, dtype=dtype) for _ in range(3)]
     limit = dict(rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
-    torch.testing.assert_close(kernels.swiglu(gate, up), reference.swiglu(gate, up), **limit)
-    found, expected = (module.swiglu_backward(grad, gate, up) for module in (kernels, reference))
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, **limit)
+    torch.testing.assert_close(kernels.swiglu(*given[1:]), reference.swiglu(*given[1:]), **limit)
+    found, expected = ([x.clone() for x in given] for _ in range(2))
+    kernels.swiglu_backward(*found)
+    reference.swiglu_backward(*expected)
+    torch.testing.assert_close(found, expected, **limit)
+
+
+def compare_add_gated(N: int, D: int, dtype: torch.dtype) -> None:
+    routed, shared, x, grad = (numbers(N, D, dtype=dtype) for _ in range(4))
+    weight = numbers(1, D, dtype=dtype) * D**-0.5
+    limit = dict(rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    found, expected = (module.add_gated(routed, shared, x, weight) for module in (kernels, reference))
+    torch.testing.assert_close(found, expected, **limit)
+    given = grad, shared, weight, expected[1]
+    found, expected = (module.add_gated_backward(*given) for module in (kernels, reference))
+    assert_same(found, expected, f"add_gated_backward {(N, D)} {dtype}")
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
     if "--break" in sys.argv:
         right = kernels.rope
-        kernels.rope = lambda x, cos, sin, back: right(x, cos, sin, not back)
+        kernels.rope = lambda q, k, cos, sin, back: right(q, k, cos, sin, not back)
     kernels.FLAT = 64  # several programs and a ragged last one, several groups of heads
     for dtype in (torch.bfloat16, torch.float32):
         compare_rope(2, 3, 3, 24, dtype)
         compare_norm((1, 19, 2, 24), dtype)
         compare_norm((1, 19, 600), dtype)  # more channels than a tile of rows may have
         compare_swiglu((3, 50), dtype)
+        compare_add_gated(19, 24, dtype)
+        compare_add_gated(3, 5000, dtype)
     print("all equal")

@@ -60,9 +60,9 @@ def compare(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     weight = numbers((D,), dtype)
     for rounds_first, want_value in itertools.product((True, False), repeat=2):
         *_, rstd = both("read_norm", x, 1 / scale, weight, 1e-6, dtype, rounds_first, want_value)
-        values, throughs = (None, numbers(shape, dtype)), (None, numbers(shape, torch.float32))
-        for value, through in zip(values, throughs, strict=True):
-            given = (numbers(shape, dtype), value, through, x, 1 / scale, weight, rstd, rounds_first, want_value)
+        value, through, also = (numbers(shape, kind) for kind in (dtype, torch.float32, torch.float32))
+        for more in ((None, None, None), (value, through, also), (None, None, also)):
+            given = (numbers(shape, dtype), *more, x, 1 / scale, weight, rstd, rounds_first, want_value)
             both("read_norm_backward", *given)
     update.view(-1)[-3] = float("nan")
     both("add_update", update, x, scale, finer, flagged=True)

@@ -58,9 +58,35 @@ def test_rotate_is_llamas(dtype):
 
 
 @DTYPES
-def test_silu_mul(dtype):
-    inputs = [torch.randn(3, 7, dtype=dtype, requires_grad=True) for _ in range(2)]
-    check(dense.silu_mul, lambda gate, up: torch.nn.functional.silu(gate) * up, inputs)
+def test_gated_mlp(dtype):
+    shapes = (2, 3, 8), (12, 8), (12, 8), (8, 12)
+    inputs = [torch.randn(shape, dtype=dtype).mul_(0.5).requires_grad_() for shape in shapes]
+    linear, silu = torch.nn.functional.linear, torch.nn.functional.silu
+
+    def exact(x, gate, up, down):
+        return linear(silu(linear(x, gate)) * linear(x, up), down)
+
+    # The product's inputs are rounded too: a few units of the largest value.
+    check(dense.gated_mlp, exact, inputs)
+
+
+def test_of_gated_mlp_only_what_trains_has_a_gradient():
+    x, gate, up, down = (torch.randn(shape) for shape in ((3, 8), (12, 8), (12, 8), (8, 12)))
+    for trained in (x, gate, up, down):
+        trained.requires_grad_()
+        (grad,) = torch.autograd.grad(dense.gated_mlp(x, gate, up, down).sum(), [trained])
+        assert grad.shape == trained.shape
+        trained.requires_grad_(False)
+
+
+@DTYPES
+def test_add_gated(dtype):
+    inputs = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((9, 24), (9, 24), (9, 24), (1, 24))]
+
+    def exact(routed, shared, x, weight):
+        return routed + torch.sigmoid(torch.nn.functional.linear(x, weight)) * shared
+
+    check(dense.add_gated, exact, inputs)
 
 
 @DTYPES

@@ -208,4 +208,4 @@ def test_what_is_written_counts():
 @needs_triton
 def test_every_kernel_can_be_asked():
     done = interpret("probes.py")
-    assert done.returncode == 0 and done.stdout.count("equal") == 34, done.stdout + done.stderr
+    assert done.returncode == 0 and done.stdout.count("equal") == 36, done.stdout + done.stderr

@@ -85,7 +85,7 @@ def cases(reference, kernels, only: str | None = None) -> dict[str, bool]:
     def gate_backward(module, in_place: bool):
         taken, given = d.clone(), gate_up.clone()
         out = given if in_place else torch.zeros_like(given)
-        return module.expert_gate_backward(taken, given, out, *args), taken, out
+        return module.expert_gate_backward(taken, given, out, *args, in_place), taken, out
 
     def sums(module):
         added, finished = total.clone(), grad.clone()

@@ -67,7 +67,7 @@ def arguments() -> dict[str, tuple]:
         "undo": (stream(), stream(), stream(), stream(), *undone),
         "gradients": (numbers(wide), numbers(wide), 1 / scale, dtype, True),
         "read_norm": (stream(), 1 / scale, weight, 1e-6, dtype, True, True),
-        "read_norm_backward": (numbers(), None, numbers(wide), stream(), 1 / scale, weight, rstd, True, True),
+        "read_norm_backward": (numbers(), None, numbers(wide), None, stream(), 1 / scale, weight, rstd, True, True),
     }
 
 
@@ -92,10 +92,10 @@ def test_the_norm_is_llamas(dtype):
     exact = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * exact_weight
     limit = 4 * torch.finfo(dtype).eps
     torch.testing.assert_close(normed.double(), exact.detach(), rtol=limit, atol=limit)
-    grad, through = torch.randn_like(normed), torch.randn(2, 7, D, dtype=wide)
-    found = streams.read_norm_backward(grad, value, through, stream, step, weight, rstd, True, True)
+    grad, through, also = torch.randn_like(normed), *torch.randn(2, 2, 7, D, dtype=wide)
+    found = streams.read_norm_backward(grad, value, through, also, stream, step, weight, rstd, True, True)
     expected = torch.autograd.grad(exact, (x, exact_weight), grad.double())
-    expected = expected[0] + value.double() + through.double(), expected[1]
+    expected = expected[0] + value.double() + through.double() + also.double(), expected[1]
     for ours, truth in zip(found, expected, strict=True):
         torch.testing.assert_close(ours.double(), truth, rtol=limit, atol=limit * truth.abs().max().item())
     assert found[0].dtype == wide and found[1].dtype == dtype

@@ -154,7 +154,7 @@ class InnovationStep(Function):
         tensors = ctx.saved_tensors  # once: every access unpacks, which may be a copy from the host
         move.plain_past = tensors[0] if ctx.num_kept else None
         tile.make_current("attention", evaluation)
-        _, move.attn, *predicted = evaluation.again(tensors[ctx.num_kept :], tile.streams[0])
+        _, _, move.attn, *predicted = evaluation.again(tensors[ctx.num_kept :], tile.streams[0])
         move.predicted = predicted[0] if predicted else None
         move.num_left = len(move.chunks)
         return None if move.m is None else grad, grad, None, None
@@ -242,11 +242,11 @@ def innovation_step(
     dtype, predictor = walk.dtype, layer.coupling.predictor
 
     def attend(carrier: Tensor, stream: Tensor) -> tuple[Tensor, ...]:
-        through, x, normed = read_normed(
+        through, past, x, normed = read_normed(
             carrier, stream, move.grid, layer.input_layernorm, dtype, want_value=predictor is not None
         )
         attn = attention(layer, normed, walk.fetch(kwargs_handle, tile))
-        return (through, attn) if predictor is None else (through, attn, predictor(x))
+        return (through, past, attn) if predictor is None else (through, past, attn, predictor(x))
 
     chunks = walk.token_chunks(now.shape[1])
     move = InnovationMove(walk, tile, layer.layer_index, layer.coupling.side_bits, chunks)
@@ -254,13 +254,13 @@ def innovation_step(
     def feed(carrier: Tensor, stream: Tensor, rows: slice) -> tuple[Tensor, ...]:
         if len(chunks) > 1 and carrier.shape != stream.shape:
             carrier = Rows.apply(carrier, move, rows)
-        through, _, normed = read_normed(carrier, stream, move.next_grid, layer.post_attention_layernorm, dtype)
+        through, *_, normed = read_normed(carrier, stream, move.next_grid, layer.post_attention_layernorm, dtype)
         return through, feed_forward(layer, normed, sums)
 
     rng, device = uses_rng(layer), now.device
     attend_evaluation = Evaluation(attend, device, rng)
     cur = tile.streams[1]
-    through, attn, *predicted = attend_evaluation.first((now,), (cur,))
+    through, following_past, attn, *predicted = attend_evaluation.first((now,), (cur,))
     predicted = predicted[0] if predicted else None
     kept_past, middle = Attended.apply(past, through, attn, predicted, move)
     move.predicted = None if predicted is None else predicted.detach()
@@ -272,4 +272,4 @@ def innovation_step(
         # A whole state's gradient passes through the norm's node, that of a chunk goes by its own way.
         updated = FeedStep.apply(through if len(chunks) == 1 else updated, mlp, move, index, evaluation)
     following = InnovationStep.apply(kept_past, updated, move, attend_evaluation)
-    return now, following
+    return following_past, following

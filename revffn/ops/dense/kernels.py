@@ -21,11 +21,34 @@ FLAT = 1024
 
 
 @triton.jit
-def _rope(
-    x_ptr, cos_ptr, sin_ptr, out_ptr, H, T, half, x_b, x_h, x_t, o_b, o_h, o_t, table_b,
-    BACK: tl.constexpr, HEADS: tl.constexpr, LANES: tl.constexpr,
+def _turn(
+    x_ptr, out_ptr, c1, c2, s1, s2, lane, H, half, x_h, o_h,
+    BACK: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """One token of one sequence a program; HEADS heads at a time."""
+    """All heads of one token, HEADS at a time."""
+    kind = out_ptr.dtype.element_ty
+    for start in range(0, H, HEADS):
+        head = (start + tl.arange(0, HEADS)).to(tl.int64)[:, None]
+        mask = (head < H) & (lane < half)[None, :]
+        place = head * x_h + lane[None, :]
+        first = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        second = tl.load(x_ptr + place + half, mask=mask, other=0.0).to(tl.float32)
+        if BACK:
+            one, two = first * c1 + second * s2, second * c2 - first * s1
+        else:
+            one, two = first * c1 - second * s1, second * c2 + first * s2
+        place = head * o_h + lane[None, :]
+        tl.store(out_ptr + place, round_to(one, kind), mask=mask)
+        tl.store(out_ptr + place + half, round_to(two, kind), mask=mask)
+
+
+@triton.jit
+def _rope(
+    q_ptr, k_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, q_heads, k_heads, half,
+    q_b, q_h, q_t, k_b, k_h, k_t, qo_b, qo_h, qo_t, ko_b, ko_h, ko_t, table_b,
+    BACK: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """One token of one sequence a program."""
     t, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     lane = tl.arange(0, LANES)
     inside = lane < half
@@ -34,32 +57,23 @@ def _rope(
     c2 = tl.load(cos_ptr + table + half, mask=inside, other=0.0).to(tl.float32)[None, :]
     s1 = tl.load(sin_ptr + table, mask=inside, other=0.0).to(tl.float32)[None, :]
     s2 = tl.load(sin_ptr + table + half, mask=inside, other=0.0).to(tl.float32)[None, :]
-    kind = out_ptr.dtype.element_ty
-    for start in range(0, H, HEADS):
-        head = (start + tl.arange(0, HEADS)).to(tl.int64)[:, None]
-        mask = (head < H) & inside[None, :]
-        place = b * x_b + head * x_h + t * x_t + lane[None, :]
-        first = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
-        second = tl.load(x_ptr + place + half, mask=mask, other=0.0).to(tl.float32)
-        if BACK:
-            one, two = first * c1 + second * s2, second * c2 - first * s1
-        else:
-            one, two = first * c1 - second * s1, second * c2 + first * s2
-        place = b * o_b + head * o_h + t * o_t + lane[None, :]
-        tl.store(out_ptr + place, round_to(one, kind), mask=mask)
-        tl.store(out_ptr + place + half, round_to(two, kind), mask=mask)
+    q_ptr, q_out_ptr = q_ptr + b * q_b + t * q_t, q_out_ptr + b * qo_b + t * qo_t
+    k_ptr, k_out_ptr = k_ptr + b * k_b + t * k_t, k_out_ptr + b * ko_b + t * ko_t
+    _turn(q_ptr, q_out_ptr, c1, c2, s1, s2, lane, q_heads, half, q_h, qo_h, BACK, Q_HEADS)
+    _turn(k_ptr, k_out_ptr, c1, c2, s1, s2, lane, k_heads, half, k_h, ko_h, BACK, K_HEADS)
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
-    B, H, T, D = x.shape
-    out = torch.empty_like(x)
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
+    B, _, T, D = q.shape
+    both, outs = (q, k), (torch.empty_like(q), torch.empty_like(k))
     lanes = triton.next_power_of_2(D // 2)
-    heads = max(min(triton.next_power_of_2(H), FLAT // lanes), 1)
+    heads = [max(min(triton.next_power_of_2(x.shape[1]), FLAT // lanes), 1) for x in both]
     table_b = 0 if cos.shape[0] == 1 else T * D
+    strides = [n for x in (*both, *outs) for n in x.stride()[:3]]
     _rope[(T, B)](
-        x, cos, sin, out, H, T, D // 2, *x.stride()[:3], *out.stride()[:3], table_b, back, heads, lanes, **LAUNCH
+        *both, cos, sin, *outs, q.shape[1], k.shape[1], D // 2, *strides, table_b, back, *heads, lanes, **LAUNCH
     )
-    return out
+    return outs
 
 
 @triton.jit
@@ -73,7 +87,7 @@ def _swiglu(gate_ptr, up_ptr, out_ptr, N, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _swiglu_backward(grad_ptr, gate_ptr, up_ptr, d_gate_ptr, d_up_ptr, N, BLOCK: tl.constexpr):
+def _swiglu_backward(grad_ptr, gate_ptr, up_ptr, N, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = place < N
     d = tl.load(grad_ptr + place, mask=mask, other=0.0).to(tl.float32)
@@ -82,9 +96,10 @@ def _swiglu_backward(grad_ptr, gate_ptr, up_ptr, d_gate_ptr, d_up_ptr, N, BLOCK:
     s = 1.0 / (1.0 + tl.exp(-g))
     value = g * s
     slope = s + value * (1.0 - s)
-    kind = d_gate_ptr.dtype.element_ty
-    tl.store(d_gate_ptr + place, round_to(d * u * slope, kind), mask=mask)
-    tl.store(d_up_ptr + place, round_to(d * value, kind), mask=mask)
+    kind = gate_ptr.dtype.element_ty
+    tl.store(grad_ptr + place, round_to(value * u, kind), mask=mask)
+    tl.store(gate_ptr + place, round_to(d * u * slope, kind), mask=mask)
+    tl.store(up_ptr + place, round_to(d * value, kind), mask=mask)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -93,11 +108,71 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return out
 
 
-def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
-    grid = (triton.cdiv(gate.numel(), FLAT),)
-    _swiglu_backward[grid](grad, gate, up, d_gate, d_up, gate.numel(), FLAT, **LAUNCH)
-    return d_gate, d_up
+def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> None:
+    _swiglu_backward[(triton.cdiv(gate.numel(), FLAT),)](grad, gate, up, gate.numel(), FLAT, **LAUNCH)
+
+
+@triton.jit
+def _add_gated(
+    routed_ptr, shared_ptr, x_ptr, weight_ptr, out_ptr, gate_ptr, N, D, ROWS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    cols = tl.arange(0, LANES)
+    mask = (row[:, None] < N) & (cols[None, :] < D)
+    place = row[:, None] * D + cols[None, :]
+    weight = tl.load(weight_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    gate = 1.0 / (1.0 + tl.exp(-pair_sums(x * weight[None, :], ROWS, LANES)))
+    tl.store(gate_ptr + row, gate, mask=row < N)
+    routed = tl.load(routed_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    shared = tl.load(shared_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + place, round_to(routed + gate[:, None] * shared, out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _add_gated_backward(
+    grad_ptr, shared_ptr, weight_ptr, gate_ptr, d_shared_ptr, d_x_ptr, d_logit_ptr, N, D,
+    ROWS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    cols = tl.arange(0, LANES)
+    mask = (row[:, None] < N) & (cols[None, :] < D)
+    place = row[:, None] * D + cols[None, :]
+    kind = d_x_ptr.dtype.element_ty
+    gate = tl.load(gate_ptr + row, mask=row < N, other=0.0)
+    d = tl.load(grad_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    shared = tl.load(shared_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    d_logit = pair_sums(d * shared, ROWS, LANES) * (gate * (1.0 - gate))
+    tl.store(d_logit_ptr + row, round_to(d_logit, kind), mask=row < N)
+    tl.store(d_shared_ptr + place, round_to(gate[:, None] * d, kind), mask=mask)
+    weight = tl.load(weight_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
+    tl.store(d_x_ptr + place, round_to(d_logit[:, None] * weight[None, :], kind), mask=mask)
+
+
+def rows_and_lanes(D: int) -> tuple[int, int]:
+    """Of a program that holds whole rows of D channels."""
+    lanes = max(triton.next_power_of_2(D), 2)
+    return max(min(4096 // lanes, 16), 1), lanes
+
+
+def add_gated(routed: Tensor, shared: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    (N, D), (rows, lanes) = x.shape, rows_and_lanes(x.shape[1])
+    out, gate = torch.empty_like(routed), x.new_empty(N, dtype=torch.float32)
+    _add_gated[(triton.cdiv(N, rows),)](
+        routed, shared, x, weight, out, gate, N, D, rows, lanes,
+        num_warps=warps(rows * lanes), enable_fp_fusion=False,
+    )  # fmt: skip
+    return out, gate
+
+
+def add_gated_backward(grad: Tensor, shared: Tensor, weight: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    (N, D), (rows, lanes) = grad.shape, rows_and_lanes(grad.shape[1])
+    made = torch.empty_like(grad), torch.empty_like(grad), grad.new_empty(N)
+    _add_gated_backward[(triton.cdiv(N, rows),)](
+        grad, shared, weight, gate, *made, N, D, rows, lanes,
+        num_warps=warps(rows * lanes), enable_fp_fusion=False,
+    )  # fmt: skip
+    return made
 
 
 @triton.jit
@@ -180,8 +255,7 @@ def warps(elements: int) -> int:
 
 def norm(x: Tensor, weight: Tensor, eps: float, rounds_first: bool) -> tuple[Tensor, Tensor]:
     D = x.shape[-1]
-    N, lanes = x.numel() // D, max(triton.next_power_of_2(D), 2)
-    rows, out = max(min(4096 // lanes, 16), 1), torch.empty_like(x)
+    N, out, (rows, lanes) = x.numel() // D, torch.empty_like(x), rows_and_lanes(D)
     rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
     grid = (triton.cdiv(N, rows),)
     _norm[grid](

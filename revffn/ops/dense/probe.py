@@ -20,10 +20,13 @@ def arguments(device: torch.device) -> dict[str, tuple[Any, ...]]:
     q, table = floats(2, 5, 3, 24).transpose(1, 2), (floats(1, 5, 24), floats(1, 5, 24))
     x, weight = floats(2, 9, 24), floats(24)
     rstd = reference.norm(x, weight, 1e-6, True)[1]
+    gate = torch.rand(19, generator=numbers).to(device)
     wide = reference.TILE_CHANNELS + 40
     rows, scale = floats(19, wide), floats(wide)
     return {
-        "rope": (q, *table, False),
+        "rope": (q, q[:, :2], *table, False),
+        "add_gated": (*(floats(19, 24) for _ in range(3)), floats(1, 24)),
+        "add_gated_backward": (*(floats(19, 24) for _ in range(2)), floats(1, 24), gate),
         "swiglu": (floats(3, 50), floats(3, 50)),
         "swiglu_backward": (floats(3, 50), floats(3, 50), floats(3, 50)),
         "norm": (x, weight, 1e-6, True),

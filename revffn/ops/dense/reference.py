@@ -1,4 +1,4 @@
-"""A layer's dense parts in plain PyTorch: rotary embedding, SwiGLU, RMSNorm.
+"""A layer's dense parts in plain PyTorch: rotary embedding, SwiGLU, a shared expert's gate, RMSNorm.
 
 Everything inside one operation is float32 (float64 for float64 tensors) and is rounded once to the model's dtype;
 RMSNorm also where Llama's does, before the weight.
@@ -18,17 +18,21 @@ TILE_CHANNELS = 512
 beyond."""
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
+    return turned(q, cos, sin, back), turned(k, cos, sin, back)
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     table = (1 if cos.shape[0] == 1 else x.shape[0], 1, *cos.shape[1:])
     c, s = wide(cos).view(table), wide(sin).view(table)
     first, second = wide(x).chunk(2, dim=-1)
     (c1, c2), (s1, s2) = c.chunk(2, dim=-1), s.chunk(2, dim=-1)
     if back:
-        turned = first * c1 + second * s2, second * c2 - first * s1
+        halves = first * c1 + second * s2, second * c2 - first * s1
     else:
-        turned = first * c1 - second * s1, second * c2 + first * s2
+        halves = first * c1 - second * s1, second * c2 + first * s2
     out = torch.empty_like(x)
-    for half, value in zip(out.chunk(2, dim=-1), turned, strict=True):
+    for half, value in zip(out.chunk(2, dim=-1), halves, strict=True):
         half.copy_(value)
     return out
 
@@ -38,12 +42,30 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return (g * sigmoid(g) * wide(up)).to(gate.dtype)
 
 
-def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> None:
+    """The gradients of gate and up in their own places, and the result of `swiglu` in that of its gradient."""
     d, g, u = wide(grad), wide(gate), wide(up)
     s = sigmoid(g)
     value = g * s
     slope = s + value * (1.0 - s)
-    return (d * u * slope).to(gate.dtype), (d * value).to(up.dtype)
+    act, d_gate, d_up = value * u, d * u * slope, d * value
+    grad.copy_(act)
+    gate.copy_(d_gate)
+    up.copy_(d_up)
+
+
+def add_gated(routed: Tensor, shared: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """routed + gate * shared (N, D) and gate = sigmoid(x weight) (N,), which stays unrounded."""
+    gate = sigmoid(tree_sum(wide(x) * wide(weight.view(-1))))
+    return (wide(routed) + gate[:, None] * wide(shared)).to(routed.dtype), gate
+
+
+def add_gated_backward(grad: Tensor, shared: Tensor, weight: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of shared and x (N, D), and of x weight (N,)."""
+    d = wide(grad)
+    d_logit = tree_sum(d * wide(shared)) * (gate * (1.0 - gate))
+    d_x = d_logit[:, None] * wide(weight.view(-1))
+    return (gate[:, None] * d).to(grad.dtype), d_x.to(grad.dtype), d_logit.to(grad.dtype)
 
 
 def norm(x: Tensor, weight: Tensor, eps: float, rounds_first: bool) -> tuple[Tensor, Tensor]:

@@ -145,9 +145,11 @@ expert_gate = register(
 )
 expert_gate_backward = register(
     "expert_gate_backward(Tensor(a!) d_act, Tensor gate_up, Tensor(b!) d_gate_up, Tensor? bias, Tensor? expert, "
-    "Tensor weight, Tensor order, " + _GATE + ") -> Tensor",
+    "Tensor weight, Tensor order, " + _GATE + ", bool rounds) -> Tensor",
     reference.expert_gate_backward,
-    lambda d, gate_up, out, bias, expert, weight, *_: weight.new_empty(weight.shape, dtype=_wide_dtype(d)),
+    lambda d, gate_up, out, bias, expert, weight, *more: (
+        torch.empty_like(weight) if more[-1] else weight.new_empty(weight.shape, dtype=_wide_dtype(d))
+    ),
     kernel_of(__name__, "expert_gate_backward"),
     _supports,
 )
@@ -187,7 +189,8 @@ finish_sum = register(
     _supports_sum,
 )
 add_product_to_sum = register(
-    "add_product_to_sum(Tensor a, Tensor b, Tensor offs, Tensor(a!) high, Tensor(b!) low, bool begins, bool ends) -> ()",
+    "add_product_to_sum(Tensor a, Tensor b, Tensor offs, Tensor(a!) high, Tensor(b!) low, bool begins, bool ends) "
+    "-> ()",
     reference.add_product_to_sum,
     lambda *_: None,
     kernel_of(__name__, "add_product_to_sum"),
@@ -296,7 +299,7 @@ class Experts(Function):
         # In the engine what was saved is served once and belongs to this call.
         grad_product = torch.empty_like(product) if ctx.sums is None else product
         grad_weight = expert_gate_backward(
-            act, product, grad_product, gate_up_bias, expert, weight, order, *ctx.gate.arguments()
+            act, product, grad_product, gate_up_bias, expert, weight, order, *ctx.gate.arguments(), down_bias is None
         )
         del product
         if down_bias is not None:

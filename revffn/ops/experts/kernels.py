@@ -227,7 +227,8 @@ def _gate_backward(
         kind: tl.constexpr = d_gate_up_ptr.dtype.element_ty
         d_gate, d_up = round_to(d_gate, kind), round_to(d_up, kind)
         _store_halves(d_gate_up_ptr, d_gate, d_up, rows, start, inside, I, INTERLEAVED, ROWS, LANES)
-    tl.store(d_weight_ptr + choice, pair_sums(total, ROWS, LANES), mask=inside)
+    d_weight = round_to(pair_sums(total, ROWS, LANES), d_weight_ptr.dtype.element_ty)
+    tl.store(d_weight_ptr + choice, d_weight, mask=inside)
 
 
 def expert_gate(
@@ -248,10 +249,10 @@ def expert_gate(
 
 def expert_gate_backward(
     d_act: Tensor, gate_up: Tensor, d_gate_up: Tensor, bias: Tensor | None, expert: Tensor | None,
-    weight: Tensor, order: Tensor, kind: str, alpha: float, limit: float, interleaved: bool,
+    weight: Tensor, order: Tensor, kind: str, alpha: float, limit: float, interleaved: bool, rounds: bool,
 ) -> Tensor:  # fmt: skip
     S, I = d_act.shape
-    d_weight = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+    d_weight = torch.empty_like(weight, dtype=weight.dtype if rounds else torch.float32)
     lanes = lanes_for(I, COLUMN_LANES)
     rows, has_bias = TILE // lanes, bias is not None
     given = (bias, expert) if has_bias else (gate_up, order)  # not read

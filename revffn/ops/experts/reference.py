@@ -2,7 +2,8 @@
 
 What is rounded to the model's dtype, and where: the results of products; the weighted activation; the gradient of
 the products' results; the combined output. Everything inside one operation is float32 (float64 for float64 tensors)
-and is rounded once. Gradients of routing weights and of biases leave their operations unrounded.
+and is rounded once. Gradients of biases leave their operations unrounded, and so do those of routing weights where
+more is added to them.
 
 Every sum has a fixed order. Sums over many elements run in *lanes* (element i goes to lane i modulo their number, in
 ascending order), and the lanes are added in pairs of neighbours until one is left.
@@ -147,7 +148,7 @@ def expert_gate(
 
 def expert_gate_backward(
     d_act: Tensor, gate_up: Tensor, d_gate_up: Tensor, bias: Tensor | None, expert: Tensor | None,
-    weight: Tensor, order: Tensor, kind: str, alpha: float, limit: float, interleaved: bool,
+    weight: Tensor, order: Tensor, kind: str, alpha: float, limit: float, interleaved: bool, rounds: bool,
 ) -> Tensor:  # fmt: skip
     """The gradient of `expert_gate`.
 
@@ -157,7 +158,7 @@ def expert_gate_backward(
         d_gate_up: (S, 2 I), written; may be `gate_up` itself.
 
     Returns:
-        The gradient of the routing weights (T, K), float32.
+        The gradient of the routing weights (T, K): in their dtype if `rounds`, otherwise float32.
     """
     gate_in, up_in = halves(gate_up, bias, expert, interleaved)
     gate, up = gate_in, up_in
@@ -176,7 +177,7 @@ def expert_gate_backward(
     to = (d_gate_up[:, ::2], d_gate_up[:, 1::2]) if interleaved else d_gate_up.chunk(2, dim=-1)
     to[0].copy_(d_gate)
     to[1].copy_(d_up)
-    return d_weight.view(weight.shape)
+    return d_weight.view(weight.shape).to(weight.dtype if rounds else d_weight.dtype)
 
 
 # --- biases ----------------------------------------------------------------------------------------------------------
@@ -229,8 +230,10 @@ def grouped_mm_weight(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
 
 
 def split_24(x: Tensor, high: Tensor, low: Tensor) -> None:
-    """float32 `x` -> its first 16 bits in bf16 `high` and the next 8 in uint8 `low`, rounded to nearest even. NaN stays
-    NaN."""
+    """float32 `x` -> its first 16 bits in bf16 `high` and the next 8 in uint8 `low`, rounded to nearest even.
+
+    NaN stays NaN.
+    """
     bits = x.view(torch.int32)
     rounded = (bits >> 8).bitwise_and_(1).add_(0x7F).add_(bits)
     bits = torch.where(x.isnan(), bits | 0x400000, rounded)

@@ -164,18 +164,16 @@ read_norm = register(
 Without `want_value` the first result is empty."""
 
 read_norm_backward = register(
-    "stream_read_norm_backward(Tensor grad_normed, Tensor? grad_value, Tensor? grad_through, Tensor stream, "
-    "Tensor step, Tensor weight, Tensor rstd, bool rounds_first, bool need_weight) -> (Tensor, Tensor)",
+    "stream_read_norm_backward(Tensor grad_normed, Tensor? grad_value, Tensor? grad_through, Tensor? grad_also, "
+    "Tensor stream, Tensor step, Tensor weight, Tensor rstd, bool rounds_first, bool need_weight) -> (Tensor, Tensor)",
     reference.read_norm_backward,
-    lambda grad_normed, grad_value, grad_through, stream, step, weight, rstd, rounds_first, need_weight: (
+    lambda grad_normed, grad_value, through, also, stream, step, weight, rstd, rounds_first, need_weight: (
         torch.empty_like(stream, dtype=rstd.dtype),
         torch.empty_like(weight) if need_weight else weight.new_empty(0),
     ),
     kernel_of(__name__, "read_norm_backward"),
-    lambda grad_normed, grad_value, grad_through, stream, step, weight, rstd, rounds_first, need_weight: _fits(
-        stream, grad_normed, grad_value, grad_through
-    ),
+    lambda grad_normed, grad_value, through, also, stream, *_: _fits(stream, grad_normed, grad_value, through, also),
     probe=probe_of(__name__, "read_norm_backward"),
 )
-"""The stream's gradient, float32: through the norm, plus `grad_value` (of x) and `grad_through` (of the stream itself,
-float32); and the weight's (D,), empty unless `need_weight`."""
+"""The stream's gradient, float32: through the norm, plus `grad_value` (of x), `grad_through` and `grad_also` (of the
+stream itself, float32); and the weight's (D,), empty unless `need_weight`."""

@@ -206,9 +206,10 @@ def _read_norm(
 
 @triton.jit
 def _read_norm_backward(
-    grad_ptr, value_ptr, through_ptr, stream_ptr, step_ptr, weight_ptr, rstd_ptr, out_ptr, partial_ptr, inverse, T, D,
-    ROUNDS_FIRST: tl.constexpr, HAS_VALUE: tl.constexpr, HAS_THROUGH: tl.constexpr, NEED_WEIGHT: tl.constexpr,
-    ROWS: tl.constexpr, BD: tl.constexpr,
+    grad_ptr, value_ptr, through_ptr, also_ptr, stream_ptr, step_ptr, weight_ptr, rstd_ptr, out_ptr, partial_ptr,
+    inverse, T, D,
+    ROUNDS_FIRST: tl.constexpr, HAS_VALUE: tl.constexpr, HAS_THROUGH: tl.constexpr, HAS_ALSO: tl.constexpr,
+    NEED_WEIGHT: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BD)
@@ -232,6 +233,8 @@ def _read_norm_backward(
                 grad += tl.load(value_ptr + place, mask=mask, other=0.0).to(tl.float32)
             if HAS_THROUGH:
                 grad += tl.load(through_ptr + place, mask=mask, other=0.0)
+            if HAS_ALSO:
+                grad += tl.load(also_ptr + place, mask=mask, other=0.0)
             tl.store(out_ptr + place, grad, mask=mask)
             if NEED_WEIGHT:
                 total += dy * (round_to(x, kind).to(tl.float32) if ROUNDS_FIRST else x)
@@ -328,15 +331,16 @@ def read_norm(stream, step, weight, eps, dtype, rounds_first, want_value) -> tup
 
 
 def read_norm_backward(
-    grad_normed, grad_value, grad_through, stream, step, weight, rstd, rounds_first, need_weight
+    grad_normed, grad_value, grad_through, grad_also, stream, step, weight, rstd, rounds_first, need_weight
 ) -> tuple[Tensor, Tensor]:
     T, D = num_rows(stream), stream.shape[-1]
     BD, blocks = triton.next_power_of_2(D), triton.cdiv(T, ROWS_PER_PARTIAL)
     out = torch.empty_like(stream, dtype=torch.float32)
     partials = out.new_empty(blocks if need_weight else 0, D)
     _read_norm_backward[(blocks,)](
-        grad_normed, grad_value, grad_through, stream, step, weight, rstd, out, partials, 1 / D, T, D, rounds_first,
-        grad_value is not None, grad_through is not None, need_weight, ROWS_PER_PARTIAL, BD,
+        grad_normed, grad_value, grad_through, grad_also, stream, step, weight, rstd, out, partials, 1 / D, T, D,
+        rounds_first, *(given is not None for given in (grad_value, grad_through, grad_also)), need_weight,
+        ROWS_PER_PARTIAL, BD,
         num_warps=warps(BD), **LAUNCH,
     )  # fmt: skip
     if not need_weight:

@@ -29,7 +29,7 @@ def arguments(device: torch.device) -> dict[str, tuple[Any, ...]]:
     undone = (stream(), stream(), stream(), stream(), *moved[3:6], bits, *moved[6:])
     x, wide = stream(24), torch.float32
     value, normed, rstd = reference.read_norm(x, 1 / scale, weight, 1e-6, torch.bfloat16, True, True)
-    backward = (normed, value, floats(dtype=wide), x, 1 / scale, weight, rstd, True, True)
+    backward = (normed, value, floats(dtype=wide), floats(dtype=wide), x, 1 / scale, weight, rstd, True, True)
     return {
         "stream_check": (x, flags),
         "add_update": (floats(), x, scale, finer, flags),

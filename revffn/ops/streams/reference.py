@@ -379,6 +379,7 @@ def read_norm_backward(
     grad_normed: Tensor,
     grad_value: Tensor | None,
     grad_through: Tensor | None,
+    grad_also: Tensor | None,
     stream: Tensor,
     step: Tensor,
     weight: Tensor,
@@ -393,10 +394,9 @@ def read_norm_backward(
     dn = dy * weight.to(wide)
     mean = tree_sum(dn * x) * (1 / D)
     grad = (dn - x * mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
-    if grad_value is not None:
-        grad = grad + grad_value
-    if grad_through is not None:
-        grad = grad + grad_through
+    for more in (grad_value, grad_through, grad_also):
+        if more is not None:
+            grad = grad + more
     if not need_weight:
         return grad, weight.new_empty(0)
     products = (dy * (x.to(dtype).to(wide) if rounds_first else x)).view(-1, D)
