@@ -43,11 +43,9 @@ def lanes_for(size: int, most: int) -> int:
 
 def lane_sums(x: Tensor, lanes: int) -> Tensor:
     """Sum over the last dimension in the order that the module's text states: (..., N) -> (...)."""
-    missing = -x.shape[-1] % lanes
-    blocks = torch.nn.functional.pad(x, (0, missing)).unflatten(-1, (-1, lanes))
-    total = torch.zeros_like(blocks[..., 0, :])
-    for block in blocks.unbind(-2):
-        total = total + block
+    total = x.new_zeros(*x.shape[:-1], lanes)
+    for block in x.split(lanes, -1):
+        total[..., : block.shape[-1]] += block
     return pairs(total)
 
 
@@ -99,16 +97,19 @@ def expert_combine(
 # --- activation ------------------------------------------------------------------------------------------------------
 
 
+# On a CPU fresh memory costs more than the arithmetic: what is an operation's own is written over.
+
+
 def sigmoid(x: Tensor) -> Tensor:
-    return 1.0 / (1.0 + torch.exp(-x))
+    return torch.sigmoid(x)
 
 
-def activation(gate: Tensor, kind: str, alpha: float) -> tuple[Tensor, Tensor]:
-    """The activation of the gate, and its derivative."""
+def activation(gate: Tensor, kind: str, alpha: float, want_slope: bool) -> tuple[Tensor, Tensor | None]:
+    """The activation of the gate, and its derivative where that is wanted."""
     if kind in ("silu", "clamped"):
         s = sigmoid(gate * alpha)
         value = gate * s
-        return value, s + value * (1.0 - s) * alpha
+        return value, torch.sub(1.0, s).mul_(value).mul_(alpha).add_(s) if want_slope else None
     if kind == "gelu":
         cdf = 0.5 * (1.0 + torch.erf(gate * 0.7071067811865476))
         return gate * cdf, cdf + gate * torch.exp(-0.5 * gate * gate) * 0.3989422804014327
@@ -142,8 +143,8 @@ def expert_gate(
     gate, up = halves(gate_up, bias, expert, interleaved)
     if kind == "clamped":
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit) + 1.0
-    act, _ = activation(gate, kind, alpha)
-    return (act * up * row_weights(weight, order)).to(gate_up.dtype)
+    act, _ = activation(gate, kind, alpha, want_slope=False)
+    return act.mul_(up).mul_(row_weights(weight, order)).to(gate_up.dtype)
 
 
 def expert_gate_backward(
@@ -164,16 +165,17 @@ def expert_gate_backward(
     gate, up = gate_in, up_in
     if kind == "clamped":
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit) + 1.0
-    value, slope = activation(gate, kind, alpha)
+    value, slope = activation(gate, kind, alpha, want_slope=True)
     act, d, w = value * up, wide(d_act), row_weights(weight, order)
+    product = d * act
     d_weight = torch.empty(weight.numel(), dtype=act.dtype, device=act.device)
-    d_weight[order.long()] = lane_sums(d * act, lanes_for(act.shape[1], COLUMN_LANES))
-    d = d * w
-    d_gate, d_up = d * up * slope, d * value
+    d_weight[order.long()] = lane_sums(product, lanes_for(act.shape[1], COLUMN_LANES))
+    d.mul_(w)
+    d_gate, d_up = slope.mul_(torch.mul(d, up, out=product)), value.mul_(d)
     if kind == "clamped":
         d_gate = torch.where(gate_in > limit, 0.0, d_gate)
         d_up = torch.where((up_in > limit) | (up_in < -limit), 0.0, d_up)
-    d_act.copy_(act * w)
+    d_act.copy_(act.mul_(w))
     to = (d_gate_up[:, ::2], d_gate_up[:, 1::2]) if interleaved else d_gate_up.chunk(2, dim=-1)
     to[0].copy_(d_gate)
     to[1].copy_(d_up)
@@ -220,11 +222,13 @@ def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
 
 def grouped_mm_weight(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
     """(S, M), (S, N) -> (E, M, N): a^T b of each expert's rows; zero where there are none."""
-    out = a.new_zeros(offs.shape[0], a.shape[1], b.shape[1])
+    out = a.new_empty(offs.shape[0], a.shape[1], b.shape[1])
     start = 0
     for e, end in enumerate(offs.tolist()):
         if end > start:
             torch.mm(a[start:end].T, b[start:end], out=out[e])
+        else:
+            out[e].zero_()
         start = end
     return out
 
