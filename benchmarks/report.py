@@ -51,6 +51,7 @@ def label(result: dict) -> str:
             "none": " (layer inputs stored)",
         }[method]
         method += ", weights in host memory" if settings.get("weights") == "host" else ""
+        method += "" if settings["tile_tokens"] else ", one tile"
     else:
         method = {"checkpointing": "transformers + activation checkpointing", "plain": "transformers"}[method]
         method += "" if settings["full_logits"] else " + our linear cross-entropy"

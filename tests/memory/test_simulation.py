@@ -4,6 +4,7 @@ Run: pytest tests/memory/test_simulation.py
 """
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig
 
 from revffn import ReversibleConfig
+from revffn.engine import dense
 from revffn.memory import simulation
 from revffn.memory.live_bytes import LiveBytes
 from revffn.memory.simulation import Method, RealOptimizer, build, run_step, simulate_step
@@ -86,6 +88,19 @@ def test_fake_tensors_take_what_real_ones_take(coupling):
     assert fake["leaked_bytes"] == real["leaked_bytes"] == 0
     for phase, parts in fake["phases"].items():
         assert sum(parts.values()) == pytest.approx(sum(real["phases"][phase].values()), abs=4 * KIB), phase
+
+
+@pytest.mark.parametrize("coupling", ["innovation", "none"])
+def test_a_step_is_simulated_for_its_device(coupling, monkeypatch):
+    """With kernels a dense feed-forward keeps no activation, and backward is done with it before the experts begin."""
+    monkeypatch.setattr(dense, "dispatch", SimpleNamespace(implementation={"cuda": "triton", "cpu": "torch"}.get))
+    settings = dict(coupling=coupling, tile_tokens=None)
+    wide, peaks = config(shared_expert_intermediate_size=512), {}
+    for device in ("cuda", "cpu"):
+        method = Method(device=device, reversible=ReversibleConfig.from_dict(settings))
+        peaks[device] = simulate_step(wide, 8, 256, method)["peak_bytes"]
+    kept = 3 * 8 * 256 * 512 * 2  # gate, up and activation in bf16
+    assert peaks["cpu"] - peaks["cuda"] > 0.3 * kept
 
 
 @pytest.mark.parametrize("coupling", COUPLINGS)
