@@ -36,9 +36,9 @@ PARTS = (
 """What a live tensor can be for. In order of precedence:
 
 weights: parameters and buffers. optimizer: the optimizer's state. gradients: tensors that became a parameter's
-`.grad`, and tensors of a fused expert parameter's shape made in backward, in its dtype or in float32 (a tile's share
-before it is added up, and the sum over tiles). loss: everything else with a vocabulary dimension, which includes a
-head gradient that the loss makes in forward. streams: int32 tensors (b, T, D) or (b, T, D / 2), the streams and the
+`.grad`, and tensors of a fused expert parameter's shape made in backward, in its dtype, float32 or uint8 (a tile's
+share before it is added up, and the sum over tiles). loss: everything else with a vocabulary dimension, a head's
+gradient that the loss makes in forward too. streams: int32 tensors (b, T, D) or (b, T, D / 2), the streams and the
 fixed-point values on their way into them. stream_gradients: the same in float32, made in backward of a reversible
 model. side_bits_and_routing: uint8 and int16. stored_activations: made in forward and alive when backward begins.
 gathered: parameters put together from the shards of all ranks (FSDP2), and what arrives of them. exchange: rows that

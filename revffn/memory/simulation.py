@@ -169,7 +169,7 @@ def sorter(model: PreTrainedModel) -> Callable[[Storage], str]:
     reversible = is_reversible(model)
     experts = [p for p in model.parameters() if p.dim() == 3 and p.requires_grad]
     shapes = {tuple(sorted(shape)) for p in experts for shape in (p.shape, local_part(p).shape)}
-    stacks = {(shape, dtype) for shape in shapes for dtype in (experts[0].dtype, torch.float32)}
+    stacks = {(shape, dtype) for shape in shapes for dtype in (experts[0].dtype, torch.float32, torch.uint8)}
 
     def sort(storage: Storage) -> str:
         shape = storage.shape

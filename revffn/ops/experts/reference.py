@@ -90,7 +90,7 @@ def expert_combine(
         term = wide(rows[at])
         if bias is not None:
             term = term + wide(weight[:, k, None]) * wide(bias[expert[at].long()])
-        total = term if total is None else total + term
+        total = term if total is None else total.add_(term)
     return total.to(rows.dtype)
 
 

@@ -364,10 +364,11 @@ def read_norm(
     x = value.to(wide)
     # In float64 and rounded once: the float32 root of a CPU's vector library is not always the nearest.
     rstd = 1.0 / torch.sqrt((tree_sum(x * x) * (1 / x.shape[-1]) + eps).double()).to(wide)
-    normed = x * rstd.unsqueeze(-1)
+    # Where nobody else has it, what is an operation's own is written over: fresh memory is what costs on a CPU.
+    normed = torch.mul(x, rstd.unsqueeze(-1), out=None if want_value else x)
     if rounds_first:
         normed = normed.to(dtype).to(wide)
-    normed = (normed * weight.to(wide)).to(dtype)
+    normed = normed.mul_(weight.to(wide)).to(dtype)
     return value if want_value else value.new_empty(0), normed, rstd
 
 
@@ -392,14 +393,15 @@ def read_norm_backward(
     x = stream.to(wide).mul_(step).to(dtype).to(wide).mul_(rstd.unsqueeze(-1))
     dy = grad_normed.to(wide)
     dn = dy * weight.to(wide)
-    mean = tree_sum(dn * x) * (1 / D)
-    grad = (dn - x * mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
+    products = dn * x
+    mean = tree_sum(products) * (1 / D)
+    grad = dn.sub_(torch.mul(x, mean.unsqueeze(-1), out=products)).mul_(rstd.unsqueeze(-1))
     for more in (grad_value, grad_through, grad_also):
         if more is not None:
-            grad = grad + more
+            grad += more
     if not need_weight:
         return grad, weight.new_empty(0)
-    products = (dy * (x.to(dtype).to(wide) if rounds_first else x)).view(-1, D)
+    products = torch.mul(dy, x.to(dtype).to(wide) if rounds_first else x, out=products).view(-1, D)
     products = torch.nn.functional.pad(products, (0, 0, 0, -products.shape[0] % ROWS_PER_PARTIAL))
     products = products.view(-1, ROWS_PER_PARTIAL, D)
     partials = products[:, 0].clone()
