@@ -88,7 +88,7 @@ def test_the_norm_is_llamas(dtype):
     stream, step = torch.randint(-(2**16), 2**16, (2, 7, D), dtype=torch.int32), torch.full((D,), 2.0**-12)
     weight = torch.rand(D, dtype=dtype) + 0.5
     value, normed, rstd = streams.read_norm(stream, step, weight, 1e-6, dtype, True, True)
-    x, exact_weight = value.double().requires_grad_(), weight.double().requires_grad_()
+    x, exact_weight = value.double().clone().requires_grad_(), weight.double().clone().requires_grad_()
     exact = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * exact_weight
     limit = 4 * torch.finfo(dtype).eps
     torch.testing.assert_close(normed.double(), exact.detach(), rtol=limit, atol=limit)
