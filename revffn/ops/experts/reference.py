@@ -101,7 +101,8 @@ def expert_combine(
 
 
 def sigmoid(x: Tensor) -> Tensor:
-    return torch.sigmoid(x)
+    """1 / (1 + exp(-x)). PyTorch's own gives other last bits at the end of a tensor than in it."""
+    return torch.neg(x).exp_().add_(1.0).reciprocal_()
 
 
 def activation(gate: Tensor, kind: str, alpha: float, want_slope: bool) -> tuple[Tensor, Tensor | None]:
