@@ -222,9 +222,9 @@ def errors(num_tiles: int, dtype: torch.dtype, seed: int) -> dict[str, float]:
 
 
 def sixteen_against_one(dtype: torch.dtype) -> dict[str, float]:
-    """The errors with 16 tiles as multiples of those with one, mean of six problems."""
+    """The errors with 16 tiles as multiples of those with one, mean of 48 problems."""
     ratios = []
-    for seed in range(6):
+    for seed in range(48):
         one, sixteen = (errors(n, dtype, seed) for n in (1, 16))
         ratios.append({n: sixteen[n] / one[n] for n in one})
     return {n: sum(r[n] for r in ratios) / len(ratios) for n in ratios[0]}
@@ -233,7 +233,7 @@ def sixteen_against_one(dtype: torch.dtype) -> dict[str, float]:
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1.001), (torch.bfloat16, 1.0005)], ids=["float32", "bf16"])
 def test_sixteen_tiles_are_as_good_as_one(dtype, limit):
     """In bf16 the sum's 24 bits should make 16 tiles' errors 1.00006 of one's, and a few values fall on the other side
-    of the last rounding by chance (observed 0.9996 to 1.0000; float32 0.77 to 1.0003)."""
+    of the last rounding by chance (observed 1.00005 and 1.0003; float32 0.77 to 0.99)."""
     for name, ratio in sixteen_against_one(dtype).items():
         assert ratio <= limit, (name, ratio)
 

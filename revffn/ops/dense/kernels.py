@@ -21,6 +21,14 @@ FLAT = 1024
 
 
 @triton.jit
+def _rows(block, N, D, ROWS: tl.constexpr, LANES: tl.constexpr):
+    """ROWS whole rows of (N, D): their numbers, the columns, which elements there are, and where they lie."""
+    row = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    cols = tl.arange(0, LANES)
+    return row, cols, (row[:, None] < N) & (cols[None, :] < D), row[:, None] * D + cols[None, :]
+
+
+@triton.jit
 def _turn(
     x_ptr, out_ptr, c1, c2, s1, s2, lane, H, half, x_h, o_h,
     BACK: tl.constexpr, HEADS: tl.constexpr,
@@ -116,10 +124,7 @@ def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> None:
 def _add_gated(
     routed_ptr, shared_ptr, x_ptr, weight_ptr, out_ptr, gate_ptr, N, D, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    cols = tl.arange(0, LANES)
-    mask = (row[:, None] < N) & (cols[None, :] < D)
-    place = row[:, None] * D + cols[None, :]
+    row, cols, mask, place = _rows(tl.program_id(0), N, D, ROWS, LANES)
     weight = tl.load(weight_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
     gate = 1.0 / (1.0 + tl.exp(-pair_sums(x * weight[None, :], ROWS, LANES)))
@@ -134,10 +139,7 @@ def _add_gated_backward(
     grad_ptr, shared_ptr, weight_ptr, gate_ptr, d_shared_ptr, d_x_ptr, d_logit_ptr, N, D,
     ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    cols = tl.arange(0, LANES)
-    mask = (row[:, None] < N) & (cols[None, :] < D)
-    place = row[:, None] * D + cols[None, :]
+    row, cols, mask, place = _rows(tl.program_id(0), N, D, ROWS, LANES)
     kind = d_x_ptr.dtype.element_ty
     gate = tl.load(gate_ptr + row, mask=row < N, other=0.0)
     d = tl.load(grad_ptr + place, mask=mask, other=0.0).to(tl.float32)
@@ -180,10 +182,7 @@ def _norm(
     x_ptr, weight_ptr, out_ptr, rstd_ptr, eps, inverse, N, D, ROUNDS_FIRST: tl.constexpr, ROWS: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    cols = tl.arange(0, LANES)
-    mask = (row[:, None] < N) & (cols[None, :] < D)
-    place = row[:, None] * D + cols[None, :]
+    row, cols, mask, place = _rows(tl.program_id(0), N, D, ROWS, LANES)
     kind = out_ptr.dtype.element_ty
     x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
     mean = pair_sums(x * x, ROWS, LANES) * inverse
@@ -202,10 +201,7 @@ def _norm_backward(
     NEED_WEIGHT: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0).to(tl.int64)
-    row = block * ROWS + tl.arange(0, ROWS)
-    cols = tl.arange(0, LANES)
-    mask = (row[:, None] < N) & (cols[None, :] < D)
-    place = row[:, None] * D + cols[None, :]
+    row, cols, mask, place = _rows(block, N, D, ROWS, LANES)
     kind = out_ptr.dtype.element_ty
     rstd = tl.load(rstd_ptr + row, mask=row < N, other=0.0)[:, None]
     x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32) * rstd
