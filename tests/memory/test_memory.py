@@ -238,9 +238,9 @@ def test_the_committed_grid():
         assert predicted["peak_bytes"] == sum(predicted["parts"].values()), name
         assert result["relative_error"] == GRID.errors(predicted, simulated)["relative_error"], name
         assert abs(result["relative_error"]) <= ACCEPTED_ERROR, name
-        # The left form reports two float64 numbers per layer, which stay until the next step.
+        # The left form reports its contraction, one float32 per layer, which stays until the next step.
         left = result["reversible"].get("query_stream") == "left"
-        assert simulated["leaked_bytes"] == 16 * left * load_config(result["model"]).num_hidden_layers, name
+        assert simulated["leaked_bytes"] == 4 * left * load_config(result["model"]).num_hidden_layers, name
 
 
 def test_the_grid_covers_what_it_says():
