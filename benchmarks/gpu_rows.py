@@ -45,6 +45,14 @@ ARMS = {
         words="transformers + checkpointing + linear CE; our optimizer, sonicmoe, Liger's rest",
         experts="sonicmoe",
     ),
+    "hf_same_kernels_kept": Arm(
+        method="hf_same_kernels",
+        words="transformers, some layers checkpointed; linear CE, our optimizer and experts, Liger's rest",
+        experts="revffn",
+    ),
+    "innovation_m2_kept": Arm(
+        method="ours_innovation_tiles", words="ours, innovation, m = 2, some layers kept", experts="own"
+    ),
     "none": Arm(method="ours_none_tiles", words="ours, layer inputs stored", experts="own"),
     "none_offload": Arm(
         method="ours_none_offload_tiles", words="ours, layer inputs in host memory", experts="own"
@@ -63,6 +71,11 @@ ARMS = {
     "cross_branch_left": Arm(
         method="ours_cross_branch_left_tiles",
         words="ours, cross_branch, queries from the left (the paper's)",
+        experts="own",
+    ),
+    "cross_branch_left_kept": Arm(
+        method="ours_cross_branch_left_tiles",
+        words="ours, cross_branch, queries from the left (the paper's), some layers kept",
         experts="own",
     ),
     "innovation_m2_torch": Arm(
@@ -92,6 +105,9 @@ class Row:
     arm: str
     tile: int | None = None
     """`tile_tokens` of ours; None is the whole batch at once."""
+    kept: int = 0
+    """Last decoder layers that do not run again in backward. Of ours on the whole batch as many as `choose_kept` has
+    fit an H100 of 79.1 GiB."""
     batch: int | None = None
     """Where it differs from the workload's."""
     steps: int = 3
@@ -106,6 +122,7 @@ class Row:
     def name(self) -> str:
         parts = [self.workload, self.arm]
         parts += [f"tile{self.tile}" if self.tile else "whole"] * (not self.arm.startswith("hf"))
+        parts += [f"kept{self.kept}"] * bool(self.kept)
         parts += [f"batch{self.batch}"] * bool(self.batch) + [f"cap{self.cap_gib}"] * bool(
             self.cap_gib
         )
@@ -127,12 +144,18 @@ ROWS = [
     *_rows(
         Q16,
         ("innovation_m2", dict(profile=True, seconds=40)),  # kernels are compiled in it
+        ("innovation_m2_kept", dict(kept=15)),
         ("innovation_m2", dict(tile=16384)),
         ("hf_same_kernels", dict(profile=True, seconds=18)),
+        ("hf_same_kernels_kept", dict(kept=12)),
         ("none", dict(profile=True, seconds=15)),
         ("none_offload", dict(seconds=12)),
     ),
-    *_rows(QWEN3, ("innovation_m2", dict(profile=True, seconds=35))),
+    *_rows(
+        QWEN3,
+        ("innovation_m2", dict(profile=True, seconds=35)),
+        ("innovation_m2_kept", dict(kept=4, seconds=25)),
+    ),
     *_rows(
         Q16,
         ("hf_linear_ce", dict(profile=True, seconds=28)),
@@ -154,6 +177,7 @@ ROWS = [
         ("cross_branch_right", dict()),
         ("cross_branch_left", dict(tile=16384, profile=True, seconds=30)),
         ("cross_branch_left", dict(profile=True, seconds=25)),
+        ("cross_branch_left_kept", dict(kept=12, seconds=25)),
     ),
     *_rows(
         Q64,
@@ -171,6 +195,7 @@ ROWS = [
     *_rows(
         OLMOE,
         ("innovation_m2", dict(profile=True, seconds=18)),
+        ("innovation_m2_kept", dict(kept=16)),
         ("hf_same_kernels", dict(profile=True)),
         ("none", dict(profile=True)),
         ("none_offload", dict()),

@@ -114,7 +114,7 @@ def measure(row: Row, tiny: bool, profile: bool, record: dict[str, Any], write: 
     training = None
     try:
         training = start(
-            row_method(row), hf_config, device, workload.dtype, OptimizerSettings(), tile
+            row_method(row), hf_config, device, workload.dtype, OptimizerSettings(), tile, kept_layers=row.kept
         )
         batches = workload.batches(1 + row.steps)
         torch.manual_seed(0)

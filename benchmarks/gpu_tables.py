@@ -38,6 +38,8 @@ def described(record: dict) -> str:
     words = [row["description"].replace("|", "\\|")]
     if row["arm"][:3] != "hf_" and row["arm"] != "hf":
         words.append(f"tiles of {row['tile']:,}" if row["tile"] else "whole batch")
+    kept = row.get("kept")  # not in records of before
+    words += [f"the last {kept} layers"] * bool(kept)
     words += [f"batch of {row['batch']}"] * bool(row["batch"])
     words += [f"{row['cap_gib']} GiB at most"] * bool(row["cap_gib"])
     return ", ".join(words)
@@ -101,6 +103,7 @@ COLUMNS = {
     "transformers as it comes": "hf_linear_ce",
     "transformers, the same kernels": "hf_same_kernels",
     "ours, innovation": "innovation_m2",
+    "ours, innovation, layers kept": "innovation_m2_kept",
     "ours, weights in host memory": "innovation_m2_host",
 }
 """Of the overview: an arm, whose fastest row counts."""

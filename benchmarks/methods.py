@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.activations import ACT2FN
 
-from revffn import HostWeights, ReversibleConfig, convert
+from revffn import HostWeights, ReversibleConfig, convert, is_reversible
 from revffn.memory.simulation import Method
 from revffn.models.losses import use_linear_cross_entropy
 from revffn.optim import OptimizerInBackward, parameter_groups
@@ -448,6 +448,8 @@ def _peft(description: str, config_class: str, **settings: Any) -> BenchmarkMeth
 # Like the grids that calibration chooses on SmolLM2 (these models have random weights): what they cost is timed too.
 GRIDS = dict(fraction_bits=9, grid_growth=11, wide_channels=list(range(16)), wide_growth=5)
 INNOVATION = dict(coupling="innovation", side_bits=2, **GRIDS)
+ALL = 1000
+"""Kept layers, of any model."""
 INNOVATION_M1 = {**INNOVATION, "side_bits": 1}
 LORA = dict(r=16, lora_alpha=32, target_modules="all-linear")
 IA3 = dict(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])
@@ -496,6 +498,7 @@ METHODS: dict[str, BenchmarkMethod] = {
     ),
     "ours_innovation_m1": _one("ours, innovation, m = 1", **INNOVATION_M1),
     "ours_innovation_m1_tiles": _one("ours, innovation, m = 1, in tiles", tiles=True, **INNOVATION_M1),
+    "ours_innovation_kept": _one("ours, innovation, m = 2, all layers kept", kept_layers=ALL, **INNOVATION),
     "ours_innovation_tiles_host": _one(
         "ours, innovation, m = 2, in tiles, weights in host memory", tiles=True, in_host_memory=True, **INNOVATION
     ),
@@ -529,6 +532,7 @@ def start(
     settings: OptimizerSettings | None = None,
     tile_tokens: int | None = 2048,
     seed: int | None = 0,
+    kept_layers: int = 0,
 ) -> Training:
     """Make the model of a method and what trains it.
 
@@ -539,6 +543,8 @@ def start(
         settings: Of the optimizer.
         tile_tokens: For the methods that walk in tiles.
         seed: Of the weights; None leaves them to transformers (fake tensors).
+        kept_layers: The last so many decoder layers do not run again in backward: of ours by its own setting, of
+            transformers' by being left out of its checkpointing.
 
     Raises:
         NotAvailable: The method needs a package that is not there.
@@ -548,4 +554,9 @@ def start(
     elsewhere = row.host and torch.device(device).type == "cuda"
     make = plain_model_on_host if elsewhere else plain_model
     model = change(make(hf_config, device, dtype, seed), tile_tokens)
+    if is_reversible(model):
+        model.reversible_config.kept_layers = kept_layers or model.reversible_config.kept_layers
+    elif kept_layers:
+        for layer in model.model.layers[-kept_layers:]:
+            layer.gradient_checkpointing = False
     return row.start(model, settings or OptimizerSettings())

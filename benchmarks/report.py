@@ -52,6 +52,8 @@ def label(result: dict) -> str:
         }[method]
         method += ", weights in host memory" if settings.get("weights") == "host" else ""
         method += "" if settings["tile_tokens"] else ", one tile"
+        kept = settings.get("kept_layers")  # not in records of before
+        method += f", {kept} layers kept" if kept else ""
     else:
         method = {"checkpointing": "transformers + activation checkpointing", "plain": "transformers"}[method]
         method += "" if settings["full_logits"] else " + our linear cross-entropy"

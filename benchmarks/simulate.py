@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--coupling", choices=("innovation", "cross_branch", "none"), default="innovation")
     parser.add_argument("--side-bits", type=int, default=2)
     parser.add_argument("--tile-tokens", type=int, default=2048, help="0: the whole batch at once")
+    parser.add_argument("--kept-layers", type=int, default=0, help="the last so many that do not run again")
     parser.add_argument("--optimizer", choices=("adafactor", "adamw", "adamw8bit", "sgd"), default="adafactor")
     parser.add_argument("--rounding", choices=("stochastic", "nearest", "master"), default="stochastic")
     parser.add_argument(
@@ -76,7 +77,8 @@ def main() -> None:
     hf_config = load_config(args.model, **({"num_hidden_layers": args.layers} if args.layers else {}))
     reversible = None
     if args.method == "reversible":
-        settings = dict(coupling=args.coupling, side_bits=args.side_bits, tile_tokens=args.tile_tokens or None)
+        settings = dict(coupling=args.coupling, side_bits=args.side_bits, kept_layers=args.kept_layers)
+        settings["tile_tokens"] = args.tile_tokens or None
         reversible = ReversibleConfig.from_dict(settings)
     method = Method(
         name=args.method,

@@ -159,6 +159,9 @@ class ReversibleConfig:
     tile_tokens: int | None = None
     """Run each layer over tiles of at most this many tokens (whole sequences, at least one): the working set is then
     one tile's. None: the whole batch at once. Tiles are the same in forward and recomputation."""
+    kept_layers: int = 0
+    """The last so many decoder layers keep what they save for backward, instead of running again there: the same bits
+    and less work for as much memory as one has to spare. More than there are means all."""
     verify: Literal["raise", "report", "off"] = "raise"
     """What a failed checksum does: raise before the step ends, or only count it in `reversible_report(model)`."""
     cross_branch: CrossBranchConfig = field(default_factory=CrossBranchConfig)
@@ -168,8 +171,11 @@ class ReversibleConfig:
     def __post_init__(self):
         self.find_coupling()
         self.check_values()
-        if self.tile_tokens is not None and self.tile_tokens < 1:
-            raise ValueError(f"tile_tokens must be None (whole batch) or at least 1, got {self.tile_tokens}.")
+        tile, kept = self.tile_tokens, self.kept_layers
+        if tile is not None and (not isinstance(tile, int) or tile < 1):
+            raise ValueError(f"tile_tokens must be None (whole batch) or a number, at least 1; got {tile!r}.")
+        if not isinstance(kept, int) or kept < 0:
+            raise ValueError(f"kept_layers must be a number, at least 0; got {kept!r}.")
 
     def check_values(self) -> None:
         """Of what is the same in a recipe."""

@@ -28,6 +28,9 @@ class PlanConfig:
     tile_tokens: int | Literal["auto"] = "auto"
     """Tokens that a layer works on at once in backward; 0 is the whole batch, `auto` the largest that fits `gpu` (as
     in a recipe), or 2048 if no `gpu` is given."""
+    kept_layers: int | Literal["auto"] = "auto"
+    """Last decoder layers that keep what they save for backward instead of running again there; `auto` as many as fit
+    `gpu` (as in a recipe), or none if no `gpu` is given."""
     optimizer: Literal["adafactor", "adamw", "adamw8bit", "sgd"] = "adafactor"
     """In backward, with linear cross-entropy."""
     rounding: Literal["stochastic", "nearest", "master"] = "stochastic"
@@ -73,6 +76,8 @@ class PlanConfig:
                 f"tile_tokens must be auto (the largest that fits), 0 (the whole batch) or at least 1, got "
                 f"{self.tile_tokens}. Leave it out for auto."
             )
+        if self.kept_layers != "auto" and self.kept_layers < 0:
+            raise ValueError(f"kept_layers must be auto (as many as fit) or at least 0, got {self.kept_layers}.")
 
 
 @dataclass(kw_only=True)

@@ -516,7 +516,7 @@ def test_tables_of_the_suite(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_tables, "RESULTS", tmp_path)
     assert gpu_tables.gpu() == gpu_tables.gpu_kernels() == gpu_tables.NO_RESULTS
     arguments = argparse.Namespace(commit="abcdefgh", dry_run=False)
-    for row in gpu_suite.ROWS[:3]:
+    for row in gpu_suite.ROWS[:4]:
         record = gpu_suite.head(row, arguments) | {"device": {"name": "H100"}}
         if row.arm.startswith("hf"):
             record |= {"status": "skipped", "reason": "needs | it\nand more"}
@@ -532,7 +532,8 @@ def test_tables_of_the_suite(monkeypatch, tmp_path):
     title, _, *table = gpu_tables.gpu().splitlines()
     assert title == "**qwen1.5_16x2048, H100** (abcdefg)"
     assert "tiles of 16,384 | 36,384 | 1,400 | 1.0 | – | 0 of 26 |" in table[2]
-    assert "whole batch" in table[3] and "skipped: needs \\| it and more" in table[4] and len(table) == 5
+    assert all("whole batch" in line for line in table[3:5]) and "the last 15 layers" in table[4]
+    assert "skipped: needs \\| it and more" in table[5] and len(table) == 6
     assert len({line.replace("\\|", "").count("|") for line in table}) == 1
     kernels = gpu_tables.gpu_kernels().splitlines()
     assert "| attention | 70 |" in kernels and "| step | 1,400 |" in kernels

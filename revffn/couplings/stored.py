@@ -49,7 +49,7 @@ class Stored(Coupling):
                     return (layer.plain(carrier, **walk.fetch(handle, tile)),)
 
             hidden = hidden_states[tile.rows] if len(walk.tiles) > 1 else hidden_states
-            evaluation = Evaluation(function, hidden.device, uses_rng(layer))
+            evaluation = Evaluation(function, hidden.device, uses_rng(layer), walk.keeps(layer.layer_index))
             (output,) = evaluation.first((Release.apply(hidden, evaluation),), (hidden,))
             with on_host if walk.config.offload_inputs else contextlib.nullcontext():
                 is_last = layer.layer_index == walk.num_layers - 1 and tile is walk.tiles[-1]

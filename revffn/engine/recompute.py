@@ -1,7 +1,7 @@
 """A sublayer as it ran in forward, able to run again in backward on the same code path.
 
 What it saves for backward is dropped in forward and made again by the same code; random state, autocast state and
-expert choices are replayed.
+expert choices are replayed. Of layers that are kept (`ReversibleConfig.kept_layers`) it is not dropped.
 """
 
 from __future__ import annotations
@@ -48,22 +48,34 @@ class Evaluation:
         function: Called as `function(*carriers, *streams)`; returns a tuple of tensors.
         device_type: For autocast.
         uses_rng: Whether random numbers are drawn (dropout, router jitter).
+        keeps: Keep what is saved, and the outputs: the first `again` runs nothing. Streams are not kept, for they may
+            be written over; those that are rebuilt take their places.
     """
 
-    def __init__(self, function: Callable[..., tuple[Tensor, ...]], device: torch.device, uses_rng: bool):
-        self.function, self.device, self.uses_rng = function, device, uses_rng
+    def __init__(
+        self,
+        function: Callable[..., tuple[Tensor, ...]],
+        device: torch.device,
+        uses_rng: bool,
+        keeps: bool = False,
+    ):
+        self.function, self.device, self.uses_rng, self.keeps = function, device, uses_rng, keeps
         kind = device.type
         self.autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
         self.saved: list[tuple[torch.Size, torch.dtype]] = []
-        self.recomputed: list[Tensor | None] | None = None
+        self.recomputed: list[Tensor | int | None] | None = None
+        self.outputs: tuple[Tensor, ...] | None = None
+        self.streams: tuple[Tensor, ...] = ()
         self.routing: list[Tensor] = []
         self.rng: list[Tensor] = []
         self.differentiable: list[bool] = []
         self.num_routing = 0
 
     def first(self, carriers: tuple[Tensor, ...], streams: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Run in forward, saving nothing but references to parameters."""
+        """Run in forward, saving nothing but references to parameters, or what is kept."""
         self.differentiable = [carrier.requires_grad for carrier in carriers]
+        if self.keeps:
+            self.recomputed, self.streams = [], streams
         if self.uses_rng:
             self.rng = [torch.get_rng_state()]
             if self.device.type == "cuda":
@@ -72,9 +84,12 @@ class Evaluation:
             self.autocast_state(),
             fused_parts(self.device.type),
             routing(RecordRouting(self.routing)),
-            torch.autograd.graph.saved_tensors_hooks(self.drop, self.serve),
+            torch.autograd.graph.saved_tensors_hooks(self.keep if self.keeps else self.drop, self.serve),
         ):
-            return self.function(*carriers, *streams)
+            outputs = self.function(*carriers, *streams)
+        if self.keeps:
+            self.outputs, self.streams = tuple(out.detach() for out in outputs), ()
+        return outputs
 
     def again(
         self, side: Sequence[Tensor], *streams: Tensor, carriers: tuple[Tensor, ...] | None = None
@@ -83,6 +98,10 @@ class Evaluation:
 
         `side`: what `side_tensors` handed over.
         """
+        if self.outputs is not None:
+            outputs, self.outputs = self.outputs, None
+            self.recomputed = [streams[x] if isinstance(x, int) else x for x in self.recomputed]
+            return outputs
         choices, rng = list(side[: self.num_routing]), side[self.num_routing :]
         self.recomputed = []
         if carriers is None:
@@ -130,6 +149,12 @@ class Evaluation:
         self.saved.append((tensor.shape, tensor.dtype))
         return len(self.saved) - 1
 
+    def keep(self, tensor: Tensor) -> Tensor | int:
+        handle = self.drop(tensor)
+        if not isinstance(handle, Tensor):
+            self.recomputed.append(as_kept(tensor, self.streams))
+        return handle
+
     def serve(self, handle: Tensor | int) -> Tensor:
         if isinstance(handle, Tensor):
             return handle
@@ -174,6 +199,16 @@ class Evaluation:
             if devices:
                 torch.cuda.set_rng_state(states[1], self.device)
             yield
+
+
+def as_kept(tensor: Tensor, streams: Sequence[Tensor]) -> Tensor | int:
+    """What stands for a saved tensor until backward, without the graph that is being made: of a stream its number, for
+    backward has it again. Of a part of one a copy, because streams are written over."""
+    for number, stream in enumerate(streams):
+        if tensor.untyped_storage()._cdata == stream.untyped_storage()._cdata:
+            of_both = [(x.dtype, x.shape, x.stride(), x.storage_offset()) for x in (tensor, stream)]
+            return number if of_both[0] == of_both[1] else tensor.detach().clone()
+    return tensor.detach()
 
 
 def never_asked(handle: Any) -> Tensor:

@@ -156,6 +156,10 @@ class Walk:
             rows = max(1, min(batch_size, self.config.tile_tokens // num_tokens))
         self.tiles = [Tile(slice(i, min(i + rows, batch_size))) for i in range(0, batch_size, rows)]
 
+    def keeps(self, layer: int) -> bool:
+        """Whether a decoder layer keeps what it saves for backward."""
+        return layer >= self.num_layers - self.config.kept_layers
+
     def token_chunks(self, num_tokens: int) -> list[slice]:
         """How a sequence longer than `tile_tokens` is cut for the feed-forward."""
         size = min(self.config.tile_tokens or num_tokens, num_tokens)

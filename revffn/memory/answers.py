@@ -75,12 +75,24 @@ class TileChoice:
 
 
 @dataclass(frozen=True)
+class KeptChoice:
+    """What `kept_layers: auto` came to."""
+
+    kept_layers: int
+    num_layers: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"Kept layers: {self.kept_layers} of {self.num_layers} ({self.reason})"
+
+
+@dataclass(frozen=True)
 class Change:
     """Something that makes a run fit."""
 
     settings: dict[str, Any]
-    """New values by the name of the setting: batch, tokens, tile_tokens, side_bits, optimizer, rounding, coupling,
-    weights, gpus, parallel."""
+    """New values by the name of the setting: batch, tokens, tile_tokens, kept_layers, side_bits, optimizer, rounding,
+    coupling, weights, gpus, parallel."""
     text: str
     """The same for people."""
     total_bytes: int
@@ -172,6 +184,8 @@ class Answer:
     plan: Plan
     tile: TileChoice | None
     """None if the question named a size."""
+    kept: KeptChoice | None
+    """None if the question named a number."""
     changes: list[Change]
     """That would make a run fit which does not."""
     traffic: Traffic | None
@@ -190,6 +204,7 @@ class Answer:
         return cls(
             plan=plan(values["plan"]),
             tile=values["tile"] and TileChoice(**values["tile"]),
+            kept=values["kept"] and KeptChoice(**values["kept"]),
             changes=[Change(**change) for change in values["changes"]],
             traffic=values["traffic"] and Traffic(**values["traffic"]),
             wire=[Wire(**way) for way in values["wire"]],

@@ -34,8 +34,8 @@ def sizes(way: Plan) -> dict[str, int]:
     return {head: sum(way.parts[part] for part in parts) for head, parts in columns} | {"reserve": way.reserve_bytes}
 
 
-def table(answer: Plan, gpu: str | None, tile_at_most: int | None = None) -> str:
-    """One line for each way, GiB by part."""
+def table(answer: Plan, gpu: str | None, found: str = "") -> str:
+    """One line for each way, GiB by part; `found`: with what the largest batch was looked for."""
     heads = ["GiB", *sizes(answer), "total", "host RAM"]
     asked = answer.largest_batch is not None
     heads += [f"batch x {answer.tokens}", f"{answer.gpus} x tokens"] * asked
@@ -49,10 +49,9 @@ def table(answer: Plan, gpu: str | None, tile_at_most: int | None = None) -> str
     for row in rows:
         lines.append("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]))
     if asked:
-        tiles = f", with tiles of at most {tile_at_most:,} tokens" if tile_at_most else ""
         lines.append(
             f"The last two columns: the largest batch, and the longest single sequence"
-            f"{' on each GPU' * (answer.gpus > 1)}, that fit {gpu}{tiles}."
+            f"{' on each GPU' * (answer.gpus > 1)}, that fit {gpu}{found}."
         )
     return "\n".join(lines)
 
@@ -188,7 +187,7 @@ def plan_command(question: Any) -> str | None:
     shape = f"{question.batch} x {question.tokens}"
     with disk.in_use():
         found = known_answer(question)
-    answer, tile, changes, copied = found.plan, found.tile, found.changes, found.traffic
+    answer, tile, kept, changes, copied = found.plan, found.tile, found.kept, found.changes, found.traffic
     fits = gpu_bytes is None or answer.total_bytes <= gpu_bytes
     comparison = None
     if question.check:
@@ -201,6 +200,7 @@ def plan_command(question: Any) -> str | None:
     if question.json:
         values = answer.as_dict() | {"fits": fits} if gpu_bytes is not None else answer.as_dict()
         values |= {"tile": vars(tile) if tile else {"tile_tokens": question.tile_tokens or None}}
+        values |= {"kept": vars(kept)} if kept else {}
         values |= {"would_fit": [vars(change) for change in changes]} if not fits else {}
         values |= {"check": comparison.as_dict()} if comparison else {}
         values |= {"traffic": vars(copied)} if copied else {}
@@ -209,9 +209,11 @@ def plan_command(question: Any) -> str | None:
         return comparison.problem if comparison else None
     of_one = f"; one of {question.gpus} GPUs" * (question.gpus > 1)
     print(f"{question.model}, {shape} tokens in a step, {answer.num_parameters / 1e9:.3f} B parameters{of_one}\n")
-    print(table(answer, question.gpu, USUAL_TILE if tile else None))
-    if tile is not None:
-        print(tile)
+    with_tiles = f", with tiles of at most {USUAL_TILE:,} tokens" if tile else ""
+    print(table(answer, question.gpu, with_tiles + ", without kept layers" * (kept is not None)))
+    for choice in (tile, kept):
+        if choice is not None:
+            print(choice)
     print(f"\nThe peak is in: {answer.phase}. Reserve: CUDA context and kernels, workspaces, rounding up.")
     if copied is not None:
         print(

@@ -10,7 +10,7 @@ from ..config import CrossBranchConfig, ReversibleConfig
 from ..models.known import load_config
 from .amounts import parse_bytes
 from .answers import USUAL_TILE, Answer, Comparison, TileChoice
-from .plan import check, choose_tile, plan, tiled, traffic, what_would_fit
+from .plan import check, choose_kept, choose_tile, keeping, plan, tiled, traffic, what_would_fit
 from .simulation import Method
 from .wire import wire
 
@@ -19,12 +19,13 @@ if TYPE_CHECKING:
 
 
 def method_of(question: PlanConfig) -> Method:
-    """How is trained; with the usual tile where it is to be chosen."""
+    """How is trained; with the usual tile and no kept layer where those are to be chosen."""
     reversible = ReversibleConfig(
         coupling=question.coupling,
         side_bits=question.side_bits,
         cross_branch=CrossBranchConfig(query_stream=question.query_stream),
         tile_tokens=USUAL_TILE if question.tile_tokens == "auto" else question.tile_tokens or None,
+        kept_layers=0 if question.kept_layers == "auto" else question.kept_layers,
     ).resolve(calibrated=True)  # as `revffn train` does
     return Method(
         reversible=reversible,
@@ -52,7 +53,14 @@ def answer(question: PlanConfig) -> Answer:
         if gpu_bytes is not None:
             tile = choose_tile(hf_config, question.batch, question.tokens, method, limit_bytes=gpu_bytes)
         method = tiled(method, tile.tile_tokens)
-    options = dict(with_alternatives=question.alternatives, tile_at_most=USUAL_TILE if tile else None)
+    # More fits with small tiles, and where no layer is kept.
+    kept, roomiest = None, method
+    if tile is not None:
+        roomiest = tiled(method, min(USUAL_TILE, tile.tile_tokens or USUAL_TILE))
+    if question.kept_layers == "auto" and gpu_bytes is not None:
+        kept = choose_kept(hf_config, question.batch, question.tokens, method, limit_bytes=gpu_bytes)
+        method = keeping(method, kept.kept_layers)
+    options = dict(with_alternatives=question.alternatives, roomiest=roomiest)
     found = plan(hf_config, question.batch, question.tokens, method, gpu_bytes=gpu_bytes, **options)
     changes = []
     if gpu_bytes is not None and found.total_bytes > gpu_bytes:
@@ -65,7 +73,7 @@ def answer(question: PlanConfig) -> Answer:
         link = question.gpu_link_gb_per_s
         rates = (None if link is None else link * 1e9, question.tflops * 1e12)
         ways = wire(hf_config, question.batch, question.tokens, method, *rates)
-    return Answer(plan=found, tile=tile, changes=changes, traffic=copied, wire=ways)
+    return Answer(plan=found, tile=tile, kept=kept, changes=changes, traffic=copied, wire=ways)
 
 
 def simulated(question: PlanConfig, found: Answer) -> Comparison:
@@ -73,4 +81,6 @@ def simulated(question: PlanConfig, found: Answer) -> Comparison:
     method = method_of(question)
     if found.tile is not None:
         method = tiled(method, found.tile.tile_tokens)
+    if found.kept is not None:
+        method = keeping(method, found.kept.kept_layers)
     return check(load_config(question.model), question.batch, question.tokens, method, found.plan)

@@ -72,6 +72,8 @@ class Method:
     """Train only low-rank updates of the attention's linear maps, of this rank; the model's weights are frozen."""
     dtype: torch.dtype = torch.bfloat16
     """Of weights and computation."""
+    padded: bool = False
+    """Sequences are of several lengths. Counted in plans, of layers that are kept; a simulated step has one length."""
     device: Literal["cuda", "cpu"] = "cuda"
     """What the step is to run on. On a GPU with Triton, fused dense parts keep less than the family's code."""
     weights: Literal["device", "host"] = "device"
@@ -208,13 +210,13 @@ class Hooks:
     A phase of backward begins where a sublayer runs again, `<where> mlp of first tile, inner chunk`, where a
     parameter's gradient is complete, `<where> after <parameter>`, and where the embedding's begins. `where` is how far
     the walk has come: `top` in the last decoder layer and above, `bottom` in the first ones (`num_special`) and in the
-    embedding, `middle` between. (Of a sharded model, gradients outside the layers are complete at the end.) So a phase
-    does the same whatever the model's depth, and whatever the number of tiles and chunks, and its peak is a linear
-    function of them.
+    embedding, between them `kept` in layers that do not run again (`num_kept`, the last) and `middle` in those that
+    do. (Of a sharded model, gradients outside the layers are complete at the end.) So a phase does the same whatever
+    the model's depth, and whatever the number of tiles and chunks, and its peak is a linear function of them.
     """
 
-    def __init__(self, model: PreTrainedModel, counter: LiveBytes, num_special: int = 1):
-        self.counter, self.num_special = counter, num_special
+    def __init__(self, model: PreTrainedModel, counter: LiveBytes, num_special: int = 1, num_kept: int = 0):
+        self.counter, self.num_special, self.num_kept = counter, num_special, num_kept
         self.completed: Counter[str] = Counter()
         self.names = {p: name for name, p in model.named_parameters() if p.requires_grad}
         layers = model.model.layers
@@ -234,7 +236,11 @@ class Hooks:
                 self.handles.append(getattr(layer, name).register_forward_pre_hook(hook))
 
     def where(self, layer: int) -> str:
-        return "top" if layer >= self.num_layers - 1 else "bottom" if layer < self.num_special else "middle"
+        if layer >= self.num_layers - 1:
+            return "top"
+        if layer < self.num_special:
+            return "bottom"
+        return "kept" if layer >= self.num_layers - self.num_kept else "middle"
 
     def on_layer(self, index: int, *_: Any) -> None:
         if self.in_backward:
@@ -371,7 +377,8 @@ def run_step(
     """
     counter = LiveBytes(sorter(model))
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    hooks = Hooks(model, counter, num_special)  # before the optimizer's, which takes the gradients away
+    num_kept = method.reversible.kept_layers if method.reversible else 0
+    hooks = Hooks(model, counter, num_special, num_kept)  # before the optimizer's, which takes the gradients away
     optimizer = make_optimizer(model, method)
     store, slots = None, []
     if method.weights == "host":

@@ -16,7 +16,7 @@ def introduction(run: Run) -> list[str]:
     ]
     if run.config.memory.weights == "host":
         lines.append("Weights: in host memory, two decoder layers at a time on the device")
-    return [*lines, str(run.tile)] if run.tile is not None else lines
+    return lines + [str(choice) for choice in (run.tile, run.kept) if choice is not None]
 
 
 def describe(run: Run) -> str:

@@ -21,8 +21,8 @@ from ..data import Counts, SourceCounts, batches, check_left_out, load_split, lo
 from ..data.tokenizer import load_hf
 from ..files import existing_parent, read_json, reason
 from ..memory import disk
-from ..memory.answers import Plan, TileChoice
-from ..memory.plan import tiled
+from ..memory.answers import KeptChoice, Plan, TileChoice
+from ..memory.plan import keeping, tiled
 from ..memory.simulation import Method
 from ..models.architectures import ARCHITECTURES, PREFIX, has_routers
 from ..models.conversion import convert, coupling_parameters
@@ -36,7 +36,7 @@ from .best import check_heldout
 from .checkpoint import STAGES
 from .lock import check_free
 from .resume import Resume
-from .room import check_disk, check_memory, choose, choose_weights, method_of, rehearsal
+from .room import check_disk, check_memory, choose, choose_layers, choose_weights, method_of, rehearsal
 
 MOST_LAYERS = 10_000
 # Read by transformers itself; the first one that a config has bounds the sequence length.
@@ -48,7 +48,8 @@ class Run:
     """A checked run: what can be had without loading weights."""
 
     config: RunConfig
-    """As given, with a number (or None) for `reversible.tile_tokens`, and a place for `memory.weights`."""
+    """As given, with numbers for `reversible.tile_tokens` (or None) and `reversible.kept_layers`, and a place for
+    `memory.weights`."""
     method: Method
     """The run in the planner's words; its `reversible` is what `convert` takes."""
     freezes_routers: bool
@@ -68,6 +69,8 @@ class Run:
     """What the largest step of stage 2 is predicted to take; None for a model that the planner does not know."""
     tile: TileChoice | None
     """Where the run was not told `tile_tokens`: what was chosen, and why."""
+    kept: KeptChoice | None
+    """The same for `kept_layers`, where there was a choice."""
 
     @property
     def checkpoint(self) -> Path | None:
@@ -122,11 +125,25 @@ def check(config: RunConfig, recipe: Path | None = None) -> Run:
         method = method_of(config, hf_config)
         config, tile = choose(config, hf_config, method, rows[0], checkpoint)
         method = tiled(method, config.reversible.tile_tokens)
+        config, kept = choose_layers(config, hf_config, method, rows[0])
+        method = keeping(method, config.reversible.kept_layers)
         answer = check_memory(config, hf_config, method, rows[0])
         check_disk(config, hf_config, method, output_dir)
     frozen = config.training.freeze_router is not False and has_routers(hf_config)
     return Run(
-        config, method, frozen, output_dir, hf_config, tokenizer, *rows, split.sources, counts, found, answer, tile
+        config,
+        method,
+        frozen,
+        output_dir,
+        hf_config,
+        tokenizer,
+        *rows,
+        split.sources,
+        counts,
+        found,
+        answer,
+        tile,
+        kept,
     )
 
 

@@ -161,6 +161,7 @@ class Results:
             "data_sha256": self.data_sha256,
             "heldout_sha256": self.heldout_sha256,
             "tile": None if self.run.tile is None else asdict(self.run.tile),
+            "kept": None if self.run.kept is None else asdict(self.run.kept),
             "versions": {name: installed(name) for name in packages},
             "kernels": dispatch.describe(),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",

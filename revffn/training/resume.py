@@ -38,6 +38,7 @@ MAY_DIFFER = (
     "evaluation.",
     "parallel.",  # the same training but for rounding
     "reversible.tile_tokens",  # kept as recorded
+    "reversible.kept_layers",  # bit for bit the same training
 )
 """What a run that goes on may be told anew: names, and sections."""
 UNKNOWN = object()

@@ -17,13 +17,14 @@ from transformers import PreTrainedConfig
 
 from ..files import existing_parent, read_json
 from ..memory.amounts import gib, parse_bytes
-from ..memory.answers import USUAL_TILE, Plan, TileChoice
-from ..memory.plan import choose_tile, plan, tiled, what_would_fit
-from ..memory.predict import RESERVE_BYTES, count
+from ..memory.answers import USUAL_TILE, KeptChoice, Plan, TileChoice
+from ..memory.measure import count
+from ..memory.plan import choose_kept, choose_tile, plan, tiled, what_would_fit
+from ..memory.predict import RESERVE_BYTES
 from ..memory.simulation import Method
 from ..models.architectures import ARCHITECTURES
 from ..parallel.launch import number_of_processes
-from ..recipe import InputError, RunConfig, with_tile, with_weights
+from ..recipe import InputError, RunConfig, with_kept, with_tile, with_weights
 from .checkpoint import KEPT, STAGES, checkpoints
 
 
@@ -47,9 +48,12 @@ def rehearsal(path: str, *passed_on: type[Exception]) -> Iterator[None]:
 
 
 def method_of(config: RunConfig, hf_config: PreTrainedConfig) -> Method:
-    """A recipe in the planner's words, its second stage; while the tile is not chosen, with the whole batch."""
+    """A recipe in the planner's words, its second stage; while nothing is chosen, with the whole batch and no kept
+    layer."""
     if config.reversible.tile_tokens == "auto":
         config = with_tile(config, None)
+    if config.reversible.kept_layers == "auto":
+        config = with_kept(config, 0)
     reversible = config.reversible.resolve(config.training.calibration_tokens > 0)
     plain = "checkpointing" if config.training.activation_checkpointing else "plain"
     return Method(
@@ -60,6 +64,7 @@ def method_of(config: RunConfig, hf_config: PreTrainedConfig) -> Method:
         optimizer_in_backward=config.optimizer.in_backward,
         linear_cross_entropy=config.memory.linear_cross_entropy,
         dtype=getattr(torch, config.model.dtype),
+        padded=not config.data.packing and planned_batch(config) > 1,
         device="cuda" if torch.cuda.is_available() else "cpu",
         weights="device" if config.memory.weights == "auto" else config.memory.weights,
         **shared_by(config),
@@ -156,6 +161,26 @@ def choose(
     except ImportError as error:
         raise InputError(f"optimizer.name: {error}") from None
     return with_tile(config, tile.tile_tokens), tile
+
+
+def choose_layers(
+    config: RunConfig, hf_config: PreTrainedConfig, method: Method, rows: list[dict[str, list[int]]]
+) -> tuple[RunConfig, KeptChoice | None]:
+    """Put a number for `kept_layers: auto`. Tiles, which come first, are in `method`.
+
+    Raises:
+        InputError: See `check_memory`.
+    """
+    if config.reversible.kept_layers != "auto":
+        return config, None
+    known = config.reversible.coupling is not None and hf_config.model_type in ARCHITECTURES
+    if not known or not torch.cuda.is_available() or config.parallel.strategy == "ddp":
+        return with_kept(config, 0), None
+    with rehearsal(config.model.path):
+        kept = choose_kept(
+            hf_config, planned_batch(config), longest_of(config, rows), method, limit_bytes=limit_of(config)
+        )
+    return with_kept(config, kept.kept_layers), kept
 
 
 def check_memory(

@@ -310,7 +310,8 @@ def test_stream_maps_come_with_calibration_and_queries_from_the_right():
         config = ReversibleConfig.from_dict(dict(coupling="cross_branch", query_stream=stream))
         model = revffn.convert(tiny_model(), config, calibration=calibration)
         assert model.reversible_config.cross_branch.stream_maps is expected is hasattr(model.model, "coupling")
-        run_config = RunReversibleConfig(coupling="cross_branch", cross_branch=config.cross_branch, tile_tokens=None)
+        given = dict(cross_branch=config.cross_branch, tile_tokens=None, kept_layers=0)
+        run_config = RunReversibleConfig(coupling="cross_branch", **given)
         assert run_config.resolve(calibration is not None).cross_branch.stream_maps is expected
 
 

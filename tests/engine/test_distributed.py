@@ -22,6 +22,7 @@ MIXED = "fsdp2_mixed"  # bf16 parameters gathered from fp32 shards
 COUPLINGS = {
     "innovation": dict(coupling="innovation", random_sign=False),
     "innovation_tiles": dict(coupling="innovation", random_sign=False, tile_tokens=4),
+    "innovation_kept": dict(coupling="innovation", random_sign=False, kept_layers=3),
     "cross_right": dict(coupling="cross_branch", query_stream="right", stream_maps=True),
     "cross_left": dict(coupling="cross_branch", query_stream="left"),
     "none": dict(coupling="none"),
@@ -143,6 +144,7 @@ CASES = [
     *(f"check-qwen2_moe-{coupling}-{mode}" for coupling in ("innovation", "cross_right") for mode in MODES),
     *(f"check-qwen2_moe-{coupling}-{mode}" for coupling in ("cross_left", "none") for mode in ("ddp", "fsdp2")),
     *(f"check-qwen2_moe-innovation_tiles-{mode}" for mode in ("ddp", "ddp_static", "fsdp2")),
+    *(f"check-qwen2_moe-innovation_kept-{mode}" for mode in ("ddp", "fsdp2", MIXED)),
     *(f"check-qwen2_moe-{coupling}-{MIXED}" for coupling in ("innovation", "cross_right", "none")),
     *(f"check-qwen2_moe-{coupling}-ep" for coupling in COUPLINGS),
     "check-mixtral-innovation-ep",
@@ -153,6 +155,7 @@ CASES = [
     "check-llama-innovation-ddp",
     "train-qwen2_moe-innovation-ddp_static",
     "train-qwen2_moe-innovation-fsdp2",
+    "train-qwen2_moe-innovation_kept-fsdp2",
     "train-qwen2_moe-cross_right-fsdp2",
 ]
 

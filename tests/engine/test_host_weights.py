@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 import revffn
 from revffn import HostWeights, ReversibleConfig
 from revffn.engine import host_weights
+from revffn.memory.measure import count
 from revffn.memory.plan import check, plan, traffic, what_would_fit
-from revffn.memory.predict import count
 from revffn.memory.simulation import Method, simulate_step
 from revffn.models.known import load_config
 from revffn.optim import OptimizerInBackward, parameter_groups

@@ -16,7 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from revffn.__main__ import main
-from revffn.memory import disk, predict
+from revffn.memory import disk, measure, predict
 from revffn.memory.fake import RememberingFakeTensorMode
 from revffn.memory.plan import plan
 from revffn.memory.simulation import Method
@@ -133,17 +133,18 @@ def test_measurements_are_kept(cache, monkeypatch):
     with disk.in_use():
         first = plan(hf_config, 2, 64, method, with_alternatives=False)
         assert entries(cache)
-        fresh = {name: predict.cached(kind)(getattr(predict, name).__wrapped__) for name, kind in KEPT.items()}
+        fresh = {name: measure.cached(kind)(getattr(measure, name).__wrapped__) for name, kind in KEPT.items()}
         for name, function in fresh.items():
-            monkeypatch.setattr(predict, name, function)
-        monkeypatch.setattr(predict, "run_step", None)
+            monkeypatch.setattr(measure, name, function)
+        monkeypatch.setattr(predict, "count", fresh["count"])
+        monkeypatch.setattr(measure, "run_step", None)
         assert plan(hf_config, 2, 64, method, with_alternatives=False) == first
-        monkeypatch.setitem(predict.COUPLINGS, "innovation", object())
-        assert not predict.is_shipped(hf_config, method)
-    assert predict.is_shipped(hf_config, replace(method, name="plain", reversible=None))
+        monkeypatch.setitem(measure.COUPLINGS, "innovation", object())
+        assert not measure.is_shipped(hf_config, method)
+    assert measure.is_shipped(hf_config, replace(method, name="plain", reversible=None))
 
 
-KEPT = {"count": predict.Counts, "small_step": predict.SmallStep}
+KEPT = {"count": measure.Counts, "small_step": measure.SmallStep}
 
 
 def test_the_command_answers_the_second_time_without_torch(cache, tmp_path, capsys):

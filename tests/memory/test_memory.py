@@ -16,13 +16,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from revffn import ReversibleConfig
 from revffn.__main__ import main
+from revffn.memory import measure as memory
 from revffn.memory import plan as planner
-from revffn.memory import predict as memory
 from revffn.memory.amounts import parse_bytes
 from revffn.memory.answers import ACCEPTED_ERROR, USUAL_TILE, Comparison
 from revffn.memory.live_bytes import PARTS
+from revffn.memory.measure import count
 from revffn.memory.plan import changed_method, check, choose_tile, plan, tiled, what_would_fit
-from revffn.memory.predict import Predictor, count
+from revffn.memory.predict import Predictor
 from revffn.memory.simulation import Method, simulate_step
 from revffn.models import losses
 from revffn.models.known import known_models, load_config
@@ -471,6 +472,7 @@ def test_command_alone(folder, capsys):
 def test_command_names_the_tile_it_chose(folder, capsys):
     """`auto` is the default: what fits the device; the largest batch and sequence may have smaller tiles."""
     words = ["plan", "--model", str(folder), "--batch", "32", "--tokens", "1024", "--no-alternatives"]
+    words += ["--kept_layers", "0"]
     assert main([*words, "--gpu", "80GiB", "--json"]) == 0
     whole = json.loads(capsys.readouterr().out)
     assert whole["tile"]["tile_tokens"] is None and whole["fits"]

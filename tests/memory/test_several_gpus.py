@@ -28,8 +28,8 @@ from transformers import AutoConfig
 
 from revffn import ReversibleConfig
 from revffn.__main__ import main
+from revffn.memory import measure as memory
 from revffn.memory import plan as planner
-from revffn.memory import predict as memory
 from revffn.memory.answers import ACCEPTED_ERROR
 from revffn.memory.live_bytes import LiveBytes
 from revffn.memory.plan import changed_method, choose_tile, plan, what_would_fit

@@ -24,7 +24,7 @@ from revffn.memory.amounts import parse_bytes
 from revffn.memory.plan import choose_tile, plan, tiled
 from revffn.models.known import load_config
 from revffn.options import EvaluateConfig, PlanConfig, UpcycleConfig
-from revffn.recipe import InputError, OptimizerConfig, RunConfig, RunReversibleConfig, with_tile
+from revffn.recipe import InputError, OptimizerConfig, RunConfig, RunReversibleConfig, with_kept, with_tile
 from revffn.training.preflight import check_schedule
 from revffn.training.room import method_of
 from revffn.training.run import sft_arguments
@@ -83,17 +83,21 @@ def test_null_coupling_is_the_plain_model(recipe):
 def test_tiles_are_automatic_until_a_number_is_put(recipe):
     config = load_run_config(recipe())
     assert config.reversible.tile_tokens == "auto"
-    with pytest.raises(ValueError, match="no number yet"):
-        config.reversible.resolve(calibrated=True)
+    for half in (config, with_tile(config, 512), with_kept(config, 3)):
+        with pytest.raises(ValueError, match="no number yet"):
+            half.reversible.resolve(calibrated=True)
     told = dict(coupling="none", side_bits=[1, 2, 2])
     for size in (None, 512):
-        resolved = with_tile(config, size).reversible.resolve(calibrated=True)
-        assert resolved == ReversibleConfig(tile_tokens=size, **told)
+        resolved = with_kept(with_tile(config, size), 3).reversible.resolve(calibrated=True)
+        assert resolved == ReversibleConfig(tile_tokens=size, kept_layers=3, **told)
     for words, size in (("2048", 2048), ("null", None), ("64", 64), ("auto", "auto")):
         assert load_run_config(recipe(), ["--reversible.tile_tokens", words]).reversible.tile_tokens == size
+    for words, number in (("2", 2), ("0", 0), ("auto", "auto")):
+        assert load_run_config(recipe(), ["--reversible.kept_layers", words]).reversible.kept_layers == number
     # The library itself takes numbers.
-    with pytest.raises((TypeError, ValueError)):
-        ReversibleConfig(tile_tokens="auto")
+    for name in ("tile_tokens", "kept_layers"):
+        with pytest.raises(ValueError, match=f"{name} must be .*got 'auto'"):
+            ReversibleConfig(**{name: "auto"})
 
 
 BAD_RECIPES = {
@@ -169,6 +173,11 @@ BAD_WORDS = {
         "reversible.tile_tokens: expected a whole number, auto or null, got 'autoo'.",
     ),
     "a negative tile": ("--reversible.tile_tokens -3", "null (the whole batch) or at least 1, got -3. Leave it out"),
+    "no number of layers": (
+        "--reversible.kept_layers all",
+        "reversible.kept_layers: expected a whole number or auto, got 'all'.",
+    ),
+    "negative layers": ("--reversible.kept_layers -1", "(as many as fit) or at least 0, got -1"),
     "a section": (
         "--reversible 3",
         "command line: reversible is a section. Name a key of it, like --reversible.coupling.",
@@ -265,7 +274,7 @@ def test_few_dials():
     """What a run may say of the reversible blocks; what calibration finds and experiments settled is not offered."""
     offered = list(leaves(RunReversibleConfig))
     own = [f"cross_branch.{field.name}" for field in fields(groups_of(ReversibleConfig)["cross_branch"])]
-    assert offered == ["coupling", "side_bits", "offload_inputs", "tile_tokens", "verify", *own]
+    assert offered == ["coupling", "side_bits", "offload_inputs", "tile_tokens", "kept_layers", "verify", *own]
     assert [field.name for field in fields(RunReversibleConfig)] == [field.name for field in fields(ReversibleConfig)]
 
 

@@ -325,6 +325,25 @@ def test_tiles_on_a_cpu_and_numbers_that_are_given(recipe_file, tmp_path):
     assert in_model == summary["config"]["reversible"]["tile_tokens"] == 64 and summary["tile"] is None
 
 
+def test_kept_layers_train_the_same_weights_and_take_what_was_predicted(recipe_file, tmp_path):
+    """Also where a run goes on with another number of them."""
+    recipe, trained, memory = recipe_file(), [], []
+    for name, numbers in {"none": (0, 0), "all": (9, 9), "other": (1, 9)}.items():
+        words = ["--training.output_dir", str(tmp_path / name), "--training.save_steps", "1"]
+        for steps, number in zip((2, 3), numbers, strict=True):
+            more = ["--training.num_steps", str(steps), "--reversible.kept_layers", str(number)]
+            folder = run(recipe, *words, *more, *["--training.resume", "true"] * (steps > 2))
+        summary = json.loads((folder / "run.json").read_text())
+        assert summary["config"]["reversible"]["kept_layers"] == numbers[1] and summary["kept"] is None
+        trained.append(weights(folder / "model"))
+        memory.append(summary["memory"])
+    for other in trained[1:]:
+        assert other.keys() == trained[0].keys() and all(torch.equal(other[n], trained[0][n]) for n in other)
+    assert memory[1]["measured_bytes"] > 1.1 * memory[0]["measured_bytes"]
+    for its in memory:
+        assert its["predicted_bytes"] == pytest.approx(its["measured_bytes"], rel=0.05)
+
+
 def test_a_run_of_which_no_tile_fits_is_refused(recipe_file, refused, monkeypatch):
     # With a vocabulary as small as this, chunks of the loss are huge: looking for the largest batch takes long.
     monkeypatch.setattr(room, "what_would_fit", lambda *args, **kwargs: [])

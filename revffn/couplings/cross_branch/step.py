@@ -108,7 +108,11 @@ class LeftInverse:
             self.is_solving, self.key_value = False, None
 
     def keep(self, x: Tensor, y: Tensor, evaluation: Evaluation) -> tuple[Tensor, ...]:
-        """Forward: solve as backward will, and keep what the solution lacks of x (b, T, H)."""
+        """Forward: solve as backward will, and keep what the solution lacks of x (b, T, H); of a layer that keeps what
+        it saves, x itself, which is a small part of that."""
+        if evaluation.keeps:
+            self.width = WHOLE
+            return (x,)
         look, most = is_concrete(y), self.walk.config.cross_branch.num_iterations
         # Further evaluations than fill the memory of past ones need no further memory.
         found = self.solve(y, evaluation.rng, evaluation, most if look else min(most, DEPTH + 2), look)
@@ -158,15 +162,16 @@ def cross_branch_step(
     def feed(c1: Tensor, s1: Tensor) -> tuple[Tensor]:
         return (half_feed_forward(layer, Read.apply(c1, s1, grid, dtype), sums),)
 
-    k, rng = layer.layer_index, uses_rng(layer)
+    k = layer.layer_index
+    settings = left.device, uses_rng(layer), walk.keeps(k)
     reads = (0, 1) if walk.config.cross_branch.query_stream == "left" else (1,)
     function = attend_left if len(reads) == 2 else attend_right
     # Without gradients there is no way back, and nothing to solve for.
     inverse = LeftInverse(layer, walk, tile) if len(reads) == 2 and torch.is_grad_enabled() else None
-    attend = Evaluation(function, left.device, rng)
+    attend = Evaluation(function, *settings)
     (update,) = attend.first(tuple((left, right)[i] for i in reads), tuple(tile.streams[i] for i in reads))
     left = AdditiveStep.apply(left, update, walk, tile, k, 0, reads, attend, inverse)
-    feed_evaluation = Evaluation(feed, left.device, rng)
+    feed_evaluation = Evaluation(feed, *settings)
     (update,) = feed_evaluation.first((left,), (tile.streams[0],))
     right = AdditiveStep.apply(right, update, walk, tile, k, 1, (0,), feed_evaluation)
     return left, right

@@ -257,8 +257,8 @@ def innovation_step(
         through, *_, normed = read_normed(carrier, stream, move.next_grid, layer.post_attention_layernorm, dtype)
         return through, feed_forward(layer, normed, sums)
 
-    rng, device = uses_rng(layer), now.device
-    attend_evaluation = Evaluation(attend, device, rng)
+    settings = now.device, uses_rng(layer), walk.keeps(layer.layer_index)
+    attend_evaluation = Evaluation(attend, *settings)
     cur = tile.streams[1]
     through, following_past, attn, *predicted = attend_evaluation.first((now,), (cur,))
     predicted = predicted[0] if predicted else None
@@ -267,7 +267,7 @@ def innovation_step(
     move.middle = move.add_now(attn.detach(), cur)
     updated = middle
     for index, rows in enumerate(chunks):
-        evaluation = Evaluation(partial(feed, rows=rows), device, rng)
+        evaluation = Evaluation(partial(feed, rows=rows), *settings)
         through, mlp = evaluation.first((middle,), (move.middle[:, rows],))
         # A whole state's gradient passes through the norm's node, that of a chunk goes by its own way.
         updated = FeedStep.apply(through if len(chunks) == 1 else updated, mlp, move, index, evaluation)

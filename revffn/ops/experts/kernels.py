@@ -253,8 +253,10 @@ def expert_gate_backward(
 ) -> Tensor:  # fmt: skip
     S, I = d_act.shape
     d_weight = torch.empty_like(weight, dtype=weight.dtype if rounds else torch.float32)
-    lanes = lanes_for(I, COLUMN_LANES)
-    rows, has_bias = TILE // lanes, bias is not None
+    lanes, has_bias = lanes_for(I, COLUMN_LANES), bias is not None
+    rows = TILE // lanes
+    if has_bias and I % 8:  # nothing is read in vectors then, and the addresses of as many rows fill the registers
+        rows //= 2
     given = (bias, expert) if has_bias else (gate_up, order)  # not read
     _gate_backward[(triton.cdiv(S, rows),)](
         d_act, gate_up, d_gate_up, *given, weight, order, d_weight, S, I, alpha, limit,
