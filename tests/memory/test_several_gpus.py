@@ -332,7 +332,7 @@ def test_command(tmp_path, capsys):
     text = capsys.readouterr().out
     for said in ("one of 2 GPUs", "gathered", "exchange", "2 x tokens", "ep sends less than fsdp", "At 100 GB/s"):
         assert said in text
-    assert "twice its part" in text and "ep fits 80GiB" in text
+    assert "twice its part" in text and "ep, 2 layers kept fits 80GiB" in text
     assert main([*words, "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     labels = [way["label"] for way in answer["alternatives"]]
