@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -210,3 +211,9 @@ def test_import_is_light():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[] False [] True"
+
+
+def test_no_two_test_files_have_one_name():
+    """pytest imports them by it, and refuses the second."""
+    names = Counter(file.name for file in (ROOT / "tests").rglob("*.py") if file.name != "__init__.py")
+    assert not [name for name, number in names.items() if number > 1]

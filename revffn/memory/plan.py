@@ -188,8 +188,13 @@ def plan(
         return [predictor(hf_config, method), *(alternatives(hf_config, method) if with_alternatives else ())]
 
     ways = ways_of(method)
+    bounds = ways_of(roomiest) if roomiest else list(ways)
+    if with_alternatives and method.reversible is not None and method.reversible.kept_layers:
+        # So that the others, which spend no memory that is free, stand beside one that does not either.
+        ways.insert(1, predictor(hf_config, keeping(method, 0)))
+        bounds.insert(1, bounds[0] if roomiest else ways[1])
     plans = []
-    for way, bound in zip(ways, ways_of(roomiest) if roomiest else ways, strict=True):
+    for way, bound in zip(ways, bounds, strict=True):
         plans.append(replace(way.plan(method.share(batch), tokens), batch=batch, gpus=method.gpus))
         if gpu_bytes is not None:
             budget = gpu_bytes - RESERVE_BYTES

@@ -106,6 +106,10 @@ def test_command(capsys, tmp_path):
     assert none["peak_bytes"] < given["peak_bytes"] < auto["peak_bytes"] and "kept" not in given
     assert auto["largest_batch"] == none["largest_batch"]
     assert answer()["peak_bytes"] == answer("--kept_layers", "0")["peak_bytes"]
+    words.remove("--no-alternatives")
+    labels = [way["label"] for way in answer("--gpu", "80GiB")["alternatives"]]
+    assert labels[0] == none["label"] and labels.count(labels[0]) == 1
+    assert [way["label"] for way in answer("--gpu", "80GiB", "--kept_layers", "0")["alternatives"]] == labels[1:]
     assert main([*words, "--gpu", "80GiB"]) == 0
     assert "Kept layers: 6 of 6 (fit: " in capsys.readouterr().out
     assert main([*words, "--kept_layers", "-1"]) == 2
