@@ -120,10 +120,11 @@ def gpu_overview() -> str:
         if arm not in arms or speed(record) > speed(arms[arm]):
             arms[arm] = record
         devices.add(record.get("device", {}).get("name", "device not recorded"))
-    lines = [f"| {', '.join(sorted(devices))} | {' | '.join(COLUMNS)} |", "|---" + "|---:" * len(COLUMNS) + "|"]
+    columns = {words: arm for words, arm in COLUMNS.items() if any(arm in arms for arms in groups.values())}
+    lines = [f"| {', '.join(sorted(devices))} | {' | '.join(columns)} |", "|---" + "|---:" * len(columns) + "|"]
     for workload, arms in groups.items():
         cells = []
-        for arm in COLUMNS.values():
+        for arm in columns.values():
             found = arms.get(arm)
             if found is None:
                 cells.append("")

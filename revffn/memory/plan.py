@@ -273,38 +273,31 @@ def choose_tile(
 
 
 def choose_kept(
-    hf_config: PreTrainedConfig,
-    batch: int,
-    tokens: int,
-    method: Method,
-    *,
-    limit_bytes: int,
-    reserve_bytes: int = RESERVE_BYTES,
+    hf_config: PreTrainedConfig, batch: int, tokens: int, method: Method, *, limit_bytes: int
 ) -> KeptChoice:
     """How many decoder layers can keep what they save for backward, so that the step still fits.
 
     Args:
         hf_config, batch, tokens, method: As in `plan`; the number that `method` has is not looked at.
-        limit_bytes: Memory of the device, of which `KEPT_SLACK` is left alone.
-        reserve_bytes: Of it, outside tensors.
+        limit_bytes: Memory of a GPU, of which `KEPT_SLACK` and the reserve are left alone.
 
     Raises:
         ValueError: See `plan`.
     """
     require(hf_config, batch, tokens, method)
     batch, method = method.share(batch), with_room(method)
-    budget = round((1 - KEPT_SLACK) * limit_bytes) - reserve_bytes
+    budget = round((1 - KEPT_SLACK) * limit_bytes) - RESERVE_BYTES
     num_layers = hf_config.num_hidden_layers
 
     def peak(number: int) -> int:
         return predictor(hf_config, keeping(method, number)).peak(batch, tokens)
 
-    if predictor(hf_config, method).least() > budget:
-        return KeptChoice(0, num_layers, "no memory to spare")
-    number = largest(lambda number: number <= num_layers and peak(number) <= budget, num_layers)
+    number = 0
+    if predictor(hf_config, method).least() <= budget:
+        number = largest(lambda number: number <= num_layers and peak(number) <= budget, num_layers)
     if number == 0:
         return KeptChoice(0, num_layers, "no memory to spare")
-    return KeptChoice(number, num_layers, f"fit: {gib(peak(number) + reserve_bytes)} of {gib(limit_bytes)}")
+    return KeptChoice(number, num_layers, f"fit: {gib(peak(number) + RESERVE_BYTES)} of {gib(limit_bytes)}")
 
 
 def at_once(tile_tokens: int | None, batch: int, tokens: int) -> int:
